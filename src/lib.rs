@@ -1,0 +1,7 @@
+//! bantam: a small KVM virtual machine monitor.
+
+pub mod bus;
+pub mod interrupt;
+pub mod memory;
+pub mod metrics;
+pub mod virtio;

@@ -1,0 +1,119 @@
+//! What a virtio device is, and what it works with while it runs.
+//!
+//! A device has one owner at a time. Until the driver sets DRIVER_OK the transport owns it; then it moves, with its
+//! queues, to a thread of its own; a reset ends the thread and hands both back. So a device needs no lock, no vCPU waits
+//! for its I/O, and reset, pause and save are the same path.
+//!
+//! ```text
+//!           FEATURES_OK, DRIVER_OK                    kick, host fd
+//!  [idle: transport] ----start----> [running: own thread] ----> queue_ready, host_ready
+//!         ^                               |      |
+//!         +---------stop (reset)----------+      +--Err--> DEVICE_NEEDS_RESET, waits for stop
+//! ```
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::event::epoll::{self, EventFlags};
+
+use super::queue::{self, InterruptState, Queue};
+use crate::memory::GuestRam;
+use crate::metrics::Metrics;
+
+/// Why a running device gave up: the driver broke a ring, or the host failed it. The driver sees DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The driver broke a virtqueue.
+    #[error(transparent)]
+    Queue(#[from] queue::Error),
+    /// The host failed the device.
+    #[error("{what}")]
+    Host {
+        /// What was attempted, on what.
+        what: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A virtio device, whatever the transport.
+pub trait VirtioDevice: Send {
+    /// The device ID of virtio 1.2, section 5: `VIRTIO_ID_BLOCK`, ...
+    fn device_type(&self) -> u32;
+
+    /// The device's own feature bits. The transport adds those of the ring and of the transport itself:
+    /// VERSION_1, EVENT_IDX, INDIRECT_DESC.
+    fn features(&self) -> u64;
+
+    /// The largest size of each of its queues: powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The device configuration space as the driver reads it, little-endian.
+    fn config(&self) -> &[u8];
+
+    /// The device's counters, for reports; they stay readable wherever the device is.
+    fn metrics(&self) -> Arc<dyn Metrics>;
+
+    /// The driver is ready: `features` are what was negotiated, `io` what the device works with until [`stop`].
+    /// Called once on the device's thread before any other callback.
+    ///
+    /// [`stop`]: VirtioDevice::stop
+    fn start(&mut self, features: u64, io: &mut Io) -> Result<(), Error> {
+        let _ = (features, io);
+        Ok(())
+    }
+
+    /// The driver notified queue `index`, or [`Queue::kick_again`] did.
+    fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), Error>;
+
+    /// A host descriptor given to [`Io::watch`] with this `token` has one of the watched events.
+    fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), Error> {
+        let _ = (token, io);
+        Ok(())
+    }
+
+    /// The device is being stopped: finish what is in flight, or leave it unused. The last callback.
+    fn stop(&mut self, io: &mut Io) {
+        let _ = io;
+    }
+}
+
+/// What a running device works with.
+pub struct Io {
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// The device's queues by index. One that the driver did not set up is `None`.
+    pub queues: Vec<Option<Queue>>,
+    /// To interrupt the driver outside of a queue.
+    pub interrupt: Arc<InterruptState>,
+    /// What the device's thread waits on.
+    pub(super) events: rustix::fd::OwnedFd,
+}
+
+/// Set in the epoll data of host descriptors, whose token is in the low half; clear for queues.
+pub(super) const HOST_TOKEN: u64 = 1 << 32;
+
+impl Io {
+    /// Guest memory and queue `index` together; `None` if the driver did not set the queue up.
+    pub fn queue(&mut self, index: usize) -> Option<(&GuestRam, &mut Queue)> {
+        let queue = self.queues.get_mut(index)?.as_mut()?;
+        Some((&self.ram, queue))
+    }
+
+    /// Calls the device's `host_ready(token)` for as long as `fd` has one of `events` (level-triggered). Watching an
+    /// fd again replaces what it is watched for. The device unwatches `fd` before it closes it.
+    pub fn watch(&self, token: u32, fd: impl AsFd, events: EventFlags) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(HOST_TOKEN | u64::from(token));
+        match epoll::add(&self.events, &fd, data, events) {
+            Err(rustix::io::Errno::EXIST) => Ok(epoll::modify(&self.events, &fd, data, events)?),
+            other => Ok(other?),
+        }
+    }
+
+    /// Stops watching `fd`.
+    pub fn unwatch(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.events, fd)?)
+    }
+}

@@ -1,0 +1,7 @@
+//! Virtio 1.2 devices.
+//!
+//! [`device`] is what a device is, [`queue`] how it talks to the driver, [`worker`](device::Io) the thread it runs
+//! on; the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
+
+pub mod device;
+pub mod queue;

@@ -1,0 +1,207 @@
+//! A started virtqueue: the device's end of a split ring, with its notifications in both directions.
+//!
+//! Virtio 1.2, section 2.7 (split virtqueues).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::interrupt::Interrupt;
+use crate::memory::GuestRam;
+
+/// A request: descriptors that the driver chained together.
+pub type Chain<'a> = DescriptorChain<&'a GuestRam>;
+
+/// The driver broke the ring. The device cannot go on until the driver resets it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The rings say something impossible, or lie outside guest memory.
+    #[error("virtqueue {index}: {what}")]
+    Ring {
+        /// Which queue.
+        index: usize,
+        /// What the device tried.
+        what: &'static str,
+        /// What stood in the way.
+        #[source]
+        source: virtio_queue::Error,
+    },
+}
+
+/// `InterruptStatus` bit: the device used a buffer (virtio 1.2, 4.2.2).
+pub const INTERRUPT_USED_RING: u32 = 1;
+/// `InterruptStatus` bit: the configuration, or the device status, changed.
+pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
+
+/// What a device and its transport share while the device runs: the interrupt, and whether the device gave up.
+pub struct InterruptState {
+    line: Arc<dyn Interrupt>,
+    status: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+impl InterruptState {
+    /// Nothing pending on `line`.
+    pub fn new(line: Arc<dyn Interrupt>) -> Self {
+        Self { line, status: AtomicU32::new(0), needs_reset: AtomicBool::new(false) }
+    }
+
+    /// Sets `bits` in `InterruptStatus` and interrupts the guest.
+    pub fn raise(&self, bits: u32) {
+        self.status.fetch_or(bits, Ordering::SeqCst);
+        if let Err(error) = self.line.trigger() {
+            log::error!("cannot interrupt the guest: {error}");
+        }
+    }
+
+    /// `InterruptStatus` as the driver reads it.
+    pub fn pending(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver wrote `InterruptACK`.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// The device cannot go on: DEVICE_NEEDS_RESET (2.1.2) and a configuration change interrupt.
+    pub fn fail(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    /// Whether the device gave up since the last reset.
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// The driver reset the device.
+    pub fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+    }
+}
+
+/// A virtqueue of a started device.
+pub struct Queue {
+    index: usize,
+    ring: virtio_queue::Queue,
+    kick: EventFd,
+    interrupt: Arc<InterruptState>,
+}
+
+impl Queue {
+    /// The queue of number `index`, as the driver set it up in `ring`; `kick` is its ioeventfd.
+    pub fn new(index: usize, ring: virtio_queue::Queue, kick: EventFd, interrupt: Arc<InterruptState>) -> Self {
+        Self { index, ring, kick, interrupt }
+    }
+
+    /// Gives the ring and the ioeventfd back to the transport.
+    pub fn into_parts(self) -> (virtio_queue::Queue, EventFd) {
+        (self.ring, self.kick)
+    }
+
+    /// The eventfd that the driver's notifications arrive on.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Number of descriptors the driver gave it.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// Takes the next available request, if there is one.
+    pub fn pop<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>, Error> {
+        let index = self.index;
+        let mut available = self.ring.iter(ram).map_err(|source| Error::Ring {
+            index,
+            what: "cannot read the available ring",
+            source,
+        })?;
+        Ok(available.next())
+    }
+
+    /// Puts back the request popped last, if its head has not been added to the used ring.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives the request `head` back to the driver, `written` bytes of it written by the device. The driver is not
+    /// told: see [`Queue::notify`].
+    pub fn add_used(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), Error> {
+        let result = self.ring.add_used(ram, head, written);
+        result.map_err(|source| self.error("cannot write the used ring", source))
+    }
+
+    /// Interrupts the driver, if it asked to hear of what was used since the last call.
+    pub fn notify(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        let wanted = if self.ring.event_idx_enabled() {
+            self.ring.needs_notification(ram).map_err(|source| self.error("cannot read used_event", source))?
+        } else {
+            // virtio_queue does not look at the flag (2.7.7).
+            std::sync::atomic::fence(Ordering::SeqCst);
+            let flags: u16 = ram
+                .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
+                .map_err(|source| self.error("cannot read its flags", virtio_queue::Error::GuestMemory(source)))?;
+            u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted {
+            self.interrupt.raise(INTERRUPT_USED_RING);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to notify, as the device is looking at the ring anyway.
+    pub fn disable_kicks(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        let result = self.ring.disable_notification(ram);
+        result.map_err(|source| self.error("cannot write the used ring's flags", source))
+    }
+
+    /// Asks the driver to notify again. True when requests became available meanwhile: look again before waiting.
+    pub fn enable_kicks(&mut self, ram: &GuestRam) -> Result<bool, Error> {
+        let result = self.ring.enable_notification(ram);
+        result.map_err(|source| self.error("cannot write avail_event", source))
+    }
+
+    /// Does what the driver made available: `request` handles one chain and returns how many bytes of it it wrote.
+    ///
+    /// After as many requests as the ring has descriptors it returns even if there are more, having kicked itself, so
+    /// that a driver that never stops adding cannot keep the device from being stopped.
+    pub fn serve(&mut self, ram: &GuestRam, mut request: impl FnMut(Chain<'_>) -> u32) -> Result<(), Error> {
+        let mut budget = self.size();
+        self.disable_kicks(ram)?;
+        loop {
+            while let Some(chain) = self.pop(ram)? {
+                let head = chain.head_index();
+                let written = request(chain);
+                self.add_used(ram, head, written)?;
+                budget -= 1;
+                if budget == 0 {
+                    self.notify(ram)?;
+                    self.enable_kicks(ram)?;
+                    return self.kick_again();
+                }
+            }
+            if !self.enable_kicks(ram)? {
+                break;
+            }
+        }
+        self.notify(ram)
+    }
+
+    /// Has the device called for this queue once more, as if the driver had notified.
+    pub fn kick_again(&self) -> Result<(), Error> {
+        // The counter of an eventfd is full only after 2^64 - 2 unread kicks: then it is readable anyway.
+        let _ = self.kick.write(1);
+        Ok(())
+    }
+
+    fn error(&self, what: &'static str, source: virtio_queue::Error) -> Error {
+        Error::Ring { index: self.index, what, source }
+    }
+}
