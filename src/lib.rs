@@ -1,5 +1,6 @@
 //! bantam: a small KVM virtual machine monitor.
 
+pub mod arch;
 pub mod bus;
 pub mod interrupt;
 pub mod memory;

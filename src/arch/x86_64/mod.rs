@@ -1,0 +1,3 @@
+//! x86-64: where things are, and the tables that tell the guest.
+
+pub mod layout;
