@@ -5,4 +5,5 @@ pub mod bus;
 pub mod interrupt;
 pub mod memory;
 pub mod metrics;
+pub mod outcome;
 pub mod virtio;
