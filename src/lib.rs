@@ -2,6 +2,8 @@
 
 pub mod arch;
 pub mod bus;
+pub mod config;
+pub mod devices;
 pub mod interrupt;
 pub mod memory;
 pub mod metrics;

@@ -1,0 +1,207 @@
+//! What machine to build: one struct that the command line, a JSON file and an embedding program all fill in.
+
+pub mod duration;
+mod size;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use size::{BadSize, Size};
+
+use crate::devices::console;
+
+/// The least guest memory that a Linux kernel boots in.
+pub const MIN_MEMORY: Size = Size::mib(8);
+
+/// Why a [`Config`] makes no machine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No vCPU was asked for.
+    #[error("cannot build a machine with 0 cpus: it needs at least 1")]
+    NoCpus,
+    /// Less memory than any kernel boots in.
+    #[error("cannot build a machine with {asked} of memory: no kernel boots in less than {}", MIN_MEMORY)]
+    LittleMemory {
+        /// What was asked for.
+        asked: Size,
+    },
+    /// More memory than the host has.
+    #[error("cannot build a machine with {asked} of memory: the host has {} MiB", .host.get() >> 20)]
+    MuchMemory {
+        /// What was asked for.
+        asked: Size,
+        /// The host's physical memory.
+        host: Size,
+    },
+}
+
+/// A machine to be built. Paths are the host's.
+///
+/// ```
+/// use bantam::config::{Config, Size};
+/// let config = Config::new().kernel("vmlinux").cpus(2).memory(Size::mib(512));
+/// config.validate()?;
+/// # Ok::<(), bantam::config::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// The kernel: an ELF vmlinux or a bzImage.
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// What is added to the default kernel command line.
+    pub cmdline: String,
+    /// Whether `cmdline` replaces the default instead.
+    pub cmdline_only: bool,
+    /// The number of vCPUs.
+    pub cpus: u32,
+    /// The guest's memory.
+    pub memory: Size,
+    /// Whether there is a virtio-rng device.
+    pub rng: bool,
+    /// Where the serial console is.
+    pub serial: console::Spec,
+    /// How long the guest may take to reach user space.
+    #[serde(with = "duration")]
+    pub boot_timeout: Option<Duration>,
+    /// How long the guest may run.
+    #[serde(with = "duration")]
+    pub timeout: Option<Duration>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: None,
+            cmdline: String::new(),
+            cmdline_only: false,
+            cpus: 1,
+            memory: Size::mib(256),
+            rng: true,
+            serial: console::Spec::default(),
+            boot_timeout: None,
+            timeout: None,
+        }
+    }
+}
+
+impl Config {
+    /// A machine with one vCPU, 256 MiB of memory, a console on standard input and output, and no kernel yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the kernel's path.
+    pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kernel = Some(path.into());
+        self
+    }
+
+    /// Sets the initial RAM disk's path.
+    pub fn initrd(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initrd = Some(path.into());
+        self
+    }
+
+    /// Sets what is added to the default kernel command line.
+    pub fn cmdline(mut self, text: impl Into<String>) -> Self {
+        self.cmdline = text.into();
+        self
+    }
+
+    /// Makes [`cmdline`](Self::cmdline) the whole kernel command line.
+    pub fn cmdline_only(mut self, only: bool) -> Self {
+        self.cmdline_only = only;
+        self
+    }
+
+    /// Sets the number of vCPUs.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Sets the size of the guest's memory.
+    pub fn memory(mut self, memory: Size) -> Self {
+        self.memory = memory;
+        self
+    }
+
+    /// Sets whether there is a virtio-rng device.
+    pub fn rng(mut self, rng: bool) -> Self {
+        self.rng = rng;
+        self
+    }
+
+    /// Sets where the serial console is.
+    pub fn serial(mut self, serial: console::Spec) -> Self {
+        self.serial = serial;
+        self
+    }
+
+    /// Limits the time until user space.
+    pub fn boot_timeout(mut self, limit: Duration) -> Self {
+        self.boot_timeout = Some(limit);
+        self
+    }
+
+    /// Limits the time the guest may run.
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.timeout = Some(limit);
+        self
+    }
+
+    /// Checks the figures that can be judged without opening anything.
+    pub fn validate(&self) -> Result<(), Error> {
+        let info = rustix::system::sysinfo();
+        self.validate_on(Size::bytes(info.totalram.saturating_mul(info.mem_unit.into())))
+    }
+
+    fn validate_on(&self, host: Size) -> Result<(), Error> {
+        let asked = self.memory;
+        if self.cpus == 0 {
+            Err(Error::NoCpus)
+        } else if asked < MIN_MEMORY {
+            Err(Error::LittleMemory { asked })
+        } else if asked > host {
+            Err(Error::MuchMemory { asked, host })
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_that_make_no_machine_are_refused() {
+        let host = Size::gib(2);
+        let refused = |config: Config| config.validate_on(host).unwrap_err().to_string();
+        assert!(refused(Config::new().cpus(0)).contains("0 cpus"));
+        assert!(
+            refused(Config::new().memory(Size::mib(1))).contains("with 1M of memory: no kernel boots in less than 8M")
+        );
+        assert!(refused(Config::new().memory(Size::gib(4))).contains("with 4G of memory: the host has 2048 MiB"));
+        assert_eq!(Config::new().memory(host).validate_on(host), Ok(()));
+    }
+
+    #[test]
+    fn json_round_trips_and_leaves_out_what_it_likes() {
+        let config = Config::new().kernel("k").timeout(Duration::from_millis(1500)).serial(console::Spec::None);
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&json).unwrap(), config);
+        assert_eq!(serde_json::from_str::<Config>("{}").unwrap(), Config::new());
+    }
+
+    #[test]
+    fn json_with_an_unknown_key_is_refused() {
+        let error = serde_json::from_str::<Config>(r#"{"mem": "1G"}"#).unwrap_err().to_string();
+        assert!(error.contains("unknown field `mem`"), "{error}");
+    }
+}
