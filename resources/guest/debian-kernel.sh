@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Fetches a stock Debian kernel, without installing it, as FOLDER/vmlinuz, with FOLDER/initramfs.cpio to go with it.
+#     debian-kernel.sh FOLDER SUITE METAPACKAGE INIT MODULE...
+set -euo pipefail
+
+folder=$1 suite=$2 metapackage=$3 init=$4
+shift 4
+here=$(realpath "$(dirname "$0")")
+busybox=$("$here/busybox.sh")
+
+if [[ ! -e $folder/vmlinuz ]]; then
+    package=$("$here/private-apt.sh" "$suite" apt-cache depends "$metapackage" |
+        awk '/Depends: linux-image-/ && !found++ { print $2 }')
+    echo "==> Fetching $package" >&2
+    "$here/private-apt.sh" "$suite" download "$package" "$folder/package.deb"
+    dpkg --fsys-tarfile "$folder/package.deb" | tar -xO --wildcards './boot/vmlinuz-*' >"$folder/vmlinuz.partial"
+    mv "$folder/vmlinuz.partial" "$folder/vmlinuz"
+fi
+
+recipe=$(cat "$init" "$here/initramfs.sh" | sha256sum; echo "$@")
+if [[ ! -e $folder/initramfs.cpio || $(cat "$folder/recipe" 2>/dev/null) != "$recipe" ]]; then
+    echo "==> Making $folder/initramfs.cpio" >&2
+    tree=$(mktemp -d)
+    trap 'rm -rf "$tree"' EXIT
+    dpkg -x "$folder/package.deb" "$tree"
+    "$here/initramfs.sh" "$folder/initramfs.cpio" "$busybox" "$init" "$tree" "$@"
+    echo "$recipe" >"$folder/recipe"
+fi

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes a Debian or Ubuntu machine ready to run and test bantam: installs the packages that are missing, and puts
+# guest kernels under target/guest and the emulated KVM host's under target/kvm-host.
+#     setup.sh quickstart|test
+# Nothing is done twice: delete those two folders to fetch and build again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() { echo "==> $*" >&2; }
+
+purpose=$1
+hardware_kvm=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
+
+packages=(gcc libc6-dev cpio kmod xz-utils debian-archive-keyring)
+[[ -n $hardware_kvm && $purpose == quickstart ]] || packages+=(qemu-system-x86)
+[[ $purpose == quickstart ]] || packages+=(
+    lz4 zstd                                                    # unpacking kernels
+    make flex bison bc libelf-dev                               # building one
+    iproute2 iputils-ping e2fsprogs util-linux strace shellcheck # tests
+    fio iperf3                                                  # benchmarks
+)
+missing=()
+for package in "${packages[@]}"; do
+    [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+done
+if ((${#missing[@]})); then
+    step "Installing missing packages: ${missing[*]}"
+    as_root=(env DEBIAN_FRONTEND=noninteractive)
+    if ((EUID != 0)); then
+        command -v sudo >/dev/null || { echo "Neither root nor sudo: install these packages first." >&2 && exit 1; }
+        as_root=(sudo "${as_root[@]}")
+    fi
+    install=("${as_root[@]}" apt-get -q install -y --no-install-recommends "${missing[@]}")
+    # The package lists may be absent or out of date.
+    "${install[@]}" || { "${as_root[@]}" apt-get -q update && "${install[@]}"; }
+fi
+command -v cargo >/dev/null || { echo "No cargo: install Rust first, from https://rustup.rs" >&2 && exit 1; }
+
+mkdir -p target/guest
+exec {lock}>target/guest/lock
+flock "$lock"
+
+guest_modules=(virtio_mmio virtio_blk virtio_net virtio-rng)
+host_modules=(
+    virtio_pci virtio_console 9p 9pnet_virtio overlay # its own needs
+    kvm_amd tun bridge veth vhost_net vhost_vsock virtio_blk ext4
+)
+kernel() { resources/guest/debian-kernel.sh "$@"; }
+
+kernel target/guest/debian-6.1 bookworm linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
+if [[ $purpose == test ]]; then
+    kernel target/guest/debian-6.12 trixie linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
+    for folder in target/guest/debian-*; do
+        [[ $folder/vmlinux -nt $folder/vmlinuz ]] || resources/guest/vmlinux.sh "$folder/vmlinuz" >"$folder/vmlinux"
+    done
+    resources/guest-kernel/build.sh
+fi
+if [[ -z $hardware_kvm || $purpose == test ]]; then
+    kernel target/kvm-host bookworm linux-image-amd64 resources/kvm-host/init "${host_modules[@]}"
+fi
