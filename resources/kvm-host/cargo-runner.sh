@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# cargo's runner (.cargo/config.toml): runs an integration test in the emulated KVM host when this machine cannot run
+# guests itself. All else runs as it is: unit tests, doc tests, `cargo run`, and the integration tests named below.
+# KVM_HOST=always sends integration tests there on every machine.
+set -euo pipefail
+
+without_guests=(architecture)
+
+here=$(realpath "$(dirname "$0")")
+name=$(basename "$1")
+name=${name%-*}
+tests=$here/../../tests
+
+if [[ ! -e $tests/$name.rs && ! -e $tests/$name/main.rs || " ${without_guests[*]} " == *" $name "* ]]; then
+    exec "$@"
+fi
+if [[ ${KVM_HOST:-} != always && -r /dev/kvm && -w /dev/kvm ]] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
+    exec "$@"
+fi
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}
+exec "$here/run.sh" "$@"

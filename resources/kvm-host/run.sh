@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs a command as root in the emulated KVM host: a virtual machine whose CPU QEMU's TCG emulates with AMD SVM, so that
+# /dev/kvm is there, whole, on a machine without VT-x and SVM.
+#     run.sh COMMAND [ARGUMENT...]
+# The command sees this machine's files under the same paths, the environment and the working folder; what it writes is
+# gone afterwards. /tmp is empty. Its output and exit status are ours: status 124 at the time limit, 125 when the
+# host itself fails. With a terminal on standard input and output the command gets a terminal, else no input.
+# Environment: KVM_HOST_TIMEOUT, in seconds (1800); KVM_HOST_MEMORY (7G); KVM_HOST_CPUS (2).
+set -euo pipefail
+
+fail() { echo "kvm-host: $1" >&2 && exit 125; }
+
+project=$(realpath "$(dirname "$0")/../..")
+files=$project/target/kvm-host
+[[ -e $files/vmlinuz && -e $files/initramfs.cpio ]] ||
+    fail "no kernel in $files: run resources/test.sh, which fetches it"
+command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run resources/test.sh, which installs it"
+
+run=$(mktemp -d)
+qemu=
+trap '[[ -z $qemu ]] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+if [[ -t 0 && -t 1 ]]; then
+    streams='<>/dev/hvc0 >&0 2>&1'
+    read -r rows columns < <(stty size)
+    terminal=(-chardev "stdio,id=terminal,signal=off" -device virtio-serial -device "virtconsole,chardev=terminal")
+elif [[ /dev/fd/1 -ef /dev/fd/2 ]]; then
+    streams='</dev/null >>/run/kvm-host/stdout 2>&1'
+else
+    streams='</dev/null >>/run/kvm-host/stdout 2>>/run/kvm-host/stderr'
+fi
+touch "$run/stdout" "$run/stderr"
+echo "$project" >"$run/project"
+{
+    export -p
+    printf 'cd %q\n' "$PWD"
+    [[ -z ${terminal:-} ]] || echo "stty rows $rows cols $columns </dev/hvc0; setsid -cw \\"
+    printf '%q ' "$@"
+    printf '%s\n' "$streams" 'echo $? >/run/kvm-host/status'
+} >"$run/start"
+
+machine=(
+    timeout --foreground "${KVM_HOST_TIMEOUT:-1800}"
+    qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
+    -machine "q35,memory-backend=memory" -accel "tcg,thread=multi" -cpu max -smp "${KVM_HOST_CPUS:-2}"
+    -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
+    -kernel "$files/vmlinuz" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
+    -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
+    -virtfs "local,path=$run,mount_tag=run,security_model=none"
+)
+ended=0
+if [[ -n ${terminal:-} ]]; then
+    "${machine[@]}" "${terminal[@]}" || ended=$?
+else
+    "${machine[@]}" </dev/null >&2 &
+    qemu=$!
+    tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stdout" &
+    tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stderr" >&2 &
+    wait "$qemu" || ended=$?
+    qemu=
+    wait
+fi
+
+[[ $ended != 124 ]] || { echo "kvm-host: time limit of ${KVM_HOST_TIMEOUT:-1800} s reached: $*" >&2 && exit 124; }
+[[ -s $run/status ]] || { tail -n 30 "$run/console" >&2 && fail "ended without running the command to its end"; }
+exit "$(<"$run/status")"
