@@ -1,6 +1,7 @@
 //! What machine to build: one struct that the command line, a JSON file and an embedding program all fill in.
 
 pub mod duration;
+pub mod kv;
 mod size;
 
 use std::path::PathBuf;
