@@ -4,4 +4,5 @@
 //! on; the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
 
 pub mod device;
+pub mod iovec;
 pub mod queue;

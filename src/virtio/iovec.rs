@@ -1,0 +1,250 @@
+//! Guest buffers as readv(2) and its kin take them: lists that point straight into guest memory, so that a device's
+//! data is never copied on the way between the guest and a host file.
+
+#![expect(unsafe_code, reason = "hands pointers into guest memory to the kernel")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use crate::memory::GuestRam;
+
+/// The most buffers that one system call takes: `UIO_MAXIOV`.
+pub const MAX: usize = 1024;
+
+/// Why a buffer cannot be part of a list.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Not all of it is guest memory.
+    #[error("{len} bytes at {addr:#x} are not in guest memory")]
+    Address {
+        /// Its guest-physical address.
+        addr: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// The list has [`MAX`] buffers.
+    #[error("more than {MAX} buffers")]
+    Full,
+}
+
+/// A list of buffers in guest memory.
+pub struct Iovecs {
+    /// Keeps the pages mapped that the list points to.
+    ram: GuestRam,
+    list: Vec<libc::iovec>,
+    bytes: usize,
+}
+
+// SAFETY: the pointers are into `ram`, which may be used from any thread; they are followed only by the kernel and
+// through volatile accesses.
+unsafe impl Send for Iovecs {}
+
+impl Iovecs {
+    /// An empty list of buffers in `ram`, with room for the longest: it allocates here and never again.
+    pub fn new(ram: &GuestRam) -> Self {
+        Self { ram: ram.clone(), list: Vec::with_capacity(MAX + 1), bytes: 0 }
+    }
+
+    /// Number of buffers.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there is no buffer.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Length of all buffers together.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Forgets all buffers.
+    pub fn clear(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Keeps the first `len` buffers.
+    pub fn truncate(&mut self, len: usize) {
+        self.bytes -= self.list.iter().skip(len).map(|iovec| iovec.iov_len).sum::<usize>();
+        self.list.truncate(len);
+    }
+
+    /// Forgets the first `len` buffers, or all if there are fewer.
+    pub fn remove_first(&mut self, len: usize) {
+        self.bytes -= self.list.drain(..len.min(self.list.len())).map(|iovec| iovec.iov_len).sum::<usize>();
+    }
+
+    /// Adds the `len` bytes at `addr`; an empty buffer adds nothing. After an error some of them may have been
+    /// added: [`truncate`](Self::truncate) takes those back.
+    pub fn push(&mut self, addr: GuestAddress, len: u32) -> Result<(), Error> {
+        // More than one slice only where two regions of guest memory meet.
+        for slice in self.ram.get_slices(addr, len as usize) {
+            let slice = slice.map_err(|_| Error::Address { addr: addr.0, len })?;
+            if self.list.len() == MAX {
+                return Err(Error::Full);
+            }
+            self.list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+            self.bytes += slice.len();
+        }
+        Ok(())
+    }
+
+    /// Copies `data` over the buffers from `offset` of their bytes on; what lies beyond their end is left out.
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        let (mut skip, mut data) = (offset, data);
+        for iovec in &self.list {
+            if data.is_empty() {
+                return;
+            }
+            if skip >= iovec.iov_len {
+                skip -= iovec.iov_len;
+                continue;
+            }
+            // SAFETY: `push` took the buffer from `ram`, which is still mapped.
+            let slice = unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) };
+            let target = slice.offset(skip).expect("skip is less than the buffer's length");
+            let length = data.len().min(target.len());
+            let (now, later) = data.split_at(length);
+            target.copy_from(now);
+            (skip, data) = (0, later);
+        }
+    }
+
+    /// readv(2) into the buffers and, when they are full, into `rest`. At least one buffer must be free for `rest`:
+    /// a full list leaves it out.
+    pub fn readv(&mut self, fd: impl AsFd, rest: &mut [u8]) -> io::Result<usize> {
+        let len = self.list.len();
+        if len < MAX && !rest.is_empty() {
+            self.list.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+        }
+        let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
+        // SAFETY: the list's buffers are in mapped guest memory, or in `rest`, which is borrowed for the call.
+        let result = retry(|| unsafe { libc::readv(fd, list, count) });
+        self.list.truncate(len);
+        result
+    }
+
+    /// writev(2) from the buffers.
+    pub fn writev(&self, fd: impl AsFd) -> io::Result<usize> {
+        let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
+        // SAFETY: the list's buffers are in mapped guest memory.
+        retry(|| unsafe { libc::writev(fd, list, count) })
+    }
+
+    /// preadv(2) into the buffers, from byte `offset` of the file. It may read less than there is room for.
+    pub fn preadv(&mut self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
+        let offset = file_offset(offset)?;
+        // SAFETY: the list's buffers are in mapped guest memory.
+        retry(|| unsafe { libc::preadv(fd, list, count, offset) })
+    }
+
+    /// pwritev(2) from the buffers, to byte `offset` of the file. It may write less than there is.
+    pub fn pwritev(&self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
+        let offset = file_offset(offset)?;
+        // SAFETY: the list's buffers are in mapped guest memory.
+        retry(|| unsafe { libc::pwritev(fd, list, count, offset) })
+    }
+
+    fn count(&self) -> libc::c_int {
+        libc::c_int::try_from(self.list.len()).expect("a list has at most MAX buffers")
+    }
+}
+
+fn file_offset(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Makes a system call until no signal interrupts it.
+fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(bytes) => return Ok(bytes),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, Write};
+
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    fn ram() -> GuestRam {
+        crate::memory::reserve(&[0..0x2000, 0x2000..0x4000, 0x8000..0x9000]).unwrap()
+    }
+
+    #[test]
+    fn a_buffer_may_cross_from_one_region_to_the_next() {
+        let ram = ram();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"..across").unwrap();
+        let mut iovecs = Iovecs::new(&ram);
+        iovecs.push(GuestAddress(0x1ffd), 6).unwrap();
+        assert_eq!((iovecs.len(), iovecs.bytes()), (2, 6));
+        assert_eq!(iovecs.preadv(&file, 2).unwrap(), 6);
+        assert_eq!(ram.read_obj::<[u8; 6]>(GuestAddress(0x1ffd)).unwrap(), *b"across");
+        assert_eq!(iovecs.pwritev(&file, 6).unwrap(), 6);
+        file.rewind().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "..acroacross");
+    }
+
+    #[test]
+    fn buffers_outside_guest_memory_are_refused() {
+        let ram = ram();
+        let mut iovecs = Iovecs::new(&ram);
+        for (addr, len) in [(0x3fff, 2), (0x5000, 1), (0x8000, u32::MAX), (u64::MAX, 2), (u64::MAX - 1, 1)] {
+            assert_eq!(iovecs.push(GuestAddress(addr), len), Err(Error::Address { addr, len }));
+            iovecs.clear();
+        }
+        iovecs.push(GuestAddress(u64::MAX), 0).unwrap();
+        assert!(iovecs.is_empty());
+    }
+
+    #[test]
+    fn a_list_is_bounded() {
+        let ram = ram();
+        let mut iovecs = Iovecs::new(&ram);
+        for _ in 0..MAX {
+            iovecs.push(GuestAddress(0), 1).unwrap();
+        }
+        assert_eq!(iovecs.push(GuestAddress(0), 1), Err(Error::Full));
+        iovecs.remove_first(MAX - 1);
+        assert_eq!((iovecs.len(), iovecs.bytes()), (1, 1));
+        iovecs.remove_first(2);
+        assert_eq!((iovecs.len(), iovecs.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn what_the_guest_has_no_room_for_goes_to_the_rest() {
+        let ram = ram();
+        let (mut from, to) = std::os::unix::net::UnixStream::pair().unwrap();
+        from.write_all(b"one two three").unwrap();
+        let mut iovecs = Iovecs::new(&ram);
+        iovecs.push(GuestAddress(0), 4).unwrap();
+        iovecs.push(GuestAddress(0x100), 4).unwrap();
+        let mut rest = [0; 16];
+        assert_eq!(iovecs.readv(&to, &mut rest).unwrap(), 13);
+        assert_eq!((iovecs.len(), &rest[..5]), (2, b"three".as_slice()));
+        iovecs.write(2, b"ee tw");
+        assert_eq!(ram.read_obj::<[u8; 4]>(GuestAddress(0)).unwrap(), *b"onee");
+        assert_eq!(ram.read_obj::<[u8; 4]>(GuestAddress(0x100)).unwrap(), *b" tw ");
+        iovecs.write(7, b"!!");
+        assert_eq!(ram.read_obj::<[u8; 5]>(GuestAddress(0x100)).unwrap(), *b" tw!\0");
+    }
+}
