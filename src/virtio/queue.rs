@@ -3,7 +3,8 @@
 //! Virtio 1.2, section 2.7 (split virtqueues).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
@@ -31,6 +32,12 @@ pub enum Error {
         source: virtio_queue::Error,
     },
 }
+
+/// How long a used buffer may wait for those after it before [`Queue::serve`] interrupts: longer than a request that
+/// needs no I/O takes, shorter than one that does.
+const NOTIFY_AFTER: Duration = Duration::from_micros(50);
+/// How long [`Queue::serve`] goes on while there are requests, so that its thread sees in time that it has to stop.
+const SERVE_FOR: Duration = Duration::from_millis(10);
 
 /// `InterruptStatus` bit: the device used a buffer (virtio 1.2, 4.2.2).
 pub const INTERRUPT_USED_RING: u32 = 1;
@@ -90,19 +97,21 @@ impl InterruptState {
 pub struct Queue {
     index: usize,
     ring: virtio_queue::Queue,
-    kick: EventFd,
+    kick: Arc<EventFd>,
     interrupt: Arc<InterruptState>,
+    /// Buffers were used since the last [`Queue::notify`].
+    unannounced: bool,
 }
 
 impl Queue {
     /// The queue of number `index`, as the driver set it up in `ring`; `kick` is its ioeventfd.
-    pub fn new(index: usize, ring: virtio_queue::Queue, kick: EventFd, interrupt: Arc<InterruptState>) -> Self {
-        Self { index, ring, kick, interrupt }
+    pub fn new(index: usize, ring: virtio_queue::Queue, kick: Arc<EventFd>, interrupt: Arc<InterruptState>) -> Self {
+        Self { index, ring, kick, interrupt, unannounced: false }
     }
 
-    /// Gives the ring and the ioeventfd back to the transport.
-    pub fn into_parts(self) -> (virtio_queue::Queue, EventFd) {
-        (self.ring, self.kick)
+    /// Gives the ring back to the transport.
+    pub fn into_ring(self) -> virtio_queue::Queue {
+        self.ring
     }
 
     /// The eventfd that the driver's notifications arrive on.
@@ -117,13 +126,14 @@ impl Queue {
 
     /// Takes the next available request, if there is one.
     pub fn pop<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>, Error> {
-        let index = self.index;
-        let mut available = self.ring.iter(ram).map_err(|source| Error::Ring {
-            index,
-            what: "cannot read the available ring",
-            source,
-        })?;
-        Ok(available.next())
+        let (index, size) = (self.index, self.ring.size());
+        let error = |source| Error::Ring { index, what: "cannot read the available ring", source };
+        let chain = self.ring.iter(ram).map_err(error)?.next();
+        // A head that is no descriptor could never be given back.
+        if chain.as_ref().is_some_and(|chain| chain.head_index() >= size) {
+            return Err(error(virtio_queue::Error::InvalidDescriptorIndex));
+        }
+        Ok(chain)
     }
 
     /// Puts back the request popped last, if its head has not been added to the used ring.
@@ -135,16 +145,21 @@ impl Queue {
     /// told: see [`Queue::notify`].
     pub fn add_used(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), Error> {
         let result = self.ring.add_used(ram, head, written);
-        result.map_err(|source| self.error("cannot write the used ring", source))
+        result.map_err(|source| self.error("cannot write the used ring", source))?;
+        self.unannounced = true;
+        Ok(())
     }
 
-    /// Interrupts the driver, if it asked to hear of what was used since the last call.
+    /// Interrupts the driver, if anything was used since the last call and the driver asked to hear of it.
     pub fn notify(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        if !std::mem::take(&mut self.unannounced) {
+            return Ok(());
+        }
         let wanted = if self.ring.event_idx_enabled() {
             self.ring.needs_notification(ram).map_err(|source| self.error("cannot read used_event", source))?
         } else {
             // virtio_queue does not look at the flag (2.7.7).
-            std::sync::atomic::fence(Ordering::SeqCst);
+            fence(Ordering::SeqCst);
             let flags: u16 = ram
                 .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
                 .map_err(|source| self.error("cannot read its flags", virtio_queue::Error::GuestMemory(source)))?;
@@ -170,28 +185,36 @@ impl Queue {
 
     /// Does what the driver made available: `request` handles one chain and returns how many bytes of it it wrote.
     ///
-    /// After as many requests as the ring has descriptors it returns even if there are more, having kicked itself, so
-    /// that a driver that never stops adding cannot keep the device from being stopped.
+    /// The driver is interrupted once for all the requests that together take no time, and in between when they do.
+    /// After as many requests as the ring has descriptors, or 10 ms, it returns even if there are more, having
+    /// kicked itself: a driver that never stops adding cannot keep the device from being stopped.
     pub fn serve(&mut self, ram: &GuestRam, mut request: impl FnMut(Chain<'_>) -> u32) -> Result<(), Error> {
         let mut budget = self.size();
+        let start = Instant::now();
+        let mut notified = start;
         self.disable_kicks(ram)?;
         loop {
             while let Some(chain) = self.pop(ram)? {
                 let head = chain.head_index();
                 let written = request(chain);
                 self.add_used(ram, head, written)?;
+                let now = Instant::now();
+                if now - notified >= NOTIFY_AFTER {
+                    self.notify(ram)?;
+                    notified = now;
+                }
                 budget -= 1;
-                if budget == 0 {
+                if budget == 0 || now - start >= SERVE_FOR {
                     self.notify(ram)?;
                     self.enable_kicks(ram)?;
                     return self.kick_again();
                 }
             }
             if !self.enable_kicks(ram)? {
-                break;
+                return self.notify(ram);
             }
+            self.disable_kicks(ram)?;
         }
-        self.notify(ram)
     }
 
     /// Has the device called for this queue once more, as if the driver had notified.
