@@ -2,6 +2,7 @@
 
 pub mod arch;
 pub mod bus;
+pub mod check;
 pub mod config;
 pub mod devices;
 pub mod interrupt;
