@@ -10,6 +10,10 @@
 
 use std::ops::{Range, RangeInclusive};
 
+/// The boot vCPU's global descriptor table.
+pub const GDT: u64 = 0x500;
+/// Descriptors in it, 8 bytes each.
+pub const GDT_ENTRIES: u16 = 5;
 /// PVH `hvm_start_info`, its modules and its memory map.
 pub const PVH_START_INFO: u64 = 0x6000;
 /// Linux `struct boot_params`, the "zero page".
@@ -72,7 +76,7 @@ pub const PVPANIC: u16 = 0x505;
 /// The guest-physical ranges of `bytes` of memory: up to the MMIO gap, and the rest above it.
 pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
     let low = bytes.min(MMIO_GAP_START);
-    let mut ranges = vec![0..low];
+    let mut ranges = Vec::from([0..low]);
     if bytes > low {
         ranges.push(MMIO_GAP_END..MMIO_GAP_END.saturating_add(bytes - low));
     }
