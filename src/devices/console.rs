@@ -1,10 +1,17 @@
 //! The host's end of the serial console.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+
+use crate::terminal::{self, Escapes, Raw, Request};
 
 /// Where the serial console is on the host: `stdio`, `none`, `file=PATH` or `socket=PATH`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,9 +71,219 @@ impl From<Spec> for String {
     }
 }
 
+/// What the guest's input brings.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// This many bytes for the guest; may be none.
+    Bytes(usize),
+    /// There will be no more.
+    End,
+    /// The user ends the machine.
+    Quit,
+}
+
+/// Where the guest's input comes from. The run loop polls the descriptor for reading, then reads once.
+pub trait Input: Send {
+    /// What to poll now; it may be another one after each read.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// Reads what is there into `buffer`.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming>;
+    /// Whether it carries requests for bantam, and so is read even if the guest takes nothing.
+    fn is_terminal(&self) -> bool {
+        false
+    }
+}
+
+/// The host's end of a console.
+pub struct Console {
+    /// Takes what the guest writes. It may block: it is called on a thread of its own.
+    pub output: Box<dyn Write + Send>,
+    /// Brings what the guest reads.
+    pub input: Option<Box<dyn Input>>,
+}
+
+impl fmt::Debug for Console {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Console").field("input", &self.input.is_some()).finish_non_exhaustive()
+    }
+}
+
+/// A console could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Standard output, or the terminal on standard input, could not be used.
+    #[error("cannot use the terminal as a serial console")]
+    Stdio(#[source] io::Error),
+    /// The file could not be created.
+    #[error("cannot create {} for the serial console", .0.display())]
+    File(PathBuf, #[source] io::Error),
+    /// The socket could not be created.
+    #[error("cannot listen on the socket {} for the serial console", .0.display())]
+    Socket(PathBuf, #[source] io::Error),
+}
+
+impl Console {
+    /// A console that writes to `output` and reads nothing.
+    pub fn to(output: impl Write + Send + 'static) -> Self {
+        Console { output: Box::new(output), input: None }
+    }
+
+    /// Opens what `spec` says. [`Spec::Stdio`] switches a terminal to raw mode until the console is dropped.
+    pub fn open(spec: &Spec) -> Result<Self, Error> {
+        match spec {
+            Spec::Stdio => Self::stdio().map_err(Error::Stdio),
+            Spec::None => Ok(Self::to(io::sink())),
+            Spec::File(path) => {
+                let file = File::create(path).map_err(|error| Error::File(path.clone(), error))?;
+                Ok(Self::to(file))
+            }
+            Spec::Socket(path) => Socket::bind(path).map_err(|error| Error::Socket(path.clone(), error)),
+        }
+    }
+
+    fn stdio() -> io::Result<Self> {
+        let output = File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?);
+        let raw = Raw::enter()?;
+        // A background process that reads its terminal is stopped; without it the guest just has no input.
+        let background = raw.is_none() && rustix::termios::isatty(rustix::stdio::stdin());
+        let input: Option<Box<dyn Input>> =
+            if background { None } else { Some(Box::new(Stdin { raw, escapes: Escapes::default() })) };
+        Ok(Console { output: Box::new(output), input })
+    }
+}
+
+/// Standard input. If it is a terminal, it is raw and has escape sequences.
+struct Stdin {
+    raw: Option<Raw>,
+    escapes: Escapes,
+}
+
+impl Input for Stdin {
+    fn fd(&self) -> BorrowedFd<'_> {
+        rustix::stdio::stdin()
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming> {
+        let count = terminal::Stdin.read(buffer)?;
+        if count == 0 {
+            return Ok(Incoming::End);
+        }
+        if self.raw.is_none() {
+            return Ok(Incoming::Bytes(count));
+        }
+        let (count, request) = self.escapes.filter(&mut buffer[..count]);
+        match request {
+            Some(Request::Quit) => return Ok(Incoming::Quit),
+            Some(Request::Help) => drop(io::stderr().write_all(terminal::HELP.as_bytes())),
+            None => {}
+        }
+        Ok(Incoming::Bytes(count))
+    }
+
+    fn is_terminal(&self) -> bool {
+        self.raw.is_some()
+    }
+}
+
+/// A listening socket and the one client it has at a time. What is written while there is none is dropped.
+struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    client: Arc<Mutex<Option<UnixStream>>>,
+    /// The client as this end reads it.
+    reading: Option<UnixStream>,
+}
+
+impl Socket {
+    fn bind(path: &Path) -> io::Result<Console> {
+        let listener = UnixListener::bind(path)?;
+        let client = Arc::default();
+        let output = SocketOutput(Arc::clone(&client));
+        let input = Socket { listener, path: path.to_owned(), client, reading: None };
+        Ok(Console { output: Box::new(output), input: Some(Box::new(input)) })
+    }
+}
+
+fn lock(client: &Mutex<Option<UnixStream>>) -> MutexGuard<'_, Option<UnixStream>> {
+    client.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Input for Socket {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.reading.as_ref().map_or(self.listener.as_fd(), AsFd::as_fd)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming> {
+        let Some(client) = &mut self.reading else {
+            let (client, _) = self.listener.accept()?;
+            self.reading = Some(client.try_clone()?);
+            *lock(&self.client) = Some(client);
+            return Ok(Incoming::Bytes(0));
+        };
+        match client.read(buffer) {
+            Ok(0) | Err(_) => {
+                self.reading = None;
+                lock(&self.client).take();
+                Ok(Incoming::Bytes(0))
+            }
+            Ok(count) => Ok(Incoming::Bytes(count)),
+        }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+struct SocketOutput(Arc<Mutex<Option<UnixStream>>>);
+
+impl Write for SocketOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Not under the lock: a client that does not read blocks this thread, but not the one that accepts.
+        let client = lock(&self.0).as_ref().map(UnixStream::try_clone).transpose()?;
+        let Some(mut client) = client else { return Ok(bytes.len()) };
+        match client.write(bytes) {
+            Ok(count) => Ok(count),
+            // The reading end sees the hang-up, too, and makes way for the next client.
+            Err(_) => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_serves_one_client_after_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.sock");
+        let mut console = Console::open(&Spec::Socket(path.clone())).unwrap();
+        assert!(matches!(Console::open(&Spec::Socket(path.clone())), Err(Error::Socket(..))), "taken");
+        let mut input = console.input.take().unwrap();
+        console.output.write_all(b"nobody listens").unwrap();
+        for _ in 0..2 {
+            let mut client = UnixStream::connect(&path).unwrap();
+            let mut buffer = [0; 16];
+            assert_eq!(input.read(&mut buffer).unwrap(), Incoming::Bytes(0), "accepted");
+            client.write_all(b"in").unwrap();
+            assert_eq!(input.read(&mut buffer).unwrap(), Incoming::Bytes(2));
+            console.output.write_all(b"out").unwrap();
+            let mut seen = [0; 3];
+            client.read_exact(&mut seen).unwrap();
+            assert_eq!((&buffer[..2], &seen), (&b"in"[..], b"out"));
+            drop(client);
+            assert_eq!(input.read(&mut buffer).unwrap(), Incoming::Bytes(0), "gone");
+        }
+        drop(input);
+        assert!(!path.exists());
+    }
 
     #[test]
     fn specs_round_trip() {

@@ -1,3 +1,9 @@
 //! Devices on the port bus and what stands behind them on the host. None of them knows KVM or the architecture.
 
 pub mod console;
+pub mod i8042;
+pub mod output;
+pub mod power;
+pub mod pvpanic;
+pub mod serial;
+pub mod transcript;

@@ -1,0 +1,204 @@
+//! What the guest writes to its console, on its way to the host.
+//!
+//! A vCPU puts one byte at a time into a bounded buffer; a thread of its own takes what has gathered and writes it, so
+//! that there is no write(2) per byte, and no vCPU waits for the host's reader until the buffer is full. Then it does
+//! wait: a slow reader slows the guest down, as a pipe does to any program, and nothing is lost. A reader that is gone
+//! stops nothing: the rest is dropped.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::transcript::{Sight, Transcript};
+
+/// Bytes that may wait for the writer.
+const CAPACITY: usize = 64 << 10;
+/// How long the first byte of a batch waits for company: less than a person notices.
+const LINGER: Duration = Duration::from_millis(2);
+/// A batch of this many bytes does not wait.
+const FULL_BATCH: usize = 4 << 10;
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<u8>,
+    /// Nothing more will come.
+    closed: bool,
+    /// Whoever has no room drops instead of waiting.
+    released: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    transcript: Mutex<Transcript>,
+    /// The writer has something to do.
+    work: Condvar,
+    /// There is room again.
+    room: Condvar,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The guest's end: a [`Write`]r that never fails. Clones write to the same console.
+#[derive(Clone, Default)]
+pub struct Output(Arc<Shared>);
+
+impl Output {
+    /// Starts the thread that writes to `host`. It tells `on_sight` what it recognises, and calls `on_end` when, after
+    /// [`Output::close`], all is written.
+    pub fn start(
+        &self,
+        host: Box<dyn Write + Send>,
+        on_sight: impl Fn(Sight) + Send + 'static,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let shared = self.0.clone();
+        thread::Builder::new()
+            .name("bantam-console".into())
+            .spawn(move || {
+                shared.pump(host, on_sight);
+                on_end();
+            })
+            .map(drop)
+    }
+
+    /// Nothing more will come: once all is written the thread ends.
+    pub fn close(&self) {
+        self.0.state().closed = true;
+        self.0.work.notify_all();
+    }
+
+    /// From now on a byte that finds no room is dropped, so that nobody waits for the host's reader.
+    pub fn release(&self) {
+        self.0.state().released = true;
+        self.0.room.notify_all();
+    }
+
+    /// The last lines that the guest wrote, oldest first.
+    pub fn tail(&self) -> Vec<String> {
+        self.0.transcript.lock().unwrap_or_else(PoisonError::into_inner).tail()
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.state();
+        while state.waiting.len() + bytes.len() > CAPACITY && !state.released {
+            state = self.0.room.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.waiting.len() + bytes.len() <= CAPACITY {
+            let before = state.waiting.len();
+            state.waiting.extend_from_slice(bytes);
+            if before == 0 || (before < FULL_BATCH && state.waiting.len() >= FULL_BATCH) {
+                self.0.work.notify_one();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn pump(&self, mut host: Box<dyn Write + Send>, on_sight: impl Fn(Sight)) {
+        let mut host_is_there = true;
+        let mut batch = Vec::new();
+        while self.take(&mut batch) {
+            self.transcript.lock().unwrap_or_else(PoisonError::into_inner).feed(&batch, &on_sight);
+            if host_is_there && let Err(error) = host.write_all(&batch).and_then(|()| host.flush()) {
+                host_is_there = false;
+                if error.kind() == io::ErrorKind::BrokenPipe {
+                    log::info!("console: nobody reads it any more");
+                } else {
+                    log::warn!("cannot write to the console, going on without it: {error}");
+                }
+            }
+            batch.clear();
+        }
+    }
+
+    /// Waits for bytes and takes them all into `batch`; false when there will be no more.
+    fn take(&self, batch: &mut Vec<u8>) -> bool {
+        let idle = |state: &mut State| state.waiting.is_empty() && !state.closed;
+        let gathering = |state: &mut State| state.waiting.len() < FULL_BATCH && !state.closed;
+        let state = self.work.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
+        let (mut state, _) =
+            self.work.wait_timeout_while(state, LINGER, gathering).unwrap_or_else(PoisonError::into_inner);
+        std::mem::swap(&mut state.waiting, batch);
+        self.room.notify_all();
+        !batch.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    /// Collects what is written, and how often.
+    #[derive(Clone, Default)]
+    struct Host(Arc<Mutex<(Vec<u8>, usize)>>);
+    impl Write for Host {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut seen = self.0.lock().unwrap();
+            seen.0.extend_from_slice(bytes);
+            seen.1 += 1;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn start(output: &Output, host: impl Write + Send + 'static) -> mpsc::Receiver<()> {
+        let (ended, end) = mpsc::channel();
+        output.start(Box::new(host), |_| (), move || ended.send(()).unwrap()).unwrap();
+        end
+    }
+
+    #[test]
+    fn all_is_written_in_order_and_in_batches() {
+        let (mut output, host) = (Output::default(), Host::default());
+        let end = start(&output, host.clone());
+        let text: Vec<u8> = (0..200_000u32).map(|i| i.to_le_bytes()[0]).collect();
+        for byte in &text {
+            output.write_all(&[*byte]).unwrap();
+        }
+        output.close();
+        end.recv().unwrap();
+        let seen = host.0.lock().unwrap();
+        assert!(seen.0 == text);
+        assert!(seen.1 < text.len() / 100, "{} writes", seen.1);
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_stops_nothing() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let mut output = Output::default();
+        let end = start(&output, writer);
+        output.write_all(&[b'x'; 3 * CAPACITY / 4]).unwrap();
+        output.write_all(&[b'y'; 3 * CAPACITY / 4]).unwrap();
+        output.close();
+        end.recv().unwrap();
+    }
+
+    #[test]
+    fn a_writer_without_room_waits_until_released() {
+        // Never started: nobody makes room.
+        let mut output = Output::default();
+        output.write_all(&[b'x'; CAPACITY]).unwrap();
+        let mut second = output.clone();
+        let blocked = thread::spawn(move || second.write_all(b"y"));
+        output.release();
+        blocked.join().unwrap().unwrap();
+        assert_eq!(output.0.state().waiting.len(), CAPACITY);
+    }
+}

@@ -1,0 +1,144 @@
+//! The serial port: a 16550A UART by vm-superio, with what bantam adds around it.
+//!
+//! What the guest sends goes to a [`Write`]r, a byte at a time: it is that writer's business to batch. What the guest
+//! is sent waits until its driver listens, because a driver that starts up throws away what has arrived before.
+
+use std::cell::Cell;
+use std::io::{self, Write};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial as Uart, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+
+/// Interrupt Enable Register.
+const IER: u64 = 1;
+/// Line Control Register.
+const LCR: u64 = 3;
+/// IER: interrupt when data has arrived; a driver that listens has it set.
+const IER_RECEIVED_DATA: u8 = 1;
+/// LCR: offsets 0 and 1 are the baud rate divisor.
+const LCR_DIVISOR_LATCH: u8 = 1 << 7;
+
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct Room<F> {
+    /// Input was refused since the last call.
+    wanted: Cell<bool>,
+    on_room: F,
+}
+
+impl<F: Fn()> SerialEvents for Room<F> {
+    fn in_buffer_empty(&self) {
+        if self.wanted.take() {
+            (self.on_room)();
+        }
+    }
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+}
+
+/// A serial port at eight consecutive ports.
+pub struct Serial<W: Write, F: Fn()> {
+    uart: Uart<Line, Room<F>, W>,
+    divisor_latch: bool,
+    listening: bool,
+}
+
+impl<W: Write, F: Fn()> Serial<W, F> {
+    /// A port that interrupts by `line` and sends to `output`. Once it had no room for input it calls
+    /// `on_room` when it may have some again.
+    pub fn new(line: EventFd, output: W, on_room: F) -> Self {
+        let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room }, output);
+        Self { uart, divisor_latch: false, listening: false }
+    }
+
+    /// How many bytes the guest can be sent now.
+    pub fn room(&self) -> usize {
+        let room = if self.listening { self.uart.fifo_capacity() } else { 0 };
+        self.uart.events().wanted.set(room == 0);
+        room
+    }
+
+    /// Sends the guest as much of `input` as there is room for; returns how much that was.
+    pub fn send(&mut self, input: &[u8]) -> usize {
+        let input = &input[..input.len().min(self.room())];
+        match self.uart.enqueue_raw_bytes(input) {
+            Ok(sent) => sent,
+            Err(error) => {
+                log::error!("serial port: {error:?}");
+                input.len()
+            }
+        }
+    }
+}
+
+impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        data[0] = self.uart.read(offset.to_le_bytes()[0]);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // Errors are the writer's, and the writer has them.
+        let _ = self.uart.write(offset.to_le_bytes()[0], data[0]);
+        match offset {
+            LCR => self.divisor_latch = data[0] & LCR_DIVISOR_LATCH != 0,
+            IER if !self.divisor_latch => {
+                let listened = std::mem::replace(&mut self.listening, data[0] & IER_RECEIVED_DATA != 0);
+                if self.listening && !listened {
+                    self.uart.events().in_buffer_empty();
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn input_waits_for_a_driver_that_listens() {
+        let rooms = AtomicU32::new(0);
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let on_room = || {
+            rooms.fetch_add(1, Ordering::SeqCst);
+        };
+        let mut serial = Serial::new(line.try_clone().unwrap(), Vec::new(), on_room);
+        assert_eq!(serial.send(b"early"), 0);
+        serial.write(IER, &[IER_RECEIVED_DATA]);
+        assert_eq!(rooms.load(Ordering::SeqCst), 1);
+        assert_eq!(serial.send(&[b'x'; 100]), 64, "the FIFO holds 64");
+        assert_eq!(serial.send(b"more"), 0);
+        assert!(line.read().is_ok(), "interrupted");
+        for _ in 0..64 {
+            let mut byte = [0];
+            serial.read(0, &mut byte);
+            assert_eq!(byte, *b"x");
+        }
+        assert_eq!((rooms.load(Ordering::SeqCst), serial.room()), (2, 64));
+    }
+
+    #[test]
+    fn the_divisor_latch_is_not_taken_for_the_interrupt_enable_register() {
+        let mut serial = Serial::new(EventFd::new(0).unwrap(), Vec::new(), || ());
+        serial.write(LCR, &[LCR_DIVISOR_LATCH]);
+        serial.write(IER, &[1]);
+        assert_eq!(serial.room(), 0);
+        serial.write(LCR, &[3]);
+        serial.write(0, b"A");
+        assert_eq!(serial.uart.writer(), b"A");
+    }
+}

@@ -1,0 +1,191 @@
+//! Reads along with the console: keeps its last lines, and recognises what a Linux kernel says of its own fate.
+
+use std::collections::VecDeque;
+
+/// Lines kept.
+const LINES: usize = 20;
+/// Bytes kept of a line; the rest of a longer one is passed over.
+const LINE_BYTES: usize = 512;
+
+/// Something the console showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sight {
+    /// The first byte of all.
+    FirstByte,
+    /// User space runs: the kernel said that it starts init, or something was written that is no kernel message.
+    UserSpace,
+    /// The kernel panicked, saying this.
+    Panic(String),
+    /// The kernel has said all there is about its panic, and will do nothing more.
+    PanicEnd,
+    /// Something was written after that: it was no kernel's.
+    Alive,
+    /// The kernel shuts down in good order, whatever looked like a panic before.
+    ShutDown,
+    /// The kernel is about to halt every CPU.
+    Halted,
+}
+
+/// The console's last lines, and what has been recognised.
+#[derive(Debug, Default)]
+pub struct Transcript {
+    lines: VecDeque<String>,
+    line: Vec<u8>,
+    any: bool,
+    user_space: bool,
+    panic_ended: bool,
+}
+
+impl Transcript {
+    /// Reads `bytes`; tells `on_sight` what they show.
+    pub fn feed(&mut self, bytes: &[u8], on_sight: &impl Fn(Sight)) {
+        if !self.any && !bytes.is_empty() {
+            self.any = true;
+            on_sight(Sight::FirstByte);
+        }
+        for byte in bytes {
+            match byte {
+                b'\n' => self.end_line(on_sight),
+                b'\r' => {}
+                _ if self.line.len() < LINE_BYTES => self.line.push(*byte),
+                _ => {}
+            }
+        }
+        // A prompt does not end its line.
+        if self.panic_ended && !self.line.is_empty() {
+            self.panic_ended = false;
+            on_sight(Sight::Alive);
+        }
+        if self.line.first().is_some_and(|byte| *byte != b'[') {
+            self.see_user_space(on_sight);
+        }
+    }
+
+    /// The last lines, oldest first; the unfinished one too.
+    pub fn tail(&self) -> Vec<String> {
+        let mut lines: Vec<_> = self.lines.iter().cloned().collect();
+        if !self.line.is_empty() {
+            lines.push(String::from_utf8_lossy(&self.line).into_owned());
+        }
+        lines.drain(..lines.len().saturating_sub(LINES));
+        lines
+    }
+
+    fn end_line(&mut self, on_sight: &impl Fn(Sight)) {
+        let line = String::from_utf8_lossy(&self.line).into_owned();
+        self.line.clear();
+        if std::mem::take(&mut self.panic_ended) {
+            on_sight(Sight::Alive);
+        }
+        let message = kernel_message(&line);
+        match message {
+            Some(text) if text.starts_with("Kernel panic - not syncing") => on_sight(Sight::Panic(text.to_owned())),
+            Some(text) if text.starts_with("---[ end Kernel panic") => {
+                self.panic_ended = true;
+                on_sight(Sight::PanicEnd);
+            }
+            Some("reboot: System halted") => on_sight(Sight::Halted),
+            Some(text) if text.starts_with("reboot: ") => on_sight(Sight::ShutDown),
+            Some(text) if text.starts_with("Run ") && text.ends_with(" as init process") => {
+                self.see_user_space(on_sight);
+            }
+            None if !line.is_empty() => self.see_user_space(on_sight),
+            _ => {}
+        }
+        if self.lines.len() == LINES {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line);
+    }
+
+    fn see_user_space(&mut self, on_sight: &impl Fn(Sight)) {
+        if !std::mem::replace(&mut self.user_space, true) {
+            on_sight(Sight::UserSpace);
+        }
+    }
+}
+
+/// The text of a kernel message: what follows `[    1.234567] `, and `[    T1] ` where the kernel tells the caller too.
+/// A kernel without time stamps is recognised where its text cannot be mistaken.
+fn kernel_message(line: &str) -> Option<&str> {
+    if ["Kernel panic - not syncing", "---[ end Kernel panic", "reboot: "].iter().any(|text| line.starts_with(text)) {
+        return Some(line);
+    }
+    let mut rest = line;
+    while let Some(inner) = rest.strip_prefix('[')
+        && !rest.starts_with("---[")
+        && let Some((stamp, text)) = inner.split_once(']')
+        && stamp.trim_start().starts_with(|c: char| c.is_ascii_digit() || c == 'T' || c == 'C')
+    {
+        rest = text;
+    }
+    (rest.len() != line.len()).then(|| rest.strip_prefix(' ').unwrap_or(rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::cell::RefCell;
+
+    fn sights(text: &str) -> Vec<Sight> {
+        let seen = RefCell::new(Vec::new());
+        let mut transcript = Transcript::default();
+        // In small pieces, as a console brings it.
+        for piece in text.as_bytes().chunks(7) {
+            transcript.feed(piece, &|sight| seen.borrow_mut().push(sight));
+        }
+        seen.into_inner()
+    }
+
+    #[test]
+    fn a_boot_a_panic_and_its_end() {
+        let log = "[    0.000000] Linux version 6.1\r\n[    1.5] Run /init as init process\r\n\
+                   [    2.000000][    T1] Kernel panic - not syncing: sysrq triggered crash\r\n\
+                   [    2.1] CPU: 0\r\n[    2.2] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---\r\n";
+        let panic = "Kernel panic - not syncing: sysrq triggered crash".to_owned();
+        assert_eq!(sights(log), [Sight::FirstByte, Sight::UserSpace, Sight::Panic(panic), Sight::PanicEnd]);
+    }
+
+    #[test]
+    fn what_goes_on_after_a_panic_was_none() {
+        let seen = sights("[    1.0] ---[ end Kernel panic - not syncing: x ]---\r\n$ ");
+        assert_eq!(seen, [Sight::FirstByte, Sight::PanicEnd, Sight::Alive, Sight::UserSpace]);
+    }
+
+    #[test]
+    fn a_prompt_is_user_space_and_kernel_messages_are_not() {
+        assert_eq!(sights("[    0.1] a\r\n[    0.2] b\r\n"), [Sight::FirstByte]);
+        assert_eq!(sights("[    0.1] a\r\n~ # "), [Sight::FirstByte, Sight::UserSpace]);
+    }
+
+    #[test]
+    fn halting_and_restarting_are_recognised() {
+        assert!(sights("[   3.25] reboot: Restarting system\r\n").contains(&Sight::ShutDown));
+        assert!(sights("[   3.25] reboot: System halted\n").contains(&Sight::Halted));
+        assert!(sights("reboot: System halted\n").contains(&Sight::Halted));
+    }
+
+    #[test]
+    fn the_last_twenty_lines_are_kept() {
+        let mut transcript = Transcript::default();
+        for i in 0..30 {
+            transcript.feed(format!("line {i}\r\n").as_bytes(), &|_| ());
+        }
+        transcript.feed(b"prompt", &|_| ());
+        let tail = transcript.tail();
+        assert_eq!((tail.len(), tail[0].as_str(), tail[19].as_str()), (20, "line 11", "prompt"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_bounded(bytes: Vec<u8>) {
+            let mut transcript = Transcript::default();
+            for _ in 0..50 {
+                transcript.feed(&bytes, &|_| ());
+            }
+            prop_assert!(transcript.tail().len() <= LINES);
+            prop_assert!(transcript.line.len() <= LINE_BYTES);
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! The user's terminal: raw while a guest has it, and as it was before on every way out.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::process::getpgrp;
+use rustix::stdio::stdin;
+use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+
+/// What standard input's terminal was like, while it is not.
+static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Makes standard input's terminal what it was before [`Raw::enter`]. For a panic hook; else [`Raw`]'s drop does it.
+pub fn restore() {
+    if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        // TCSANOW: waiting for output to drain could wait for ever.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &saved);
+    }
+}
+
+/// Standard input's terminal in raw mode; dropping it restores the terminal.
+#[derive(Debug)]
+pub struct Raw(());
+
+impl Raw {
+    /// Switches standard input to raw mode, if it is a terminal and this process is in its foreground.
+    pub fn enter() -> io::Result<Option<Self>> {
+        if !isatty(stdin()) || !in_foreground() {
+            return Ok(None);
+        }
+        let before = tcgetattr(stdin())?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        // Our own lines, and those of a guest that sends no carriage returns, still start at the left.
+        raw.output_modes |= OutputModes::OPOST;
+        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        let raw_guard = Raw(());
+        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        Ok(Some(raw_guard))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Whether reading from, and setting, the terminal would not stop the process (SIGTTIN, SIGTTOU).
+pub fn in_foreground() -> bool {
+    tcgetpgrp(stdin()).is_ok_and(|group| group == getpgrp())
+}
+
+/// What the user asked of bantam, rather than of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// End the machine (Ctrl-A x).
+    Quit,
+    /// List the keys (Ctrl-A h).
+    Help,
+}
+
+/// The keys that the terminal keeps for bantam.
+pub const HELP: &str =
+    "\r\nCtrl-A h    this help\r\nCtrl-A x    end the machine\r\nCtrl-A Ctrl-A    send Ctrl-A to the guest\r\n";
+
+/// Takes the escape sequences out of what is typed. They start with Ctrl-A, as in QEMU.
+#[derive(Debug, Default)]
+pub struct Escapes {
+    pending: bool,
+}
+
+const CTRL_A: u8 = 1;
+
+impl Escapes {
+    /// Moves what is for the guest to the front of `bytes`; returns how much that is, and the request if there was one.
+    /// What is typed after a request is dropped.
+    pub fn filter(&mut self, bytes: &mut [u8]) -> (usize, Option<Request>) {
+        let mut kept = 0;
+        for i in 0..bytes.len() {
+            let byte = bytes[i];
+            let for_guest = match (std::mem::take(&mut self.pending), byte) {
+                (true, b'x' | b'X') => return (kept, Some(Request::Quit)),
+                (true, b'h' | b'H' | b'?') => return (kept, Some(Request::Help)),
+                (true, CTRL_A) => true,
+                (true, _) => false,
+                (false, CTRL_A) => {
+                    self.pending = true;
+                    false
+                }
+                (false, _) => true,
+            };
+            if for_guest {
+                bytes[kept] = byte;
+                kept += 1;
+            }
+        }
+        (kept, None)
+    }
+}
+
+/// Standard input, unbuffered.
+#[derive(Debug)]
+pub struct Stdin;
+
+impl Read for Stdin {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(stdin(), buffer)?)
+    }
+}
+
+impl AsFd for Stdin {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        stdin()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(escapes: &mut Escapes, typed: &[u8]) -> (Vec<u8>, Option<Request>) {
+        let mut bytes = typed.to_vec();
+        let (kept, request) = escapes.filter(&mut bytes);
+        bytes.truncate(kept);
+        (bytes, request)
+    }
+
+    #[test]
+    fn escapes_are_found_across_reads() {
+        let mut escapes = Escapes::default();
+        assert_eq!(filter(&mut escapes, b"ls\r\x01"), (b"ls\r".to_vec(), None));
+        assert_eq!(filter(&mut escapes, b"x"), (Vec::new(), Some(Request::Quit)));
+        assert_eq!(filter(&mut escapes, b"\x01hq"), (Vec::new(), Some(Request::Help)));
+        assert_eq!(filter(&mut escapes, b"a\x01\x01b\x01zc"), (b"a\x01bc".to_vec(), None));
+    }
+}
