@@ -1,0 +1,10 @@
+//! The only caller of KVM's ioctls.
+
+mod vcpu;
+mod vm;
+
+/// The suberror of an internal error: an instruction that KVM does not emulate.
+pub const INTERNAL_ERROR_EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
+
+pub use vcpu::{Exit, Kicker, Vcpu};
+pub use vm::{Error, Vm};

@@ -1,0 +1,83 @@
+//! Signals: those that end a machine, as a descriptor; and the one that makes a vCPU leave the guest.
+
+#![expect(unsafe_code, reason = "signalfd and the signal mask have no safe wrapper here")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
+
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+/// The signals with which a user or a supervisor ends a program.
+pub const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+
+/// A descriptor that becomes readable when one of a set of signals arrives. Their default action is gone: they are
+/// blocked in this thread and in those that it starts from now on. So it is made before any other thread is.
+#[derive(Debug)]
+pub struct SignalFd(OwnedFd);
+
+impl SignalFd {
+    /// Blocks `signals`, except those that the process was started to ignore (`nohup`), and takes them from here on.
+    pub fn new(signals: &[i32]) -> io::Result<Self> {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: sigemptyset initialises the set that it is given.
+        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+        // SAFETY: initialised just above.
+        let mut set = unsafe { set.assume_init() };
+        for signal in signals {
+            if !is_ignored(*signal) {
+                // SAFETY: `set` is an initialised signal set.
+                unsafe { libc::sigaddset(&mut set, *signal) };
+            }
+        }
+        // SAFETY: `set` is initialised, and the old mask is not asked for.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        // SAFETY: `set` is initialised; -1 makes a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: signalfd has just made the descriptor, and nobody else has it.
+        Ok(SignalFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The number of the signal that arrived first, if one has.
+    pub fn take(&self) -> Option<i32> {
+        let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
+        // ssi_signo comes first.
+        match rustix::io::read(&self.0, &mut info) {
+            Ok(len) if len == info.len() => Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]])),
+            _ => None,
+        }
+    }
+}
+
+impl AsFd for SignalFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn is_ignored(signal: i32) -> bool {
+    let mut action = MaybeUninit::uninit();
+    // SAFETY: only asks; `action` has room for the answer.
+    let result = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: sigaction initialised it when it returned 0.
+    result == 0 && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+/// The signal that makes a thread's `KVM_RUN` return: the first real-time signal. Its handler does nothing; it is
+/// installed for the whole process when the first machine runs.
+pub fn kick_signal() -> io::Result<i32> {
+    static INSTALLED: OnceLock<Result<i32, i32>> = OnceLock::new();
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    let installed = INSTALLED.get_or_init(|| {
+        let signal = SIGRTMIN();
+        register_signal_handler(signal, nothing).map(|()| signal).map_err(|error| error.errno())
+    });
+    installed.map_err(io::Error::from_raw_os_error)
+}

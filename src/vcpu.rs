@@ -1,0 +1,135 @@
+//! The thread of a vCPU: commands in, reports out.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::{self, JoinHandle};
+
+use serde::Serialize;
+use vmm_sys_util::signal::Killable;
+
+use crate::bus::Bus;
+use crate::kvm::{self, Exit, Kicker, Vcpu};
+use crate::metrics::Counter;
+use crate::signal;
+
+/// What a vCPU's thread has to say.
+#[derive(Debug)]
+pub enum Report {
+    /// It is about to enter the guest for the first time.
+    Started,
+    /// It cannot go on: the exit, the instruction pointer and the privilege level.
+    Ended {
+        /// Why.
+        exit: Exit,
+        /// Where: the instruction pointer.
+        rip: u64,
+        /// The privilege level there.
+        cpl: u8,
+    },
+    /// KVM failed.
+    Failed(kvm::Error),
+    /// The answer to [`Thread::ask_stopped`].
+    Stopped(bool),
+}
+
+/// How often a vCPU left the guest, by what for.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Metrics {
+    /// Exits to the VMM that a device served.
+    device_accesses: Counter,
+    /// Kicks and signals.
+    interruptions: Counter,
+}
+
+// Commands; of two that wait, the greater one counts.
+const NONE: u8 = 0;
+const ASK_STOPPED: u8 = 1;
+const STOP: u8 = 2;
+
+/// A running vCPU.
+pub struct Thread {
+    thread: JoinHandle<()>,
+    command: Arc<AtomicU8>,
+    kicker: Kicker,
+    signal: i32,
+    /// What the vCPU counts.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Thread {
+    /// Runs `vcpu`, number `index`, on a thread of its own that serves its accesses from the buses and tells `report`
+    /// what happens.
+    pub fn spawn(
+        mut vcpu: Vcpu,
+        index: u32,
+        buses: Arc<Buses>,
+        report: impl Fn(Report) + Send + 'static,
+    ) -> io::Result<Self> {
+        let signal = signal::kick_signal()?;
+        let kicker = vcpu.kicker().map_err(io::Error::other)?;
+        let (command, metrics) = (Arc::new(AtomicU8::new(NONE)), Arc::new(Metrics::default()));
+        let thread = thread::Builder::new().name(format!("bantam-vcpu{index}")).spawn({
+            let (command, metrics) = (Arc::clone(&command), Arc::clone(&metrics));
+            move || run(&mut vcpu, &buses, &command, &metrics, report)
+        })?;
+        Ok(Thread { thread, command, kicker, signal, metrics })
+    }
+
+    /// Has the thread leave the guest and end.
+    pub fn stop(&self) {
+        self.tell(STOP);
+    }
+
+    /// Waits until the thread has ended.
+    pub fn join(self) {
+        if self.thread.join().is_err() {
+            log::error!("a vCPU thread panicked");
+        }
+    }
+
+    /// Asks whether the vCPU can still run without outside help; the answer is a [`Report::Stopped`].
+    pub fn ask_stopped(&self) {
+        self.tell(ASK_STOPPED);
+    }
+
+    fn tell(&self, command: u8) {
+        self.command.fetch_max(command, Ordering::SeqCst);
+        self.kicker.kick();
+        // Fails only for a thread that has ended, which needs no kick.
+        let _ = self.thread.kill(self.signal);
+    }
+}
+
+/// What a vCPU's accesses go to.
+#[derive(Default)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+}
+
+fn run(vcpu: &mut Vcpu, buses: &Buses, command: &AtomicU8, metrics: &Metrics, report: impl Fn(Report)) {
+    report(Report::Started);
+    loop {
+        match vcpu.run(&buses.pio, &buses.mmio) {
+            Ok(Exit::Served) => metrics.device_accesses.inc(),
+            Ok(Exit::Interrupted) => {
+                metrics.interruptions.inc();
+                vcpu.clear_kick();
+                match command.swap(NONE, Ordering::SeqCst) {
+                    NONE => {}
+                    ASK_STOPPED => report(Report::Stopped(vcpu.is_stopped())),
+                    _ => return,
+                }
+            }
+            Ok(exit) => {
+                let (rip, cpl) = vcpu.position();
+                return report(Report::Ended { exit, rip, cpl });
+            }
+            Err(error) => return report(Report::Failed(error)),
+        }
+    }
+}
