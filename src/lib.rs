@@ -1,6 +1,7 @@
 //! bantam: a small KVM virtual machine monitor.
 
 pub mod arch;
+pub mod boot;
 pub mod bus;
 pub mod check;
 pub mod config;
