@@ -65,7 +65,10 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// The driver notified queue `index`, or [`Queue::kick_again`] did.
+    /// The driver notified queue `index`, or [`Queue::kick_again`] did. Each queue has one such call after [`start`],
+    /// for what the driver added before. There may be nothing to do.
+    ///
+    /// [`start`]: VirtioDevice::start
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), Error>;
 
     /// A host descriptor given to [`Io::watch`] with this `token` has one of the watched events.
@@ -74,7 +77,8 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// The device is being stopped: finish what is in flight, or leave it unused. The last callback.
+    /// The device is being stopped, also after a failure: finish what is in flight, or leave it unused. The last
+    /// callback; the device may be started again.
     fn stop(&mut self, io: &mut Io) {
         let _ = io;
     }

@@ -1,8 +1,12 @@
 //! Virtio 1.2 devices.
 //!
-//! [`device`] is what a device is, [`queue`] how it talks to the driver, [`worker`](device::Io) the thread it runs
-//! on; the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
+//! [`device`] is what a device is, [`queue`] how it talks to the driver, [`worker`] the thread it runs
+//! on, the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
 
 pub mod device;
 pub mod iovec;
+pub mod mmio;
 pub mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod worker;

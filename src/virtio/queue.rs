@@ -2,6 +2,7 @@
 //!
 //! Virtio 1.2, section 2.7 (split virtqueues).
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
@@ -39,6 +40,9 @@ const NOTIFY_AFTER: Duration = Duration::from_micros(50);
 /// How long [`Queue::serve`] goes on while there are requests, so that its thread sees in time that it has to stop.
 const SERVE_FOR: Duration = Duration::from_millis(10);
 
+/// Failures of one device that are logged as errors; a guest that goes on breaking it fills no disk with logs.
+const LOGGED_FAILURES: u32 = 5;
+
 /// `InterruptStatus` bit: the device used a buffer (virtio 1.2, 4.2.2).
 pub const INTERRUPT_USED_RING: u32 = 1;
 /// `InterruptStatus` bit: the configuration, or the device status, changed.
@@ -49,12 +53,13 @@ pub struct InterruptState {
     line: Arc<dyn Interrupt>,
     status: AtomicU32,
     needs_reset: AtomicBool,
+    failures: AtomicU32,
 }
 
 impl InterruptState {
     /// Nothing pending on `line`.
     pub fn new(line: Arc<dyn Interrupt>) -> Self {
-        Self { line, status: AtomicU32::new(0), needs_reset: AtomicBool::new(false) }
+        Self { line, status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), failures: AtomicU32::new(0) }
     }
 
     /// Sets `bits` in `InterruptStatus` and interrupts the guest.
@@ -75,8 +80,11 @@ impl InterruptState {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// The device cannot go on: DEVICE_NEEDS_RESET (2.1.2) and a configuration change interrupt.
-    pub fn fail(&self) {
+    /// The device `name` cannot go on, and the log hears `why`, if it is not the guest's habit: DEVICE_NEEDS_RESET
+    /// (2.1.2) and a configuration change interrupt.
+    pub fn fail(&self, name: &str, why: impl Display) {
+        let often = self.failures.fetch_add(1, Ordering::Relaxed) >= LOGGED_FAILURES;
+        log::log!(if often { log::Level::Debug } else { log::Level::Error }, "{name} needs a reset: {why}");
         self.needs_reset.store(true, Ordering::SeqCst);
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }

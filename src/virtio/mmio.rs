@@ -1,0 +1,611 @@
+//! The MMIO transport: the registers through which a driver finds a virtio device, negotiates and starts it.
+//!
+//! Virtio 1.2, section 4.2, version 2 registers (no legacy interface); the device's life cycle is that of 2.1 and 3.1.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::*;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::VirtioDevice;
+use super::queue::InterruptState;
+use super::worker::Worker;
+use crate::bus::BusDevice;
+use crate::interrupt::Interrupt;
+use crate::memory::GuestRam;
+use crate::metrics::Metrics;
+
+/// Bytes of MMIO space that the registers and the largest device configuration take.
+pub const SIZE: u64 = 0x1000;
+/// Offset of `QueueNotify`, where an ioeventfd for each of [`Mmio::kicks`] belongs.
+pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// "virt" (4.2.2).
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"bntm");
+
+/// Feature bits of the transport and the ring, beside the device's own.
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A virtio device on the MMIO bus.
+pub struct Mmio {
+    name: String,
+    ram: GuestRam,
+    interrupt: Arc<InterruptState>,
+    metrics: Arc<dyn Metrics>,
+    kicks: Vec<Arc<EventFd>>,
+    owner: Owner,
+
+    // What the device is; the driver may read it while its thread has the device.
+    device_type: u32,
+    offered: u64,
+    config: Box<[u8]>,
+
+    // The registers that the driver writes.
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    accepted: u64,
+    queue_sel: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+/// Who has the device.
+enum Owner {
+    Transport(Box<dyn VirtioDevice>),
+    Thread(Worker),
+    /// Its thread panicked.
+    Nobody,
+}
+
+/// A queue as the driver describes it, unchecked.
+#[derive(Clone, Copy)]
+struct QueueRegisters {
+    max: u16,
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+}
+
+impl QueueRegisters {
+    fn new(max: u16) -> Self {
+        Self { max, size: max.into(), ready: false, descriptors: 0, driver: 0, device: 0 }
+    }
+
+    /// The ring that the registers describe, if there can be one.
+    fn ring(&self, ram: &GuestRam, event_idx: bool) -> Result<virtio_queue::Queue, virtio_queue::Error> {
+        let mut ring = virtio_queue::Queue::new(self.max)?;
+        ring.try_set_size(u16::try_from(self.size).map_err(|_| virtio_queue::Error::InvalidSize)?)?;
+        ring.try_set_desc_table_address(GuestAddress(self.descriptors))?;
+        ring.try_set_avail_ring_address(GuestAddress(self.driver))?;
+        ring.try_set_used_ring_address(GuestAddress(self.device))?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        if ring.is_valid(ram) { Ok(ring) } else { Err(virtio_queue::Error::AddressOverflow) }
+    }
+}
+
+impl Mmio {
+    /// Puts `device` behind registers; `line` interrupts the guest. The device's thread will be called `name`.
+    ///
+    /// # Errors
+    /// When the host has no eventfd left: there is one for each queue.
+    pub fn new(
+        ram: GuestRam,
+        device: Box<dyn VirtioDevice>,
+        line: Arc<dyn Interrupt>,
+        name: impl Into<String>,
+    ) -> io::Result<Self> {
+        let sizes = device.queue_sizes();
+        Ok(Self {
+            name: name.into(),
+            ram,
+            interrupt: Arc::new(InterruptState::new(line)),
+            metrics: device.metrics(),
+            kicks: sizes.iter().map(|_| EventFd::new(KICK_FLAGS).map(Arc::new)).collect::<Result<_, _>>()?,
+            device_type: device.device_type(),
+            offered: device.features() | FEATURES,
+            config: device.config().into(),
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            accepted: 0,
+            queue_sel: 0,
+            queues: sizes.iter().map(|max| QueueRegisters::new(*max)).collect(),
+            owner: Owner::Transport(device),
+        })
+    }
+
+    /// The eventfd of each queue, by index, that a write of the index to [`QUEUE_NOTIFY`] is to signal. One that comes
+    /// by [`BusDevice::write`] does too.
+    pub fn kicks(&self) -> impl Iterator<Item = (u16, &EventFd)> {
+        (0..).zip(self.kicks.iter().map(|kick| &**kick))
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<dyn Metrics> {
+        self.metrics.clone()
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        let queue = self.queues.get(self.queue_sel as usize);
+        match offset {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.device_type,
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered, self.device_features_sel),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max.into()),
+            VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.pending(),
+            VIRTIO_MMIO_STATUS if self.interrupt.needs_reset() => self.status | NEEDS_RESET,
+            VIRTIO_MMIO_STATUS => self.status,
+            // No shared memory regions: of length -1, at -1.
+            VIRTIO_MMIO_SHM_LEN_LOW
+            | VIRTIO_MMIO_SHM_LEN_HIGH
+            | VIRTIO_MMIO_SHM_BASE_LOW
+            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            // The configuration does not change: its generation is always the first.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        match offset {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES if self.may_negotiate() => {
+                set_half(&mut self.accepted, self.driver_features_sel, value);
+            }
+            VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY if self.status & DRIVER_OK != 0 => {
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    // It fails only when the counter is full: then the thread is being woken anyway.
+                    let _ = kick.write(1);
+                }
+            }
+            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            VIRTIO_MMIO_STATUS => self.write_status(value),
+            _ if self.may_set_up_queues() => {
+                if let Some(queue) = self.queues.get_mut(self.queue_sel as usize) {
+                    write_queue(queue, offset, value);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn may_negotiate(&self) -> bool {
+        self.status & (DRIVER | FEATURES_OK | FAILED) == DRIVER
+    }
+
+    fn may_set_up_queues(&self) -> bool {
+        self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK
+    }
+
+    /// The driver says how far it is (3.1.1); a step that must not come yet is not taken.
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        self.status |= value & FAILED;
+        for (bit, before) in [(ACKNOWLEDGE, 0), (DRIVER, ACKNOWLEDGE), (FEATURES_OK, DRIVER), (DRIVER_OK, FEATURES_OK)]
+        {
+            let wanted = value & bit != 0 && self.status & bit == 0;
+            if !wanted || self.status & (before | FAILED) != before || self.interrupt.needs_reset() {
+                continue;
+            }
+            if bit == FEATURES_OK && !self.features_acceptable() {
+                continue;
+            }
+            self.status |= bit;
+            if bit == DRIVER_OK {
+                self.start();
+            }
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & (1 << VIRTIO_F_VERSION_1) != 0
+    }
+
+    /// Gives the device to a thread of its own; if that cannot be, the device needs a reset.
+    fn start(&mut self) {
+        let event_idx = self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let mut rings = Vec::with_capacity(self.queues.len());
+        for (index, queue) in self.queues.iter().enumerate() {
+            match queue.ready.then(|| queue.ring(&self.ram, event_idx)).transpose() {
+                Ok(ring) => rings.push(ring),
+                Err(error) => {
+                    return self.interrupt.fail(&self.name, format_args!("cannot start virtqueue {index}: {error}"));
+                }
+            }
+        }
+        let Owner::Transport(device) = std::mem::replace(&mut self.owner, Owner::Nobody) else {
+            return self.interrupt.fail(&self.name, "its thread panicked: there is no such device any more");
+        };
+        let parts = (device, rings);
+        self.owner = match Worker::start(&self.name, parts, self.accepted, &self.ram, &self.kicks, &self.interrupt) {
+            Ok(worker) => Owner::Thread(worker),
+            Err((error, (device, _))) => {
+                self.interrupt.fail(&self.name, format_args!("cannot start the device's thread: {error}"));
+                Owner::Transport(device)
+            }
+        };
+    }
+
+    /// The driver starts over (2.1.2, 2.4): nothing that it said before counts.
+    fn reset(&mut self) {
+        self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
+            Owner::Thread(worker) => worker.stop().map_or(Owner::Nobody, |(device, _)| Owner::Transport(device)),
+            other => other,
+        };
+        self.interrupt.reset();
+        self.status = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.accepted = 0;
+        self.queue_sel = 0;
+        for queue in &mut self.queues {
+            *queue = QueueRegisters::new(queue.max);
+        }
+    }
+}
+
+/// A notification must never block the vCPU that makes it.
+const KICK_FLAGS: i32 = libc::EFD_NONBLOCK | libc::EFD_CLOEXEC;
+
+/// A queue's registers; those of a queue that is ready cannot be written, but `QueueReady` (4.2.2.2).
+fn write_queue(queue: &mut QueueRegisters, offset: u32, value: u32) {
+    match offset {
+        // A queue that is taken back starts over.
+        VIRTIO_MMIO_QUEUE_READY if value == 0 => *queue = QueueRegisters::new(queue.max),
+        VIRTIO_MMIO_QUEUE_READY => queue.ready = value == 1,
+        _ if queue.ready => {}
+        VIRTIO_MMIO_QUEUE_NUM => queue.size = value,
+        VIRTIO_MMIO_QUEUE_DESC_LOW => set_half(&mut queue.descriptors, 0, value),
+        VIRTIO_MMIO_QUEUE_DESC_HIGH => set_half(&mut queue.descriptors, 1, value),
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_half(&mut queue.driver, 0, value),
+        VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_half(&mut queue.driver, 1, value),
+        VIRTIO_MMIO_QUEUE_USED_LOW => set_half(&mut queue.device, 0, value),
+        VIRTIO_MMIO_QUEUE_USED_HIGH => set_half(&mut queue.device, 1, value),
+        _ => {}
+    }
+}
+
+/// Bits 0 to 31 or 32 to 63; zero for halves that there are not.
+fn half(word: u64, which: u32) -> u32 {
+    match which {
+        0 => (word & 0xffff_ffff) as u32,
+        1 => (word >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_half(word: &mut u64, which: u32, value: u32) {
+    match which {
+        0 => *word = *word >> 32 << 32 | u64::from(value),
+        1 => *word = *word & 0xffff_ffff | u64::from(value) << 32,
+        // Feature bits from 64 on, none of which is offered: accepting one must be refused.
+        _ if value != 0 => *word = u64::MAX,
+        _ => {}
+    }
+}
+
+impl BusDevice for Mmio {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let (offset, config) = match u32::try_from(offset) {
+            Ok(offset) => (offset, offset.checked_sub(VIRTIO_MMIO_CONFIG)),
+            Err(_) => return,
+        };
+        if let Some(at) = config {
+            let bytes = self.config.get(at as usize..).unwrap_or_default();
+            let len = bytes.len().min(data.len());
+            data[..len].copy_from_slice(&bytes[..len]);
+        } else if let (0, Ok(word)) = (offset % 4, <&mut [u8; 4]>::try_from(data)) {
+            *word = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // No device here has a configuration that the driver may write.
+        if let (Ok(offset), Ok(word)) = (u32::try_from(offset), data.try_into())
+            && offset < VIRTIO_MMIO_CONFIG
+            && offset % 4 == 0
+        {
+            self.write_register(offset, u32::from_le_bytes(word));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::device::{Error, Io};
+    use super::super::testing::{BUFFERS, Driver, END};
+    use super::*;
+
+    /// Has two queues; returns what arrives on the first. Told to by the first byte of a buffer, it fails or panics.
+    struct Fake {
+        log: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl VirtioDevice for Fake {
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn features(&self) -> u64 {
+            1 << 5
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[8, 4]
+        }
+        fn config(&self) -> &[u8] {
+            &[1, 2, 3, 4, 5, 6]
+        }
+        fn metrics(&self) -> Arc<dyn Metrics> {
+            Arc::new(())
+        }
+        fn start(&mut self, features: u64, _: &mut Io) -> Result<(), Error> {
+            self.log.lock().unwrap().push(format!("start {features:#x}"));
+            Ok(())
+        }
+        fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), Error> {
+            let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
+            let mut order = 0;
+            queue.serve(ram, |mut chain| {
+                let buffer = chain.next().unwrap();
+                order = vm_memory::Bytes::read_obj(ram, buffer.addr()).unwrap();
+                assert_ne!(order, b'p', "told to panic");
+                self.log.lock().unwrap().push(format!("serve {index}"));
+                0
+            })?;
+            if order == b'f' {
+                return Err(Error::Host { what: "told to fail".into(), source: io::ErrorKind::Other.into() });
+            }
+            Ok(())
+        }
+        fn stop(&mut self, _: &mut Io) {
+            self.log.lock().unwrap().push("stop".into());
+        }
+    }
+
+    fn driver() -> (Driver, Arc<Mutex<Vec<String>>>) {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        (Driver::new(Box::new(Fake { log: log.clone() })), log)
+    }
+
+    fn logged(log: &Mutex<Vec<String>>) -> Vec<String> {
+        std::mem::take(&mut log.lock().unwrap())
+    }
+
+    #[test]
+    fn the_driver_finds_what_it_is() {
+        let (mut driver, _) = driver();
+        assert_eq!(driver.read(0), 0x7472_6976);
+        assert_eq!(driver.read(4), 2);
+        assert_eq!(driver.read(8), 42);
+        assert_eq!(driver.offered(), 1 << 32 | 1 << 29 | 1 << 28 | 1 << 5);
+        driver.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 2);
+        assert_eq!(driver.read(VIRTIO_MMIO_DEVICE_FEATURES), 0);
+        for (queue, size) in [(0, 8), (1, 4), (2, 0), (u32::MAX, 0)] {
+            driver.write(VIRTIO_MMIO_QUEUE_SEL, queue);
+            assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_NUM_MAX), size);
+        }
+        for register in [0xb0, 0xb4, 0xb8, 0xbc] {
+            assert_eq!(driver.read(register), u32::MAX);
+        }
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), 0);
+    }
+
+    #[test]
+    fn registers_take_aligned_words_and_the_configuration_any_width() {
+        let (mut driver, _) = driver();
+        for (offset, len) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4)] {
+            let mut data = vec![0xff; len];
+            driver.mmio.read(offset, &mut data);
+            assert_eq!(data, vec![0; len], "{len} bytes at {offset}");
+        }
+        driver.mmio.write(0x70, &[1, 0]);
+        driver.mmio.write(0x71, &[1, 0, 0, 0]);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+        for (offset, expected) in
+            [(0x100u64, &[1u8, 2, 3, 4, 5, 6, 0, 0][..]), (0x101, &[2]), (0x102, &[3, 4]), (0x104, &[5, 6, 0, 0])]
+        {
+            let mut data = vec![0xff; expected.len()];
+            driver.mmio.read(offset, &mut data);
+            assert_eq!(data, expected);
+        }
+        for offset in [0x106, 0xfff, u64::MAX] {
+            let mut data = [0xff];
+            driver.mmio.read(offset, &mut data);
+            driver.mmio.write(offset, &data);
+            assert_eq!(data, [0], "{offset:#x}");
+        }
+    }
+
+    #[test]
+    fn features_that_are_not_offered_and_old_drivers_are_refused() {
+        let (mut driver, _) = driver();
+        for features in [1 << 5, 1 << 32 | 1 << 6, 1 << 32 | 1 << 63, 0] {
+            assert_eq!(driver.negotiate(features), 3, "{features:#x}");
+        }
+        assert_eq!(driver.negotiate(1 << 32), 0xb);
+        // From the third word on there is nothing to accept.
+        for status in [0, 1, 3] {
+            driver.write(VIRTIO_MMIO_STATUS, status);
+        }
+        for (sel, value) in [(1, 1), (2, 1)] {
+            driver.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, sel);
+            driver.write(VIRTIO_MMIO_DRIVER_FEATURES, value);
+        }
+        driver.write(VIRTIO_MMIO_STATUS, 0xb);
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 3);
+    }
+
+    #[test]
+    fn steps_come_in_order() {
+        let (mut driver, log) = driver();
+        for (written, read) in [(2, 0), (4, 0), (8, 0), (1, 1), (5, 1), (3, 3), (7, 3), (0x83, 0x83), (0xf, 0x83)] {
+            driver.write(VIRTIO_MMIO_STATUS, written);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), read, "after {written:#x}");
+        }
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        // Queues come after the features.
+        driver.set_up_queues();
+        driver.write(VIRTIO_MMIO_QUEUE_SEL, 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
+        assert_eq!(logged(&log), [""; 0]);
+    }
+
+    #[test]
+    fn it_serves_until_it_is_reset_and_again_after() {
+        let (mut driver, log) = driver();
+        for _ in 0..3 {
+            // Buffers that were there before DRIVER_OK are served without a notification.
+            let features = driver.offered();
+            driver.negotiate(features);
+            driver.set_up_queues();
+            driver.rings[1].add(&[(BUFFERS, 1, false)]);
+            driver.write(VIRTIO_MMIO_STATUS, 0xf);
+            assert_eq!(driver.wait(), 1);
+            let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+            assert_eq!(driver.finish(0, 1), [(head, 0)]);
+            assert_eq!(driver.rings[1].used(), [(0, 0)]);
+            driver.write(VIRTIO_MMIO_STATUS, 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
+            assert_eq!(logged(&log), ["start 0x130000020", "serve 1", "serve 0", "stop"]);
+        }
+        // Dropped while it runs, it is stopped.
+        driver.start();
+        drop(driver);
+        assert_eq!(logged(&log), ["start 0x130000020", "stop"]);
+    }
+
+    #[test]
+    fn a_queue_can_be_taken_back_before_driver_ok() {
+        let (mut driver, log) = driver();
+        driver.negotiate(1 << 32);
+        driver.set_up_queues();
+        driver.write(VIRTIO_MMIO_QUEUE_SEL, 0);
+        // A ready queue keeps its registers.
+        driver.write(VIRTIO_MMIO_QUEUE_NUM, 3);
+        driver.write(VIRTIO_MMIO_QUEUE_READY, 0);
+        assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
+        driver.rings[0].add(&[(BUFFERS, 1, false)]);
+        driver.rings[1].add(&[(BUFFERS, 1, false)]);
+        driver.write(VIRTIO_MMIO_STATUS, 0xf);
+        driver.notify(0);
+        assert_eq!(driver.wait(), 1);
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(logged(&log), ["start 0x100000000", "serve 1", "stop"]);
+    }
+
+    #[test]
+    fn a_bad_queue_needs_a_reset() {
+        let (mut driver, log) = driver();
+        let end = u32::try_from(END).unwrap();
+        for (register, value) in [
+            (VIRTIO_MMIO_QUEUE_NUM, 3),
+            (VIRTIO_MMIO_QUEUE_NUM, 0),
+            (VIRTIO_MMIO_QUEUE_NUM, 16),
+            (VIRTIO_MMIO_QUEUE_NUM, 0x1_0004),
+            (VIRTIO_MMIO_QUEUE_DESC_LOW, 8),
+            (VIRTIO_MMIO_QUEUE_DESC_HIGH, 1),
+            (VIRTIO_MMIO_QUEUE_DESC_LOW, end - 16),
+            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, 1),
+            (VIRTIO_MMIO_QUEUE_AVAIL_HIGH, u32::MAX),
+            (VIRTIO_MMIO_QUEUE_USED_LOW, 2),
+            (VIRTIO_MMIO_QUEUE_USED_LOW, end - 4),
+            (VIRTIO_MMIO_QUEUE_USED_HIGH, u32::MAX),
+        ] {
+            driver.negotiate(1 << 32);
+            driver.write(VIRTIO_MMIO_QUEUE_SEL, 1);
+            driver.write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0x1000);
+            driver.write(register, value);
+            driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+            driver.write(VIRTIO_MMIO_STATUS, 0xf);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0x4f, "{value:#x} in {register:#x}");
+            assert_eq!(driver.wait(), 2);
+        }
+        assert_eq!(logged(&log), [""; 0]);
+        driver.start();
+        let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+        assert_eq!(driver.finish(0, 1), [(head, 0)]);
+    }
+
+    #[test]
+    fn what_the_driver_breaks_works_again_after_a_reset() {
+        let (mut driver, log) = driver();
+        for breakage in 0..3 {
+            driver.start();
+            match breakage {
+                0 => driver.rings[0].set_available(9),
+                1 => driver.rings[0].publish(8),
+                _ => {
+                    driver.put(BUFFERS, b"f");
+                    driver.rings[0].add(&[(BUFFERS, 1, false)]);
+                }
+            }
+            driver.notify(0);
+            driver.wait_for_needs_reset();
+            driver.notify(0);
+            driver.notify(u32::MAX);
+        }
+        driver.put(BUFFERS, b" ");
+        driver.start();
+        let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+        assert_eq!(driver.finish(0, 1), [(head, 0)]);
+        assert_eq!(logged(&log).iter().filter(|line| *line == "stop").count(), 3);
+    }
+
+    #[test]
+    fn a_panic_in_the_device_ends_only_the_device() {
+        let (mut driver, _) = driver();
+        for start in ["panics", "is gone"] {
+            driver.start();
+            driver.put(BUFFERS, b"p");
+            driver.rings[0].add(&[(BUFFERS, 1, false)]);
+            driver.notify(0);
+            driver.wait_for_needs_reset();
+            driver.write(VIRTIO_MMIO_STATUS, 0);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0, "{start}");
+        }
+        assert_eq!(driver.read(8), 42);
+    }
+
+    #[test]
+    fn the_thread_is_named_and_takes_no_signals() {
+        let (mut driver, _) = driver();
+        driver.start();
+        let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+        assert_eq!(driver.finish(0, 1), [(head, 0)]);
+        let status = std::fs::read_dir("/proc/self/task")
+            .unwrap()
+            .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).ok())
+            .find(|status| status.starts_with("Name:\tvirtio-test\n"))
+            .expect("there is a thread of that name");
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
+        let blocked = u64::from_str_radix(blocked, 16).unwrap();
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGALRM, libc::SIGRTMIN()] {
+            assert_ne!(blocked & 1 << (signal - 1), 0, "signal {signal}");
+        }
+        assert_eq!(driver.mmio.kicks().map(|(index, _)| index).collect::<Vec<_>>(), [0, 1]);
+    }
+}
