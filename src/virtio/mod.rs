@@ -7,6 +7,7 @@ pub mod device;
 pub mod iovec;
 pub mod mmio;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod worker;
