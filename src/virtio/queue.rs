@@ -105,16 +105,16 @@ impl InterruptState {
 pub struct Queue {
     index: usize,
     ring: virtio_queue::Queue,
+    /// The used index when the driver was last considered for an interrupt.
+    notified: u16,
     kick: Arc<EventFd>,
     interrupt: Arc<InterruptState>,
-    /// Buffers were used since the last [`Queue::notify`].
-    unannounced: bool,
 }
 
 impl Queue {
     /// The queue of number `index`, as the driver set it up in `ring`; `kick` is its ioeventfd.
     pub fn new(index: usize, ring: virtio_queue::Queue, kick: Arc<EventFd>, interrupt: Arc<InterruptState>) -> Self {
-        Self { index, ring, kick, interrupt, unannounced: false }
+        Self { index, notified: ring.next_used(), ring, kick, interrupt }
     }
 
     /// Gives the ring back to the transport.
@@ -153,25 +153,46 @@ impl Queue {
     /// told: see [`Queue::notify`].
     pub fn add_used(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), Error> {
         let result = self.ring.add_used(ram, head, written);
-        result.map_err(|source| self.error("cannot write the used ring", source))?;
-        self.unannounced = true;
+        result.map_err(|source| self.error("cannot write the used ring", source))
+    }
+
+    /// Gives several requests back at once, each with the bytes written: the driver sees all of them or none yet.
+    pub fn add_used_together(&mut self, ram: &GuestRam, used: impl Iterator<Item = (u16, u32)>) -> Result<(), Error> {
+        let memory = |source| self.error("cannot write the used ring", virtio_queue::Error::GuestMemory(source));
+        let ring = self.ring.used_ring();
+        let mut next = self.ring.next_used();
+        for (head, written) in used {
+            let slot = GuestAddress(ring + 4 + 8 * u64::from(next % self.ring.size()));
+            ram.write_obj([u32::from(head).to_le(), written.to_le()], slot).map_err(memory)?;
+            next = next.wrapping_add(1);
+        }
+        ram.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release).map_err(memory)?;
+        self.ring.set_next_used(next);
         Ok(())
     }
 
     /// Interrupts the driver, if anything was used since the last call and the driver asked to hear of it.
     pub fn notify(&mut self, ram: &GuestRam) -> Result<(), Error> {
-        if !std::mem::take(&mut self.unannounced) {
+        let (old, new) = (self.notified, self.ring.next_used());
+        if new == old {
             return Ok(());
         }
+        self.notified = new;
+        // What was used must be visible before looking whether the driver wants to know.
+        fence(Ordering::SeqCst);
+        let avail = self.ring.avail_ring();
+        let load = |offset: u64| {
+            let value: Result<u16, _> = ram.load(GuestAddress(avail + offset), Ordering::Relaxed);
+            value.map(u16::from_le).map_err(|source| {
+                self.error("cannot read the available ring", virtio_queue::Error::GuestMemory(source))
+            })
+        };
+        // virtio_queue neither looks at the flag (2.7.7) nor knows of what was used together.
         let wanted = if self.ring.event_idx_enabled() {
-            self.ring.needs_notification(ram).map_err(|source| self.error("cannot read used_event", source))?
+            let event = load(4 + 2 * u64::from(self.ring.size()))?;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            // virtio_queue does not look at the flag (2.7.7).
-            fence(Ordering::SeqCst);
-            let flags: u16 = ram
-                .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-                .map_err(|source| self.error("cannot read its flags", virtio_queue::Error::GuestMemory(source)))?;
-            u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+            u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
         };
         if wanted {
             self.interrupt.raise(INTERRUPT_USED_RING);
