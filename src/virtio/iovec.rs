@@ -10,8 +10,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::memory::GuestRam;
 
-/// The most buffers that one system call takes: `UIO_MAXIOV`.
-pub const MAX: usize = 1024;
+/// The most buffers of a list: what one system call takes (`UIO_MAXIOV`), less one for the `rest` of [`Iovecs::readv`].
+pub const MAX: usize = 1023;
 
 /// Why a buffer cannot be part of a list.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,13 +114,10 @@ impl Iovecs {
         }
     }
 
-    /// readv(2) into the buffers and, when they are full, into `rest`. At least one buffer must be free for `rest`:
-    /// a full list leaves it out.
+    /// readv(2) into the buffers and, when they are full, into `rest`.
     pub fn readv(&mut self, fd: impl AsFd, rest: &mut [u8]) -> io::Result<usize> {
         let len = self.list.len();
-        if len < MAX && !rest.is_empty() {
-            self.list.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
-        }
+        self.list.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
         let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
         // SAFETY: the list's buffers are in mapped guest memory, or in `rest`, which is borrowed for the call.
         let result = retry(|| unsafe { libc::readv(fd, list, count) });
@@ -152,7 +149,7 @@ impl Iovecs {
     }
 
     fn count(&self) -> libc::c_int {
-        libc::c_int::try_from(self.list.len()).expect("a list has at most MAX buffers")
+        libc::c_int::try_from(self.list.len()).expect("a list has at most MAX buffers and the rest")
     }
 }
 

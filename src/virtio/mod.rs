@@ -6,6 +6,7 @@
 pub mod device;
 pub mod iovec;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

@@ -1,0 +1,351 @@
+//! The network device: virtio 1.2, section 5.1, on a [`Tap`].
+//!
+//! Packets are read and written in the guest's own buffers, without a copy; checksums and segmentation are left to
+//! whoever ends up needing them, as the header in front of each packet says (`IFF_VNET_HDR`). When one side is slow
+//! the other is held up rather than packets dropped: with no receive buffers, packets stay in the tap's queue; with a
+//! full tap, they stay in the transmit ring.
+
+mod mac;
+mod rx;
+pub mod tap;
+#[cfg(test)]
+mod tests;
+mod tx;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use rustix::event::epoll::EventFlags;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::*;
+
+pub use mac::{BadMac, MacAddr};
+pub use tap::Tap;
+
+use self::rx::Rx;
+use self::tap::offload;
+use self::tx::Tx;
+use super::device::{self, Io, VirtioDevice};
+use super::iovec::{self, Iovecs};
+use super::queue::Chain;
+use crate::metrics::{Counter, Metrics};
+
+/// Index of the queue of receive buffers.
+const RX: usize = 0;
+/// Index of the queue of packets to transmit.
+const TX: usize = 1;
+/// Descriptors of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// Length in bytes of the header before each packet: with VERSION_1 always that with `num_buffers` (5.1.6).
+const HEADER: usize = 12;
+/// Length in bytes of the longest packet, with its header: an Ethernet frame with a VLAN tag and 65535 bytes in it.
+const MAX_PACKET: usize = HEADER + 18 + 65535;
+/// The most packets moved in one go, so that both directions have their turn and the device can be stopped.
+const BATCH: u32 = 64;
+/// What the tap is watched as.
+const TAP: u32 = 0;
+
+/// A network interface to be made. Exactly one of `tap` and `fd` is given.
+///
+/// ```
+/// use bantam::virtio::net::Spec;
+/// let spec: Spec = serde_json::from_str(r#"{"tap": "tap0", "mac": "52:54:00:12:34:56"}"#)?;
+/// assert_eq!(spec.tap.as_deref(), Some("tap0"));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Spec {
+    /// The name of a tap. If there is none it is created, when that is permitted, and set up.
+    pub tap: Option<String>,
+    /// The number of an open descriptor of a tap, which the device takes over.
+    pub fd: Option<RawFd>,
+    /// The guest's address. Without it, one that is always the same for the tap's name: choose it for guests of
+    /// several hosts on one Ethernet.
+    pub mac: Option<MacAddr>,
+    /// The most bytes in a frame that the guest is told to send, and that a tap created here takes: 68 to 65521.
+    pub mtu: Option<u16>,
+}
+
+/// Why there is no network device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither a tap's name nor a descriptor, or both.
+    #[error("cannot choose the network device's tap: give either tap=NAME or fd=N")]
+    OneTap,
+    /// An MTU that no Ethernet tap has.
+    #[error("mtu={0} cannot be used: it must be 68 to 65521 bytes")]
+    Mtu(u16),
+    /// There is no tap to work with.
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+}
+
+impl Spec {
+    /// Checks what can be checked without opening anything.
+    pub fn validate(&self) -> Result<(), Error> {
+        match self.mtu {
+            _ if self.tap.is_some() == self.fd.is_some() => Err(Error::OneTap),
+            Some(mtu) if !(68..=65521).contains(&mtu) => Err(Error::Mtu(mtu)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens the tap and makes the device.
+    pub fn open(&self) -> Result<Net, Error> {
+        self.validate()?;
+        let tap = match (&self.tap, self.fd) {
+            (Some(name), None) => Tap::open(name)?,
+            (None, Some(fd)) => Tap::from_fd(fd)?,
+            _ => return Err(Error::OneTap),
+        };
+        if let Some(mtu) = self.mtu
+            && tap.created()
+        {
+            tap.set_mtu(mtu)?;
+        }
+        let mac = self.mac.unwrap_or_else(|| MacAddr::from_name(tap.name()));
+        Ok(Net::new(tap, mac, self.mtu))
+    }
+}
+
+/// What a network device did.
+#[derive(Debug, Default, Serialize)]
+pub struct Statistics {
+    /// Packets given to the guest.
+    pub rx_packets: Counter,
+    /// Their bytes, without headers.
+    pub rx_bytes: Counter,
+    /// Packets that were longer than any buffer the driver gave, or came when the device was stopped.
+    pub rx_drops: Counter,
+    /// Failed reads from the tap.
+    pub rx_errors: Counter,
+    /// How often receiving stopped because the driver had given no buffers.
+    pub rx_stops: Counter,
+    /// Packets taken from the guest.
+    pub tx_packets: Counter,
+    /// Their bytes, without headers.
+    pub tx_bytes: Counter,
+    /// Packets that the tap refused.
+    pub tx_drops: Counter,
+    /// Requests that were no packet.
+    pub tx_errors: Counter,
+    /// How often transmitting stopped because the tap was full.
+    pub tx_stops: Counter,
+}
+
+/// A network device.
+pub struct Net {
+    tap: Tap,
+    features: u64,
+    config: [u8; 12],
+    statistics: Arc<Statistics>,
+    running: Option<Running>,
+}
+
+/// What there is only between start and stop.
+struct Running {
+    rx: Rx,
+    rx_wait: Wait,
+    tx: Tx,
+    tx_wait: Wait,
+    watched: EventFlags,
+}
+
+/// Whose turn it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// The tap has to become readable or writable.
+    Host,
+    /// The driver has to make something available.
+    Driver,
+}
+
+/// The feature bit of each offload, of packets to the guest (`GUEST_`) and from it (`HOST_`, CSUM).
+const OFFLOADS: [(u32, u32, u32); 5] = [
+    (offload::CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_CSUM),
+    (offload::TSO4, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4),
+    (offload::TSO6, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO6),
+    (offload::ECN, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_HOST_ECN),
+    (offload::UFO, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_UFO),
+];
+
+/// The bits that have to be there for others to be used (5.1.3.1), as far as the tap insists.
+fn guest_offloads(features: u64) -> u32 {
+    let mut offloads = OFFLOADS
+        .iter()
+        .filter(|(_, guest, _)| features & (1 << guest) != 0)
+        .fold(0, |offloads, (offload, ..)| offloads | offload);
+    if offloads & offload::CSUM == 0 {
+        offloads = 0;
+    }
+    if offloads & (offload::TSO4 | offload::TSO6) == 0 {
+        offloads &= !offload::ECN;
+    }
+    offloads
+}
+
+impl Net {
+    /// A network device on `tap`, whose guest has the address `mac` and is told of the `mtu`, if there is one.
+    pub fn new(tap: Tap, mac: MacAddr, mtu: Option<u16>) -> Self {
+        let mut features = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS;
+        for (offload, guest, host) in OFFLOADS {
+            if tap.offloads() & offload != 0 {
+                features |= 1 << guest | 1 << host;
+            }
+        }
+        // struct virtio_net_config (5.1.4): mac, status, max_virtqueue_pairs, mtu.
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&mac.bytes());
+        config[6] = 1; // VIRTIO_NET_S_LINK_UP
+        config[8] = 1;
+        if let Some(mtu) = mtu {
+            features |= 1 << VIRTIO_NET_F_MTU;
+            config[10..].copy_from_slice(&mtu.to_le_bytes());
+        }
+        Self { tap, features, config, statistics: Arc::default(), running: None }
+    }
+
+    /// The tap.
+    pub fn tap(&self) -> &Tap {
+        &self.tap
+    }
+
+    /// What it did so far.
+    pub fn statistics(&self) -> &Arc<Statistics> {
+        &self.statistics
+    }
+
+    fn receive(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(RX)) {
+            running.rx_wait = running.rx.run(&self.tap, ram, queue, &self.statistics)?;
+        }
+        self.watch(io)
+    }
+
+    fn transmit(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(TX)) {
+            running.tx_wait = running.tx.run(&self.tap, ram, queue, &self.statistics)?;
+        }
+        self.watch(io)
+    }
+
+    /// Watches the tap for what is waited for.
+    fn watch(&mut self, io: &Io) -> Result<(), device::Error> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let mut wanted = EventFlags::empty();
+        wanted.set(EventFlags::IN, running.rx_wait == Wait::Host);
+        wanted.set(EventFlags::OUT, running.tx_wait == Wait::Host);
+        if wanted == running.watched {
+            return Ok(());
+        }
+        // Watched for nothing, it would still report errors, over and over.
+        let result = if wanted.is_empty() { io.unwatch(&self.tap) } else { io.watch(TAP, &self.tap, wanted) };
+        result
+            .map_err(|source| device::Error::Host { what: format!("cannot watch tap {}", self.tap.name()), source })?;
+        running.watched = wanted;
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn metrics(&self) -> Arc<dyn Metrics> {
+        self.statistics.clone()
+    }
+
+    fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
+        self.tap.set_offloads(guest_offloads(features)).map_err(|error| device::Error::Host {
+            what: format!("cannot start the network device on tap {}", self.tap.name()),
+            source: io::Error::other(error),
+        })?;
+        let rx_wait = if io.queue(RX).is_some() { Wait::Host } else { Wait::Driver };
+        self.running = Some(Running {
+            rx: Rx::new(&io.ram, features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0),
+            rx_wait,
+            tx: Tx::new(&io.ram),
+            tx_wait: Wait::Driver,
+            watched: EventFlags::empty(),
+        });
+        self.watch(io)
+    }
+
+    fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        // While the tap is waited for, there is nothing to do for the driver.
+        match (&self.running, index) {
+            (Some(Running { rx_wait: Wait::Driver, .. }), RX) => self.receive(io),
+            (Some(Running { tx_wait: Wait::Driver, .. }), TX) => self.transmit(io),
+            _ => Ok(()),
+        }
+    }
+
+    fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), device::Error> {
+        if matches!(self.running, Some(Running { rx_wait: Wait::Host, .. })) {
+            self.receive(io)?;
+        }
+        if matches!(self.running, Some(Running { tx_wait: Wait::Host, .. })) {
+            self.transmit(io)?;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, io: &mut Io) {
+        let Some(mut running) = self.running.take() else { return };
+        if !running.watched.is_empty()
+            && let Err(error) = io.unwatch(&self.tap)
+        {
+            log::error!("cannot stop watching tap {}: {error}", self.tap.name());
+        }
+        if let Some((_, queue)) = io.queue(RX) {
+            running.rx.stop(queue, &self.statistics);
+        }
+    }
+}
+
+/// Why a chain cannot be used.
+enum Reject {
+    /// The list of buffers is full.
+    Full,
+    /// The driver broke a rule: of 2.7.5, or of the queue's direction.
+    Malformed,
+}
+
+/// Adds the buffers of `chain` to `iovecs`; their length together. All must be `writable`, or none.
+fn push_chain(iovecs: &mut Iovecs, chain: Chain<'_>, writable: bool, queue_size: u16) -> Result<usize, Reject> {
+    let before = iovecs.bytes();
+    // A chain that is cut short (a loop, a table outside memory) ends with a descriptor that has a next one.
+    let mut whole = false;
+    for (count, descriptor) in chain.enumerate() {
+        if count >= usize::from(queue_size) || descriptor.is_write_only() != writable {
+            return Err(Reject::Malformed);
+        }
+        iovecs.push(descriptor.addr(), descriptor.len()).map_err(|error| match error {
+            iovec::Error::Full => Reject::Full,
+            iovec::Error::Address { .. } => Reject::Malformed,
+        })?;
+        whole = !descriptor.has_next();
+    }
+    if whole { Ok(iovecs.bytes() - before) } else { Err(Reject::Malformed) }
+}
+
+/// Whether the tap itself is no more.
+fn gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::ENODEV))
+}

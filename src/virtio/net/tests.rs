@@ -1,0 +1,734 @@
+//! The device with a driver's side made by hand: rings in guest memory, against sockets and against real taps in
+//! network namespaces of their own.
+
+use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::epoll;
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::*;
+use crate::memory::{self, GuestRam};
+use crate::virtio::queue::{InterruptState, Queue};
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// The driver's side of a queue.
+struct Driver {
+    ram: GuestRam,
+    base: u64,
+    size: u16,
+    descriptors: u16,
+    available: u16,
+    seen: u16,
+}
+
+/// Where buffers are.
+const BUFFERS: u64 = 0x10_0000;
+
+fn ram() -> GuestRam {
+    memory::reserve(std::slice::from_ref(&(0..0x80_0000))).unwrap()
+}
+
+/// A queue whose rings are at `base`, and the eventfd that its interrupts arrive on.
+fn queue(ram: &GuestRam, index: usize, base: u64, size: u16, event_idx: bool) -> (Driver, Queue, EventFd) {
+    let mut ring = virtio_queue::Queue::new(size).unwrap();
+    ring.set_desc_table_address(u32::try_from(base).ok(), None);
+    ring.set_avail_ring_address(u32::try_from(base + 0x4000).ok(), None);
+    ring.set_used_ring_address(u32::try_from(base + 0x8000).ok(), None);
+    ring.set_event_idx(event_idx);
+    ring.set_ready(true);
+    assert!(ring.is_valid(ram));
+    let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+    let state = Arc::new(InterruptState::new(Arc::new(interrupt.try_clone().unwrap())));
+    let queue = Queue::new(index, ring, Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), state);
+    (Driver { ram: ram.clone(), base, size, descriptors: 0, available: 0, seen: 0 }, queue, interrupt)
+}
+
+impl Driver {
+    fn descriptor(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let at = table + 16 * u64::from(index);
+        self.ram.write_obj(addr, GuestAddress(at)).unwrap();
+        self.ram.write_obj(len, GuestAddress(at + 8)).unwrap();
+        self.ram.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        self.ram.write_obj(next, GuestAddress(at + 14)).unwrap();
+    }
+
+    fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.available % self.size);
+        self.ram.write_obj(head, GuestAddress(self.base + 0x4004 + 2 * slot)).unwrap();
+        self.available = self.available.wrapping_add(1);
+        self.ram.write_obj(self.available, GuestAddress(self.base + 0x4002)).unwrap();
+    }
+
+    /// Makes a chain of `(address, length)` available.
+    fn add(&mut self, flags: u16, buffers: &[(u64, u32)]) -> u16 {
+        let head = self.descriptors % self.size;
+        for (i, &(addr, len)) in buffers.iter().enumerate() {
+            let index = self.descriptors % self.size;
+            self.descriptors = self.descriptors.wrapping_add(1);
+            let more = if i + 1 < buffers.len() { NEXT } else { 0 };
+            self.descriptor(self.base, index, addr, len, flags | more, self.descriptors % self.size);
+        }
+        self.offer(head);
+        head
+    }
+
+    /// The requests that the device gave back since the last call.
+    fn used(&mut self) -> Vec<(u32, u32)> {
+        let mut used = vec![];
+        let index: u16 = self.ram.read_obj(GuestAddress(self.base + 0x8002)).unwrap();
+        while self.seen != index {
+            let slot = u64::from(self.seen % self.size);
+            let [id, len]: [u32; 2] = self.ram.read_obj(GuestAddress(self.base + 0x8004 + 8 * slot)).unwrap();
+            used.push((id, len));
+            self.seen = self.seen.wrapping_add(1);
+        }
+        used
+    }
+
+    fn read(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.ram.read_slice(&mut data, GuestAddress(addr)).unwrap();
+        data
+    }
+
+    fn write(&self, addr: u64, data: &[u8]) {
+        self.ram.write_slice(data, GuestAddress(addr)).unwrap();
+    }
+}
+
+/// A receiving half with a socket in place of the tap.
+struct Receiver {
+    rx: Rx,
+    ram: GuestRam,
+    driver: Driver,
+    queue: Queue,
+    interrupt: EventFd,
+    host: UnixDatagram,
+    tap: UnixDatagram,
+    statistics: Statistics,
+}
+
+fn receiver(size: u16, mergeable: bool) -> Receiver {
+    let ram = ram();
+    let (driver, queue, interrupt) = queue(&ram, RX, 0x1_0000, size, true);
+    let (host, tap) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    let rx = Rx::new(&ram, mergeable);
+    Receiver { rx, ram, driver, queue, interrupt, host, tap, statistics: Statistics::default() }
+}
+
+impl Receiver {
+    fn run(&mut self) -> Result<Wait, device::Error> {
+        self.rx.run(&self.tap, &self.ram, &mut self.queue, &self.statistics)
+    }
+
+    /// Sends a packet of `length` bytes with the header, numbered bytes after it.
+    fn send(&self, length: usize) -> Vec<u8> {
+        let mut packet: Vec<u8> = (0..length).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        packet[..HEADER].fill(0);
+        self.host.send(&packet).unwrap();
+        packet
+    }
+
+    fn malformed(&mut self) {
+        let error = self.run().unwrap_err();
+        assert!(error.to_string().contains("malformed"), "{error}");
+    }
+}
+
+#[test]
+fn a_packet_fills_as_many_buffers_as_it_needs() {
+    let mut r = receiver(8, true);
+    for i in 0..4 {
+        // Two descriptors each, the first shorter than the header.
+        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 5), (BUFFERS + i * 0x1000 + 0x800, 95)]);
+    }
+    let sent = r.send(250);
+    r.send(50);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!(r.driver.used(), [(0, 100), (2, 100), (4, 50), (6, 50)]);
+    assert_eq!(r.interrupt.read().unwrap(), 1, "one interrupt for both");
+    let mut received = vec![];
+    for i in 0..3 {
+        received.extend(r.driver.read(BUFFERS + i * 0x1000, 5));
+        received.extend(r.driver.read(BUFFERS + i * 0x1000 + 0x800, 95));
+    }
+    assert_eq!(received[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
+    assert_eq!(received[12..250], sent[12..]);
+    assert_eq!(r.driver.read(BUFFERS + 0x3000 + 0x800 + 5, 2), [1, 0]);
+    assert_eq!((r.statistics.rx_packets.get(), r.statistics.rx_bytes.get()), (2, 238 + 38));
+}
+
+#[test]
+fn the_longest_packet_arrives_whole_in_small_buffers() {
+    let mut r = receiver(256, true);
+    for i in 0..256 {
+        r.driver.add(WRITE, &[(BUFFERS + i * 0x800, 1526)]);
+    }
+    let sent = r.send(MAX_PACKET);
+    assert_eq!(r.run().unwrap(), Wait::Host);
+    let used = r.driver.used();
+    assert_eq!(used.len(), MAX_PACKET.div_ceil(1526));
+    let received: Vec<u8> =
+        used.iter().flat_map(|&(id, len)| r.driver.read(BUFFERS + u64::from(id) * 0x800, len as usize)).collect();
+    assert_eq!(received[10..12], u16::try_from(used.len()).unwrap().to_le_bytes());
+    assert_eq!(received[12..], sent[12..]);
+}
+
+#[test]
+fn without_buffers_packets_wait_and_none_is_lost() {
+    let mut r = receiver(4, true);
+    r.send(60);
+    r.send(61);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!((r.driver.used(), r.statistics.rx_stops.get()), (vec![], 1));
+    for length in [60, 61] {
+        r.driver.add(WRITE, &[(BUFFERS, 200)]);
+        assert_eq!(r.run().unwrap(), Wait::Driver);
+        assert_eq!(r.driver.used().iter().map(|used| used.1).collect::<Vec<_>>(), [length]);
+    }
+    assert_eq!(r.statistics.rx_drops.get(), 0);
+}
+
+#[test]
+fn a_packet_longer_than_the_buffers_waits_for_more() {
+    let mut r = receiver(8, true);
+    r.driver.add(WRITE, &[(BUFFERS, 100)]);
+    let sent = r.send(250);
+    r.send(70);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    r.driver.add(WRITE, &[(BUFFERS + 100, 100)]);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!(r.driver.used(), [], "the driver gets a packet whole or not at all");
+    r.driver.add(WRITE, &[(BUFFERS + 200, 100)]);
+    r.driver.add(WRITE, &[(BUFFERS + 300, 100)]);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!(r.driver.used(), [(0, 100), (1, 100), (2, 50), (3, 70)]);
+    let received = r.driver.read(BUFFERS, 250);
+    assert_eq!(received[10..12], [3, 0]);
+    assert_eq!(received[12..], sent[12..]);
+    assert_eq!(r.statistics.rx_drops.get(), 0);
+}
+
+#[test]
+fn a_packet_longer_than_the_whole_ring_is_dropped() {
+    let mut r = receiver(2, true);
+    r.driver.add(WRITE, &[(BUFFERS, 100)]);
+    r.driver.add(WRITE, &[(BUFFERS + 100, 100)]);
+    r.send(201);
+    r.send(20);
+    assert_eq!(r.run().unwrap(), Wait::Host);
+    assert_eq!(r.driver.used(), [(0, 20)]);
+    assert_eq!((r.statistics.rx_drops.get(), r.statistics.rx_packets.get()), (1, 1));
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_has_one_chain() {
+    let mut r = receiver(8, false);
+    r.driver.add(WRITE, &[(BUFFERS, 12), (BUFFERS + 100, 88)]);
+    r.driver.add(WRITE, &[(BUFFERS + 200, 100)]);
+    r.send(101);
+    let sent = r.send(100);
+    assert_eq!(r.run().unwrap(), Wait::Host);
+    assert_eq!(r.driver.used(), [(0, 100)], "the longer one is dropped and its buffer used for the next");
+    assert_eq!(r.driver.read(BUFFERS, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(r.driver.read(BUFFERS + 100, 88), sent[12..]);
+    assert_eq!(r.statistics.rx_drops.get(), 1);
+}
+
+#[test]
+fn stopping_gives_back_what_was_not_used() {
+    let mut r = receiver(8, true);
+    for i in 0..3 {
+        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 100)]);
+    }
+    r.send(60);
+    assert_eq!(r.run().unwrap(), Wait::Host);
+    r.rx.stop(&mut r.queue, &r.statistics);
+    r.rx = Rx::new(&r.ram, true);
+    r.send(61);
+    r.send(62);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!(r.driver.used(), [(0, 60), (1, 61), (2, 62)]);
+}
+
+#[test]
+fn packets_come_in_batches() {
+    let mut r = receiver(256, true);
+    let batch = usize::try_from(BATCH).unwrap();
+    for i in 0..200 {
+        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 2048)]);
+    }
+    r.host.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    let mut received = 0;
+    while received < 150 {
+        while sent < 150 && r.host.send(&[0; 60]).is_ok() {
+            sent += 1;
+        }
+        assert_eq!(r.run().unwrap(), Wait::Host);
+        let used = r.driver.used().len();
+        assert!((1..=batch).contains(&used), "{used}");
+        received += used;
+    }
+}
+
+#[test]
+fn a_malformed_receive_chain_needs_a_reset() {
+    let outside = [(0x900_0000, 100), (0x7f_ffff, 2), (u64::MAX - 10, 100), (0, u32::MAX)];
+    for buffer in outside {
+        let mut r = receiver(4, true);
+        r.driver.add(WRITE, &[buffer]);
+        r.malformed();
+    }
+    for short in [0, 11] {
+        let mut r = receiver(4, true);
+        r.driver.add(WRITE, &[(BUFFERS, short)]);
+        r.malformed();
+    }
+    let mut r = receiver(4, true);
+    r.driver.add(0, &[(BUFFERS, 100)]);
+    r.malformed();
+    // A loop of two, and a next descriptor beyond the table.
+    let mut r = receiver(4, true);
+    r.driver.descriptor(r.driver.base, 0, BUFFERS, 100, WRITE | NEXT, 1);
+    r.driver.descriptor(r.driver.base, 1, BUFFERS, 100, WRITE | NEXT, 0);
+    r.driver.offer(0);
+    r.malformed();
+    let mut r = receiver(4, true);
+    r.driver.descriptor(r.driver.base, 0, BUFFERS, 100, WRITE | NEXT, 4);
+    r.driver.offer(0);
+    r.malformed();
+    // Indirect tables: outside memory, odd, nested, longer than the queue.
+    for (addr, len) in [(0x900_0000, 64), (BUFFERS, 63), (BUFFERS, 0)] {
+        let mut r = receiver(4, true);
+        r.driver.descriptor(r.driver.base, 0, addr, len, INDIRECT, 0);
+        r.driver.offer(0);
+        r.malformed();
+    }
+    let mut r = receiver(4, true);
+    r.driver.descriptor(BUFFERS, 0, BUFFERS, 16, INDIRECT, 0);
+    r.driver.descriptor(r.driver.base, 0, BUFFERS, 16, INDIRECT, 0);
+    r.driver.offer(0);
+    r.malformed();
+    let mut r = receiver(4, true);
+    for i in 0..1000 {
+        r.driver.descriptor(BUFFERS, i, BUFFERS + 0x1_0000, 12, WRITE | if i < 999 { NEXT } else { 0 }, i + 1);
+    }
+    r.driver.descriptor(r.driver.base, 0, BUFFERS, 16000, INDIRECT, 0);
+    r.driver.offer(0);
+    r.malformed();
+    // More available than there are descriptors.
+    let mut r = receiver(4, true);
+    for _ in 0..5 {
+        r.driver.offer(0);
+    }
+    assert!(r.run().is_err());
+}
+
+#[test]
+fn indirect_receive_chains_work() {
+    let mut r = receiver(4, true);
+    r.driver.descriptor(BUFFERS, 0, BUFFERS + 0x1000, 12, WRITE | NEXT, 2);
+    r.driver.descriptor(BUFFERS, 2, BUFFERS + 0x2000, 100, WRITE, 0);
+    r.driver.descriptor(r.driver.base, 3, BUFFERS, 48, INDIRECT, 0);
+    r.driver.offer(3);
+    let sent = r.send(112);
+    assert_eq!(r.run().unwrap(), Wait::Driver);
+    assert_eq!(r.driver.used(), [(3, 112)]);
+    assert_eq!(r.driver.read(BUFFERS + 0x2000, 100), sent[12..]);
+}
+
+/// A transmitting half with a socket in place of the tap.
+struct Transmitter {
+    tx: Tx,
+    ram: GuestRam,
+    driver: Driver,
+    queue: Queue,
+    interrupt: EventFd,
+    host: UnixDatagram,
+    tap: UnixDatagram,
+    statistics: Statistics,
+}
+
+fn transmitter(size: u16) -> Transmitter {
+    let ram = ram();
+    let (driver, queue, interrupt) = queue(&ram, TX, 0x1_0000, size, true);
+    let (host, tap) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    host.set_nonblocking(true).unwrap();
+    let tx = Tx::new(&ram);
+    Transmitter { tx, ram, driver, queue, interrupt, host, tap, statistics: Statistics::default() }
+}
+
+impl Transmitter {
+    fn run(&mut self) -> Wait {
+        self.tx.run(&self.tap, &self.ram, &mut self.queue, &self.statistics).unwrap()
+    }
+}
+
+#[test]
+fn packets_are_sent_from_where_they_are() {
+    let mut t = transmitter(8);
+    let packet: Vec<u8> = (0..100).collect();
+    t.driver.write(BUFFERS, &packet);
+    t.driver.add(0, &[(BUFFERS, 5), (BUFFERS + 5, 20), (BUFFERS + 25, 75)]);
+    t.driver.descriptor(BUFFERS + 0x1000, 0, BUFFERS, 12, NEXT, 1);
+    t.driver.descriptor(BUFFERS + 0x1000, 1, BUFFERS + 12, 50, 0, 0);
+    t.driver.descriptor(t.driver.base, 7, BUFFERS + 0x1000, 32, INDIRECT, 0);
+    t.driver.offer(7);
+    assert_eq!(t.run(), Wait::Driver);
+    let mut received = [0; 200];
+    assert_eq!(t.host.recv(&mut received).unwrap(), 100);
+    assert_eq!(received[..100], packet);
+    assert_eq!(t.host.recv(&mut received).unwrap(), 62);
+    assert_eq!(t.driver.used(), [(0, 0), (7, 0)]);
+    assert_eq!(t.interrupt.read().unwrap(), 1, "one interrupt for both");
+    assert_eq!((t.statistics.tx_packets.get(), t.statistics.tx_bytes.get()), (2, 88 + 50));
+}
+
+#[test]
+fn a_full_tap_holds_packets_up_and_none_is_lost() {
+    let mut t = transmitter(256);
+    for i in 0..200u8 {
+        t.driver.write(BUFFERS + u64::from(i) * 0x1000, &[i; 3000]);
+    }
+    for i in 0..200 {
+        t.driver.add(0, &[(BUFFERS + i * 0x1000, 3000)]);
+    }
+    let (mut next, mut used) = (0, 0);
+    let mut packet = [0; 4096];
+    while used < 200 {
+        let wait = t.run();
+        used += t.driver.used().len();
+        assert_eq!(t.statistics.tx_packets.get(), used as u64);
+        while let Ok(length) = t.host.recv(&mut packet) {
+            assert_eq!((length, packet[0]), (3000, next));
+            next += 1;
+        }
+        assert!(wait == Wait::Host || used == 200 || used % 64 == 0 || t.queue.kick().read().is_ok());
+    }
+    assert_eq!(next, 200);
+    assert!(t.statistics.tx_stops.get() > 0);
+    assert_eq!(t.statistics.tx_drops.get() + t.statistics.tx_errors.get(), 0);
+}
+
+#[test]
+fn what_is_no_packet_is_given_back_unsent() {
+    let mut t = transmitter(16);
+    t.driver.add(0, &[(BUFFERS, 11)]);
+    t.driver.add(0, &[(BUFFERS, 0)]);
+    t.driver.add(WRITE, &[(BUFFERS, 100)]);
+    t.driver.add(0, &[(0x900_0000, 100)]);
+    t.driver.add(0, &[(BUFFERS, u32::try_from(MAX_PACKET).unwrap() + 1)]);
+    t.driver.descriptor(t.driver.base, 10, BUFFERS, 100, NEXT, 10);
+    t.driver.offer(10);
+    t.driver.descriptor(t.driver.base, 11, 0x900_0000, 32, INDIRECT, 0);
+    t.driver.offer(11);
+    t.driver.descriptors = 12;
+    t.driver.add(0, &[(BUFFERS, 60)]);
+    assert_eq!(t.run(), Wait::Driver);
+    assert_eq!(t.driver.used().iter().map(|used| used.0).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 10, 11, 12]);
+    assert_eq!((t.statistics.tx_errors.get(), t.statistics.tx_packets.get()), (7, 1));
+    assert_eq!(t.host.recv(&mut [0; 100]).unwrap(), 60);
+    assert!(t.host.recv(&mut [0; 100]).is_err());
+}
+
+#[test]
+fn a_driver_that_never_stops_sending_lets_go_of_the_thread() {
+    let mut t = transmitter(256);
+    for _ in 0..250 {
+        t.driver.add(0, &[(BUFFERS, 4)]);
+    }
+    for _ in 0..3 {
+        t.run();
+        assert_eq!(t.driver.used().len(), usize::try_from(BATCH).unwrap());
+        assert_eq!(t.queue.kick().read().unwrap(), 1, "it calls itself again");
+    }
+    t.run();
+    assert_eq!(t.driver.used().len(), 250 - 3 * usize::try_from(BATCH).unwrap());
+    assert!(t.queue.kick().read().is_err());
+}
+
+#[test]
+fn a_spec_names_one_tap() {
+    let validate = |json: &str| serde_json::from_str::<Spec>(json).unwrap().validate().map_err(|e| e.to_string());
+    assert!(validate("{}").unwrap_err().contains("either tap=NAME or fd=N"));
+    assert!(validate(r#"{"tap": "a", "fd": 3}"#).unwrap_err().contains("either tap=NAME or fd=N"));
+    assert!(validate(r#"{"tap": "a", "mtu": 67}"#).unwrap_err().contains("68 to 65521"));
+    assert_eq!(validate(r#"{"fd": 3, "mtu": 9000}"#), Ok(()));
+    let unknown = serde_json::from_str::<Spec>(r#"{"tap": "a", "vlan": 3}"#).unwrap_err();
+    assert!(unknown.to_string().contains("unknown field `vlan`"), "{unknown}");
+    let spec = Spec { tap: Some("tap0".into()), mac: Some(MacAddr::from_name("x")), ..Spec::default() };
+    assert_eq!(serde_json::from_str::<Spec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+}
+
+#[test]
+fn offloads_that_the_kernel_would_refuse_are_left_out() {
+    let bit = |bit: u32| 1u64 << bit;
+    assert_eq!(guest_offloads(bit(VIRTIO_NET_F_GUEST_TSO4)), 0);
+    assert_eq!(guest_offloads(bit(VIRTIO_NET_F_GUEST_CSUM) | bit(VIRTIO_NET_F_GUEST_ECN)), offload::CSUM);
+    let all = OFFLOADS.iter().fold(0, |all, (_, guest, _)| all | bit(*guest));
+    assert_eq!(guest_offloads(all), offload::CSUM | offload::TSO4 | offload::TSO6 | offload::ECN | offload::UFO);
+}
+
+/// Moves this thread to an empty network namespace where taps can be created. False, said loudly, if it cannot.
+pub(super) fn namespace() -> bool {
+    let privileged = || -> io::Result<()> {
+        #[expect(deprecated, reason = "NEWNET does not touch what makes unshare unsafe: memory and descriptors")]
+        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
+        std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+        Command::new("ip").arg("-V").output()?;
+        // Else the host's own IPv6 chatter fills the queue.
+        std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
+    };
+    match privileged() {
+        Ok(()) => true,
+        Err(error) => {
+            eprintln!("SKIPPED: no network namespace with taps here: {error}");
+            false
+        }
+    }
+}
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A started device on a real tap; on the host's side UDP from 10.0.0.1 to 10.0.0.2, the guest.
+struct Machine {
+    net: Net,
+    io: Io,
+    rx: Driver,
+    tx: Driver,
+    host: UdpSocket,
+}
+
+fn machine(mtu: Option<u16>, features: u64) -> Machine {
+    let spec = Spec { tap: Some("tap0".into()), mac: Some("02:00:00:00:00:02".parse().unwrap()), mtu, fd: None };
+    let mut net = spec.open().unwrap();
+    ip("addr add 10.0.0.1/24 dev tap0");
+    ip("neigh add 10.0.0.2 lladdr 02:00:00:00:00:02 dev tap0");
+    let ram = ram();
+    let (rx, rx_queue, _) = queue(&ram, RX, 0x1_0000, 256, true);
+    let (tx, tx_queue, _) = queue(&ram, TX, 0x2_0000, 256, true);
+    let interrupt = Arc::new(InterruptState::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap())));
+    let events = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let mut io = Io { ram, queues: vec![Some(rx_queue), Some(tx_queue)], interrupt, events };
+    net.start(features | 1 << VIRTIO_NET_F_MRG_RXBUF, &mut io).unwrap();
+    let host = UdpSocket::bind("10.0.0.1:7").unwrap();
+    host.connect("10.0.0.2:7").unwrap();
+    host.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    Machine { net, io, rx, tx, host }
+}
+
+impl Machine {
+    /// Whether the tap has what the device waits for; then the device was called.
+    fn turn(&mut self) -> bool {
+        let mut events = Vec::with_capacity(4);
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(&self.io.events, rustix::buffer::spare_capacity(&mut events), Some(&now)).unwrap();
+        if !events.is_empty() {
+            self.net.host_ready(TAP, &mut self.io).unwrap();
+        }
+        !events.is_empty()
+    }
+
+    fn add_buffers(&mut self, count: u64) {
+        for _ in 0..count {
+            let addr = BUFFERS + u64::from(self.rx.descriptors % 256) * 0x1000;
+            self.rx.add(WRITE, &[(addr, 2048)]);
+        }
+        self.net.queue_ready(RX, &mut self.io).unwrap();
+    }
+
+    /// The packets that arrived, each from the header on.
+    fn received(&mut self) -> Vec<Vec<u8>> {
+        let mut packets = vec![];
+        let mut used = self.rx.used().into_iter();
+        while let Some((id, len)) = used.next() {
+            let mut packet = self.rx.read(BUFFERS + u64::from(id) * 0x1000, len as usize);
+            for _ in 1..u16::from_le_bytes([packet[10], packet[11]]) {
+                let (id, len) = used.next().unwrap();
+                packet.extend(self.rx.read(BUFFERS + u64::from(id) * 0x1000, len as usize));
+            }
+            packets.push(packet);
+        }
+        packets
+    }
+
+    /// A frame with the UDP datagram `data` from the guest to the host.
+    fn frame(&self, data: &[u8]) -> Vec<u8> {
+        let mac = Command::new("ip").args(["-o", "link", "show", "tap0"]).output().unwrap().stdout;
+        let mac = String::from_utf8(mac).unwrap().split("link/ether ").nth(1).unwrap()[..17].to_owned();
+        let mut frame = vec![0; HEADER];
+        frame.extend(mac.parse::<MacAddr>().unwrap().bytes());
+        frame.extend([2, 0, 0, 0, 0, 2, 8, 0]);
+        let length = u16::try_from(28 + data.len()).unwrap();
+        let mut header = vec![0x45, 0];
+        header.extend(length.to_be_bytes());
+        header.extend([0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
+        let sum = header.chunks(2).fold(0u32, |sum, pair| sum + u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+        let sum = (sum & 0xffff) + (sum >> 16);
+        header[10..12].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
+        frame.extend(header);
+        frame.extend([0, 7, 0, 7]);
+        frame.extend((length - 20).to_be_bytes());
+        frame.extend([0, 0]);
+        frame.extend(data);
+        frame
+    }
+}
+
+#[test]
+fn a_tap_takes_packets_both_ways() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 0);
+    m.add_buffers(8);
+    m.host.send(b"to the guest").unwrap();
+    while m.turn() {}
+    let packets = m.received();
+    assert_eq!(packets.len(), 1);
+    assert_eq!(packets[0][..10], [0; 10], "no offload was negotiated");
+    assert_eq!(packets[0][HEADER..HEADER + 6], [2, 0, 0, 0, 0, 2]);
+    assert!(packets[0].ends_with(b"to the guest"));
+
+    let frame = m.frame(b"to the host");
+    m.tx.write(0x70_0000, &frame);
+    m.tx.add(0, &[(0x70_0000, u32::try_from(frame.len()).unwrap())]);
+    m.net.queue_ready(TX, &mut m.io).unwrap();
+    let mut data = [0; 100];
+    let length = m.host.recv(&mut data).unwrap();
+    assert_eq!(data[..length], *b"to the host");
+    assert_eq!(m.tx.used(), [(0, 0)]);
+}
+
+#[test]
+fn a_checksum_is_left_to_a_guest_that_takes_it() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 1 << VIRTIO_NET_F_GUEST_CSUM);
+    assert_ne!(m.net.features() & 1 << VIRTIO_NET_F_GUEST_CSUM, 0);
+    m.add_buffers(8);
+    m.host.send(b"unfinished").unwrap();
+    while m.turn() {}
+    // VIRTIO_NET_HDR_F_NEEDS_CSUM, from the UDP header on, 6 bytes into it.
+    assert_eq!(m.received()[0][..10], [1, 0, 0, 0, 0, 0, 34, 0, 6, 0]);
+}
+
+#[test]
+fn a_jumbo_frame_spans_buffers() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(Some(65521), 0);
+    assert_eq!(m.net.config()[10..], 65521u16.to_le_bytes());
+    m.add_buffers(100);
+    let data: Vec<u8> = (0..60000).map(|i| u8::try_from(i % 253).unwrap()).collect();
+    m.host.send(&data).unwrap();
+    m.host.send(b"short").unwrap();
+    while m.turn() {}
+    let packets = m.received();
+    assert_eq!(packets.len(), 2);
+    assert_eq!(packets[0].len(), HEADER + 14 + 28 + 60000);
+    assert!(packets[0].ends_with(&data) && packets[1].ends_with(b"short"));
+    assert_eq!(packets[0][10..12], 30u16.to_le_bytes());
+}
+
+#[test]
+fn without_buffers_packets_stay_in_the_tap() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 0);
+    for i in 0..300u16 {
+        m.host.send(&i.to_be_bytes()).unwrap();
+    }
+    assert!(m.turn(), "it finds that there are no buffers");
+    assert!(!m.turn(), "and stops watching the tap");
+    let mut packets = vec![];
+    while packets.len() < 300 {
+        m.add_buffers(100);
+        while m.turn() {}
+        let more = m.received();
+        assert!(!more.is_empty());
+        packets.extend(more);
+    }
+    for (i, packet) in (0..300u16).zip(&packets) {
+        assert!(packet.ends_with(&i.to_be_bytes()));
+    }
+    assert!(m.net.statistics().rx_stops.get() >= 3);
+}
+
+#[test]
+fn a_stopped_device_starts_again() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 1 << VIRTIO_NET_F_GUEST_CSUM);
+    m.add_buffers(8);
+    m.net.stop(&mut m.io);
+    m.host.send(b"meanwhile").unwrap();
+    assert!(!m.turn(), "nothing is watched");
+    m.net.start(1 << VIRTIO_NET_F_MRG_RXBUF, &mut m.io).unwrap();
+    while m.turn() {}
+    assert!(m.received()[0].ends_with(b"meanwhile"));
+    m.net.stop(&mut m.io);
+}
+
+#[test]
+fn a_header_that_makes_no_sense_costs_only_its_packet() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 0);
+    // Unknown GSO type; TCP segmentation without a size; a checksum beyond the packet; a header longer than the
+    // packet; a frame of one byte.
+    let headers: [[u8; 10]; 4] = [
+        [0, 9, 0, 0, 100, 0, 0, 0, 0, 0],
+        [1, 1, 54, 0, 0, 0, 34, 0, 16, 0],
+        [1, 0, 0, 0, 0, 0, 255, 255, 255, 255],
+        [1, 1, 255, 255, 100, 0, 34, 0, 16, 0],
+    ];
+    let good = m.frame(b"good");
+    for (i, header) in (0u64..).zip(headers) {
+        let mut frame = good.clone();
+        frame[..10].copy_from_slice(&header);
+        m.tx.write(0x70_0000 + i * 0x1000, &frame);
+        m.tx.add(0, &[(0x70_0000 + i * 0x1000, u32::try_from(frame.len()).unwrap())]);
+    }
+    m.tx.add(0, &[(0x70_0000, 13)]);
+    m.tx.write(0x71_0000, &good);
+    m.tx.add(0, &[(0x71_0000, u32::try_from(good.len()).unwrap())]);
+    m.net.queue_ready(TX, &mut m.io).unwrap();
+    let mut data = [0; 100];
+    assert_eq!(m.host.recv(&mut data).unwrap(), 4);
+    assert_eq!(m.tx.used().len(), 6);
+    assert_eq!((m.net.statistics().tx_drops.get(), m.net.statistics().tx_packets.get()), (5, 1));
+}
+
+#[test]
+fn a_tap_that_goes_away_needs_a_reset() {
+    if !namespace() {
+        return;
+    }
+    let mut m = machine(None, 0);
+    m.add_buffers(8);
+    ip("link del tap0");
+    let error = m.net.host_ready(TAP, &mut m.io).unwrap_err();
+    assert!(error.to_string().contains("cannot read from"), "{error}");
+    m.net.stop(&mut m.io);
+}

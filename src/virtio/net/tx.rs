@@ -1,0 +1,74 @@
+//! From the guest to the tap: packets are written straight from the driver's buffers.
+//!
+//! Virtio 1.2, 5.1.6.2 (packet transmission).
+
+use std::io;
+use std::os::fd::AsFd;
+
+use super::{BATCH, HEADER, MAX_PACKET, Statistics, Wait, gone, push_chain};
+use crate::memory::GuestRam;
+use crate::virtio::device::Error;
+use crate::virtio::iovec::Iovecs;
+use crate::virtio::queue::Queue;
+
+/// The transmitting half of a started device.
+pub struct Tx {
+    iovecs: Iovecs,
+}
+
+impl Tx {
+    pub fn new(ram: &GuestRam) -> Self {
+        Self { iovecs: Iovecs::new(ram) }
+    }
+
+    /// Moves packets until the ring is empty or the tap is full, at most [`BATCH`] of them; what it then waits for.
+    pub fn run(
+        &mut self,
+        tap: impl AsFd,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        statistics: &Statistics,
+    ) -> Result<Wait, Error> {
+        queue.disable_kicks(ram)?;
+        let mut used = 0;
+        let wait = loop {
+            if used == BATCH {
+                queue.kick_again()?;
+                break Wait::Driver;
+            }
+            let Some(chain) = queue.pop(ram)? else {
+                if queue.enable_kicks(ram)? {
+                    continue;
+                }
+                break Wait::Driver;
+            };
+            let head = chain.head_index();
+            self.iovecs.clear();
+            match push_chain(&mut self.iovecs, chain, false, queue.size()) {
+                Ok(HEADER..=MAX_PACKET) => match self.iovecs.writev(&tap) {
+                    Ok(bytes) => {
+                        statistics.tx_packets.inc();
+                        statistics.tx_bytes.add(bytes.saturating_sub(HEADER) as u64);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        queue.undo_pop();
+                        statistics.tx_stops.inc();
+                        break Wait::Host;
+                    }
+                    Err(error) if gone(&error) => {
+                        queue.undo_pop();
+                        return Err(Error::Host { what: "cannot write to the tap".into(), source: error });
+                    }
+                    // A header that makes no sense (EINVAL), an interface that is down (EIO), no memory: as on a
+                    // wire, the packet is lost.
+                    Err(_) => statistics.tx_drops.inc(),
+                },
+                _ => statistics.tx_errors.inc(),
+            }
+            queue.add_used(ram, head, 0)?;
+            used += 1;
+        };
+        queue.notify(ram)?;
+        Ok(wait)
+    }
+}
