@@ -7,13 +7,12 @@ use linux_loader::elf::{
     EM_386, EM_AARCH64, EM_ARM, EM_LOONGARCH, EM_MIPS, EM_PPC64, EM_RISCV, EM_S390, EM_X86_64, ET_DYN, ET_EXEC,
     PT_LOAD, PT_NOTE, SHF_ALLOC, SHT_NOBITS,
 };
-use memchr::memmem;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::image::Image;
-use super::kernel::Entry;
-use super::{low_memory_end, mib};
-use crate::arch::x86_64::layout::HIGH_MEMORY;
+use super::{find, low_memory_end, mib};
+use crate::arch::x86_64::layout::{HIGH_MEMORY, PVH_START_INFO, ZERO_PAGE};
+use crate::arch::x86_64::regs::Entry;
 use crate::memory::GuestRam;
 
 /// What an ELF file begins with.
@@ -130,14 +129,14 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
     }
 
     let pvh = notes.and_then(|notes| pvh_entry(&read_notes(image, ram, &segments, notes).ok()?));
-    let entry = match pvh {
-        Some(entry) => Entry::Pvh(entry),
-        None => Entry::Linux64(header.physical_entry(&segments)),
-    };
-    let address = entry.address();
+    let address = pvh.map_or_else(|| header.physical_entry(&segments), u64::from);
     if !segments.iter().any(|segment| segment.memory.contains(&address)) {
         return Err(Error::Entry(address));
     }
+    let entry = match pvh {
+        Some(_) => Entry::Pvh { entry: address, start_info: PVH_START_INFO },
+        None => Entry::Linux64 { entry: address, zero_page: ZERO_PAGE },
+    };
 
     let start = segments.iter().map(|segment| segment.memory.start).min().unwrap_or(address);
     let end = segments.iter().map(|segment| segment.memory.end).max().unwrap_or(address);
@@ -357,26 +356,7 @@ fn pvh_entry(mut notes: &[u8]) -> Option<u32> {
 
 /// Whether the kernel parses `acpi_osi=`, which it does if built with `CONFIG_ACPI`.
 fn has_acpi(ram: &GuestRam, range: Range<u64>) -> bool {
-    contains(ram, range, b"acpi_osi=")
-}
-
-/// Whether guest memory has `needle` within `range`.
-fn contains(ram: &GuestRam, range: Range<u64>, needle: &[u8]) -> bool {
-    let finder = memmem::Finder::new(needle);
-    let mut chunk = vec![0; 64 << 10];
-    let mut start = range.start;
-    while start < range.end {
-        let size = usize::try_from(range.end - start).map_or(chunk.len(), |left| left.min(chunk.len()));
-        if ram.read_slice(&mut chunk[..size], GuestAddress(start)).is_err() {
-            return false;
-        }
-        if finder.find(&chunk[..size]).is_some() {
-            return true;
-        }
-        // The next chunk repeats what could be the beginning of the needle.
-        start += if size == chunk.len() { size + 1 - needle.len() } else { size } as u64;
-    }
-    false
+    find(ram, range, b"acpi_osi=").is_some()
 }
 
 /// Refuses what lies past the end of the image.

@@ -18,6 +18,8 @@ use super::image::{FileImage, HEAD, Image, StreamImage};
 use super::low_memory_end;
 pub use super::unpack::Compression;
 use super::unpack::unpack;
+use crate::arch::x86_64::layout::ZERO_PAGE;
+pub use crate::arch::x86_64::regs::Entry;
 use crate::memory::GuestRam;
 
 /// How much of a payload is read at once.
@@ -72,25 +74,6 @@ pub enum Reason {
     Payload(#[source] elf::Error),
 }
 
-/// How a kernel wants to be entered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
-    /// At this address in 32-bit protected mode without paging, `ebx` pointing to the PVH start info.
-    Pvh(u32),
-    /// At this address in 64-bit mode with low memory identity-mapped, `rsi` pointing to the zero page.
-    Linux64(u64),
-}
-
-impl Entry {
-    /// The entry point's guest-physical address.
-    pub fn address(self) -> u64 {
-        match self {
-            Entry::Pvh(address) => address.into(),
-            Entry::Linux64(address) => address,
-        }
-    }
-}
-
 /// The format of a kernel's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -104,7 +87,7 @@ pub enum Format {
 /// A kernel in guest memory.
 #[derive(Debug)]
 pub struct Kernel {
-    /// How it wants to be entered.
+    /// How it wants to be entered, and the boot structure it then needs.
     pub entry: Entry,
     /// The memory it takes until it manages memory itself.
     pub range: Range<u64>,
@@ -203,7 +186,7 @@ fn load_packed(file: &File, image: &BzImage, ram: &GuestRam) -> Result<Kernel, R
     let Range { start, end } = image.protected_mode;
     FileImage { file, head: &[], len: end }.load(start, end - start, ram, range.start)?;
     Ok(Kernel {
-        entry: Entry::Linux64(range.start + ENTRY_64),
+        entry: Entry::Linux64 { entry: range.start + ENTRY_64, zero_page: ZERO_PAGE },
         range,
         initrd_max: image.setup_header.initrd_addr_max.into(),
         // It cannot be looked into, and nearly all kernels do.

@@ -3,7 +3,10 @@
 //! Boot is data: nothing here calls KVM. [`kernel::load`] says how the kernel wants to be entered and whether it has
 //! ACPI; knowing that, the board writes the tables of [`arch::x86_64`](crate::arch::x86_64) and the command line.
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use std::ops::Range;
+
+use memchr::memmem;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::GuestRam;
 
@@ -23,4 +26,38 @@ fn low_memory_end(ram: &GuestRam) -> u64 {
 /// Bytes as MiB, rounded up.
 fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
+}
+
+/// Where guest memory first has `needle` within `range`.
+fn find(ram: &GuestRam, range: Range<u64>, needle: &[u8]) -> Option<u64> {
+    let finder = memmem::Finder::new(needle);
+    let mut chunk = vec![0; 64 << 10];
+    let mut start = range.start;
+    while start < range.end {
+        let size = usize::try_from(range.end - start).map_or(chunk.len(), |left| left.min(chunk.len()));
+        ram.read_slice(&mut chunk[..size], GuestAddress(start)).ok()?;
+        if let Some(at) = finder.find(&chunk[..size]) {
+            return Some(start + at as u64);
+        }
+        // The next chunk repeats what could be the beginning of the needle.
+        start += if size == chunk.len() { size + 1 - needle.len() } else { size } as u64;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::reserve;
+
+    #[test]
+    fn a_needle_is_found_across_chunks_and_not_past_the_end() {
+        let ram = reserve(&[0..1 << 20]).unwrap();
+        for at in [0x100, 0x1_0100 - 5, 0x1_0100 - 1, 0x1_0100, 0x2_0000 - 9] {
+            ram.write_slice(b"acpi_osi=", GuestAddress(at)).unwrap();
+            assert_eq!(find(&ram, 0x100..0x2_0000, b"acpi_osi="), Some(at));
+            assert_eq!(find(&ram, 0x100..at + 8, b"acpi_osi="), None);
+            ram.write_slice(&[0; 9], GuestAddress(at)).unwrap();
+        }
+    }
 }
