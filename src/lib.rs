@@ -8,6 +8,7 @@ pub mod config;
 pub mod devices;
 pub mod interrupt;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod outcome;

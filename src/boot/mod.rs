@@ -18,6 +18,20 @@ pub mod initrd;
 pub mod kernel;
 mod unpack;
 
+/// Why a guest could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its kernel.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// Its initrd.
+    #[error(transparent)]
+    Initrd(#[from] initrd::Error),
+    /// Its command line.
+    #[error(transparent)]
+    Cmdline(#[from] cmdline::Error),
+}
+
 /// Where the memory that begins at 0 ends.
 fn low_memory_end(ram: &GuestRam) -> u64 {
     ram.find_region(GuestAddress(0)).map_or(0, |region| region.len())

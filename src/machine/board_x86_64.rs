@@ -1,0 +1,98 @@
+//! The x86-64 board: which devices are where, and how they reach the run loop.
+
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::Error;
+use super::inbox::{Event, Sender};
+use crate::arch::x86_64::{VirtioWindow, layout};
+use crate::bus::BusDevice;
+use crate::devices::i8042::I8042;
+use crate::devices::output::Output;
+use crate::devices::power::Power;
+use crate::devices::pvpanic::Pvpanic;
+use crate::devices::serial::Serial;
+use crate::interrupt::Interrupt;
+use crate::kvm::Vm;
+use crate::memory::GuestRam;
+use crate::metrics::Metrics;
+use crate::vcpu::Buses;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
+
+/// COM1, as the run loop holds it.
+pub(super) type Port = Serial<Output, Box<dyn Fn() + Send>>;
+
+/// A virtio device and what its thread and its counters are called.
+pub(super) type NamedDevice = (String, Box<dyn VirtioDevice>);
+
+/// The devices of a machine, as they are attached.
+pub(super) struct Board<'a> {
+    pub vm: &'a Vm,
+    pub buses: Buses,
+    /// Counters of the virtio devices by name.
+    pub metrics: Vec<(String, Arc<dyn Metrics>)>,
+}
+
+fn event_fd(what: &'static str) -> Result<EventFd, Error> {
+    EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| Error::EventFd { what, source })
+}
+
+impl<'a> Board<'a> {
+    pub fn new(vm: &'a Vm) -> Self {
+        Board { vm, buses: Buses::default(), metrics: Vec::new() }
+    }
+
+    /// Attaches what every machine has: serial port, keyboard controller, power registers, pvpanic.
+    pub fn attach_legacy(&mut self, output: Output, inbox: &Sender) -> Result<Arc<Mutex<Port>>, Error> {
+        let send = |event: fn() -> Event| {
+            let inbox = inbox.clone();
+            move || inbox.send(event())
+        };
+        let line = event_fd("the serial port")?;
+        self.vm.attach_irqfd(&line, layout::COM1_IRQ)?;
+        let on_room: Box<dyn Fn() + Send> = Box::new(send(|| Event::InputRoom));
+        let serial = Arc::new(Mutex::new(Serial::new(line, output, on_room)));
+        self.attach_port(layout::COM1, 8, serial.clone())?;
+
+        let i8042 = I8042::new(send(|| Event::Reset));
+        self.attach_port(layout::I8042[0], 5, Arc::new(Mutex::new(i8042)))?;
+        let power =
+            Power::new(layout::ACPI_S5, layout::ACPI_RESET_VALUE, send(|| Event::PowerOff), send(|| Event::Reset));
+        self.attach_port(layout::ACPI_SLEEP_CONTROL, 3, Arc::new(Mutex::new(power)))?;
+        self.attach_port(layout::PVPANIC, 1, Arc::new(Mutex::new(Pvpanic::new(send(|| Event::Pvpanic)))))?;
+        Ok(serial)
+    }
+
+    fn attach_port(&mut self, port: u16, len: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {
+        Ok(self.buses.pio.attach(port.into(), len, device)?)
+    }
+
+    /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order.
+    pub fn attach_virtio(&mut self, ram: &GuestRam, devices: Vec<NamedDevice>) -> Result<(), Error> {
+        let (asked, max) = (devices.len(), layout::VIRTIO_GSIS.count());
+        if asked > max {
+            return Err(Error::TooManyDevices { asked, max });
+        }
+        for (VirtioWindow { base, gsi }, (name, device)) in virtio_windows().zip(devices) {
+            let line = event_fd("a virtio device")?;
+            self.vm.attach_irqfd(&line, gsi)?;
+            let line: Arc<dyn Interrupt> = Arc::new(line);
+            let mmio = Mmio::new(ram.clone(), device, line, name.as_str())
+                .map_err(|source| Error::EventFd { what: "a virtqueue", source })?;
+            for (queue, kick) in mmio.kicks() {
+                self.vm.attach_ioeventfd(kick, base + QUEUE_NOTIFY, queue.into())?;
+            }
+            self.metrics.push((name, mmio.metrics()));
+            self.buses.mmio.attach(base, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(mmio)))?;
+        }
+        Ok(())
+    }
+}
+
+/// The windows and interrupts of virtio devices, in order.
+pub(super) fn virtio_windows() -> impl Iterator<Item = VirtioWindow> {
+    let bases = (0..).map(|i| layout::VIRTIO_MMIO + i * layout::VIRTIO_MMIO_SIZE);
+    bases.zip(layout::VIRTIO_GSIS).map(|(base, gsi)| VirtioWindow { base, gsi })
+}

@@ -1,0 +1,155 @@
+//! Building a machine: everything that can be refused is refused here, before the guest runs.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::board_x86_64::{Board, NamedDevice, virtio_windows};
+use super::inbox::Inbox;
+use super::{Durations, Error, Machine};
+use crate::arch::x86_64::regs::Entry;
+use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, pvh};
+use crate::boot::cmdline::{self, Cmdline};
+use crate::boot::kernel::{self, Kernel};
+use crate::boot::{self, initrd};
+use crate::config::Config;
+use crate::devices::console::Console;
+use crate::devices::output::Output;
+use crate::kvm::Vm;
+use crate::memory::{self, GuestRam};
+use crate::signal::SignalFd;
+use crate::virtio::rng;
+
+/// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
+#[must_use]
+pub struct Builder {
+    config: Config,
+    console: Option<Console>,
+    signals: Option<SignalFd>,
+    started: Instant,
+}
+
+impl Builder {
+    /// A builder for the machine that `config` describes.
+    pub fn new(config: Config) -> Self {
+        Builder { config, console: None, signals: None, started: Instant::now() }
+    }
+
+    /// Uses `console` instead of what the configuration's `serial` says.
+    pub fn console(mut self, console: Console) -> Self {
+        self.console = Some(console);
+        self
+    }
+
+    /// Has the signals of `signals` end the machine, with [`Outcome::Signaled`](crate::outcome::Outcome::Signaled).
+    pub fn signals(mut self, signals: SignalFd) -> Self {
+        self.signals = Some(signals);
+        self
+    }
+
+    /// The moment that the report's durations count from; else that of [`Builder::new`].
+    pub fn started(mut self, started: Instant) -> Self {
+        self.started = started;
+        self
+    }
+
+    /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
+    pub fn build(self) -> Result<Machine, Error> {
+        let Builder { config, console, signals, started } = self;
+        config.validate()?;
+        let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
+        let devices = open_devices(&config)?;
+
+        let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
+        let vm = Vm::new(ram.clone(), config.cpus)?;
+        let kernel = kernel::load(&ram, path).map_err(boot::Error::from)?;
+        let entry = load_parameters(&config, &ram, &kernel, devices.len())?;
+
+        let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
+        let output = Output::default();
+        let mut board = Board::new(&vm);
+        let serial = board.attach_legacy(output.clone(), &sender)?;
+        board.attach_virtio(&ram, devices)?;
+        let Board { buses, metrics, .. } = board;
+        let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
+        vcpus[0].set_entry(entry)?;
+
+        // Last, because opening it may switch the user's terminal to raw mode.
+        let console = console.map_or_else(|| Console::open(&config.serial), Ok)?;
+        Ok(Machine {
+            config,
+            inbox,
+            sender,
+            buses: Arc::new(buses),
+            serial,
+            output,
+            console_output: Some(console.output),
+            input: console.input,
+            signals,
+            vcpus,
+            threads: Vec::new(),
+            metrics,
+            watch: Default::default(),
+            started,
+            times: Durations::default(),
+            outcome: None,
+            _vm: vm,
+        })
+    }
+}
+
+/// Opens what stands behind the virtio devices, in the order in which the guest finds them.
+fn open_devices(config: &Config) -> Result<Vec<NamedDevice>, Error> {
+    let mut devices: Vec<NamedDevice> = Vec::new();
+    if config.rng {
+        devices.push(("rng".into(), Box::new(rng::Rng::new())));
+    }
+    Ok(devices)
+}
+
+/// Loads the initrd, writes the command line and the tables, and says how the boot vCPU enters the kernel.
+fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel, devices: usize) -> Result<Entry, Error> {
+    let windows: Vec<_> = virtio_windows().take(devices).collect();
+    let (cmdline, acpi) = command_line(config, kernel, &windows).map_err(boot::Error::from)?;
+    cmdline.write(ram).map_err(boot::Error::from)?;
+    let initrd = match &config.initrd {
+        Some(path) => Some(initrd::load(ram, path, kernel).map_err(boot::Error::from)?),
+        None => None,
+    };
+    // Each kernel finds the virtio devices in one place only: without ACPI, on its command line.
+    let virtio = if acpi { &windows[..] } else { &[] };
+    let platform = Platform { cpus: config.cpus, virtio, com1: true, pvpanic: true };
+    mptable::write(ram, &platform)?;
+    let info = BootInfo { initrd, rsdp: Some(acpi::write(ram, &platform)?) };
+    let entry = match kernel.entry {
+        kernel::Entry::Pvh(entry) => {
+            pvh::write(ram, &info)?;
+            Entry::Pvh { entry: entry.into(), start_info: layout::PVH_START_INFO }
+        }
+        kernel::Entry::Linux64(entry) => {
+            boot_params::write(ram, kernel.setup_header, &info)?;
+            Entry::Linux64 { entry, zero_page: layout::ZERO_PAGE }
+        }
+    };
+    entry.write_tables(ram)?;
+    Ok(entry)
+}
+
+/// The kernel's command line, and whether the kernel will use ACPI.
+fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> Result<(Cmdline, bool), cmdline::Error> {
+    let mut user = Cmdline::default();
+    user.push(&config.cmdline)?;
+    let acpi = kernel.acpi && !user.acpi_off();
+    if config.cmdline_only {
+        return Ok((user, acpi));
+    }
+    let mut cmdline = Cmdline::default();
+    cmdline.push(cmdline::DEFAULT)?;
+    if !acpi {
+        for VirtioWindow { base, gsi } in windows {
+            cmdline.push(&format!("virtio_mmio.device={:#x}@{base:#x}:{gsi}", layout::VIRTIO_MMIO_SIZE))?;
+        }
+    }
+    // Last, because the user's word counts more, and `--` in it ends the kernel's part.
+    cmdline.push(&config.cmdline)?;
+    Ok((cmdline, acpi))
+}

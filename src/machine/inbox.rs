@@ -1,0 +1,109 @@
+//! The one inbox of a machine: all that can happen to it arrives here, and one thread reads it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::devices::transcript::Sight;
+use crate::vcpu;
+
+/// Something that happened to the machine, or that somebody wants of it.
+#[derive(Debug)]
+pub enum Event {
+    /// A vCPU's thread reports.
+    Vcpu(u32, vcpu::Report),
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest powered off.
+    PowerOff,
+    /// The guest said by pvpanic that it panicked.
+    Pvpanic,
+    /// The console showed something.
+    Sight(Sight),
+    /// The serial port can take input again.
+    InputRoom,
+    /// All that the guest wrote has been written.
+    OutputEnd,
+    /// Input for the guest.
+    Input(Vec<u8>),
+    /// Somebody holding a handle ends the machine.
+    Stop,
+}
+
+/// Puts events into the inbox, from any thread.
+#[derive(Debug, Clone)]
+pub struct Sender {
+    events: mpsc::Sender<Event>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Sender {
+    /// Puts `event` into the inbox. Without effect once the machine is gone.
+    pub fn send(&self, event: Event) {
+        if self.events.send(event).is_ok() {
+            // Fails only when the counter is full, and then the inbox is readable.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// The inbox.
+#[derive(Debug)]
+pub struct Inbox {
+    events: Receiver<Event>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Inbox {
+    /// An empty inbox and its first sender.
+    pub fn new() -> io::Result<(Self, Sender)> {
+        let (sender, events) = mpsc::channel();
+        let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let sender = Sender { events: sender, wake: wake.clone() };
+        Ok((Inbox { events, wake }, sender))
+    }
+
+    /// Readable when there may be events.
+    pub fn wake(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// The next event, if there is one.
+    pub fn take(&self) -> Option<Event> {
+        match self.events.try_recv() {
+            Ok(event) => Some(event),
+            Err(_) => {
+                // Events that arrive after this read make it readable again.
+                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                self.events.try_recv().ok()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    fn is_awake(inbox: &Inbox) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(inbox.wake(), PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    }
+
+    #[test]
+    fn the_inbox_is_readable_until_it_is_empty() {
+        let (inbox, sender) = Inbox::new().unwrap();
+        assert!(!is_awake(&inbox));
+        sender.send(Event::Reset);
+        sender.clone().send(Event::Stop);
+        assert!(is_awake(&inbox));
+        assert!(matches!(inbox.take(), Some(Event::Reset)));
+        assert!(matches!(inbox.take(), Some(Event::Stop)));
+        assert!(inbox.take().is_none());
+        assert!(!is_awake(&inbox));
+    }
+}

@@ -1,0 +1,144 @@
+//! A machine: built from a [`Config`], run until it ends.
+
+mod board_x86_64;
+mod builder;
+mod inbox;
+mod report;
+mod run;
+
+use std::io;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use board_x86_64::Port;
+pub use builder::Builder;
+use inbox::{Event, Inbox, Sender};
+pub use report::{Durations, Report};
+
+use crate::config::Config;
+use crate::devices::console::Input;
+use crate::devices::output::Output;
+use crate::metrics::Metrics;
+use crate::outcome::Outcome;
+use crate::signal::SignalFd;
+use crate::vcpu::{self, Buses};
+use crate::{arch, boot, bus, config, devices, kvm, memory};
+
+/// Why a machine could not be built or run. How the guest fared is no error but an [`Outcome`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration makes no machine.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// There is no kernel to boot.
+    #[error("cannot boot: the configuration names no kernel")]
+    NoKernel,
+    /// The kernel, the initrd or the command line cannot be used.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// The console cannot be opened.
+    #[error(transparent)]
+    Console(#[from] devices::console::Error),
+    /// Guest memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The tables that tell the guest what machine it has cannot be written.
+    #[error(transparent)]
+    Tables(#[from] arch::x86_64::Error),
+    /// The tables that a kernel is entered with cannot be written.
+    #[error(transparent)]
+    Registers(#[from] arch::x86_64::regs::Error),
+    /// KVM refused something.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Two devices want the same addresses.
+    #[error(transparent)]
+    Bus(#[from] bus::Overlap),
+    /// More devices than there are interrupts for.
+    #[error("cannot attach {asked} virtio devices: there are interrupts for {max}")]
+    TooManyDevices {
+        /// How many were asked for.
+        asked: usize,
+        /// How many there can be.
+        max: usize,
+    },
+    /// An eventfd could not be had.
+    #[error("cannot create an eventfd for {what}")]
+    EventFd {
+        /// What for.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the {what} thread")]
+    Thread {
+        /// Whose thread.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// A machine runs once.
+    #[error("cannot run a machine a second time: build another one")]
+    RanBefore,
+}
+
+/// A virtual machine. [`Machine::run`] runs it on the calling thread, and on threads of its own, until it ends.
+pub struct Machine {
+    config: Config,
+    inbox: Inbox,
+    sender: Sender,
+    buses: Arc<Buses>,
+    serial: Arc<Mutex<Port>>,
+    output: Output,
+    console_output: Option<Box<dyn Write + Send>>,
+    input: Option<Box<dyn Input>>,
+    signals: Option<SignalFd>,
+    /// Not yet running.
+    vcpus: Vec<kvm::Vcpu>,
+    /// Running.
+    threads: Vec<vcpu::Thread>,
+    metrics: Vec<(String, Arc<dyn Metrics>)>,
+    watch: run::Watch,
+    started: Instant,
+    times: Durations,
+    outcome: Option<Outcome>,
+    /// Last: the memory slots go when every vCPU is gone.
+    _vm: kvm::Vm,
+}
+
+/// Reaches a machine from other threads. Clones reach the same machine.
+#[derive(Debug, Clone)]
+pub struct Handle(Sender);
+
+impl Handle {
+    /// Ends the machine: [`Machine::run`] returns [`Outcome::Stopped`]. Without effect on one that has ended.
+    pub fn stop(&self) {
+        self.0.send(Event::Stop);
+    }
+
+    /// Sends `bytes` to the guest's serial port. They wait for as long as the guest does not read them.
+    pub fn input(&self, bytes: impl Into<Vec<u8>>) {
+        self.0.send(Event::Input(bytes.into()));
+    }
+}
+
+impl Machine {
+    /// What reaches the machine from other threads.
+    pub fn handle(&self) -> Handle {
+        Handle(self.sender.clone())
+    }
+
+    /// How it went so far, in figures.
+    pub fn report(&self) -> Report {
+        Report {
+            cause: self.outcome.as_ref().map(Outcome::to_string).unwrap_or_default(),
+            outcome: self.outcome.clone(),
+            durations: self.times,
+            statistics: self.metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json())).collect(),
+        }
+    }
+}

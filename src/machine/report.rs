@@ -1,0 +1,45 @@
+//! What a machine did, in figures.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::outcome::Outcome;
+
+/// How a machine's life ended, how long its stages took and what its devices counted. Durations are in milliseconds.
+#[derive(Debug, Clone, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// How it ended; absent if it could not be run.
+    #[serde(flatten)]
+    pub outcome: Option<Outcome>,
+    /// The outcome in words.
+    pub cause: String,
+    /// From the start of the process to certain moments.
+    pub durations: Durations,
+    /// Counters of each device and vCPU, by name.
+    pub statistics: BTreeMap<String, serde_json::Value>,
+}
+
+/// Milliseconds from the start; absent for what was not reached.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Durations {
+    /// To the first time that a vCPU entered the guest.
+    #[serde(serialize_with = "milliseconds")]
+    pub first_kvm_run: Option<Duration>,
+    /// To the first byte on the console.
+    #[serde(serialize_with = "milliseconds")]
+    pub first_console_byte: Option<Duration>,
+    /// To the first sign of user space on the console.
+    #[serde(serialize_with = "milliseconds")]
+    pub user_space: Option<Duration>,
+    /// To the end.
+    #[serde(serialize_with = "milliseconds")]
+    pub end: Option<Duration>,
+}
+
+fn milliseconds<S: serde::Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    duration.map(|duration| duration.as_secs_f64() * 1000.0).serialize(serializer)
+}

@@ -1,0 +1,342 @@
+//! The run loop: one thread, one inbox, and what becomes of the machine.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::inbox::Event;
+use super::{Error, Machine};
+use crate::devices::console::Incoming;
+use crate::devices::transcript::Sight;
+use crate::kvm::{self, Exit};
+use crate::outcome::{Crash, CrashKind, Outcome, Panic};
+use crate::vcpu;
+
+/// Input that waits for the guest; more is left in the pipe.
+const INPUT_BYTES: usize = 4096;
+/// How long the console must be silent after the end of a panic before it is believed: a kernel that is dead says
+/// nothing more, a user's program that prints such a line does.
+const SILENCE_AFTER_PANIC: Duration = Duration::from_secs(1);
+/// Between looks at the vCPUs after "System halted", and how many: they halt a moment later.
+const HALT_LOOK: Duration = Duration::from_millis(20);
+const HALT_LOOKS: u32 = 250;
+/// How long the console's reader is waited for when the machine did not end by itself.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// What the run loop knows about the guest.
+#[derive(Default)]
+pub(super) struct Watch {
+    panic: Option<String>,
+    panic_end: Option<Instant>,
+    halt: Option<HaltWatch>,
+    user_space: bool,
+    seen_console: bool,
+}
+
+struct HaltWatch {
+    next_look: Instant,
+    looks_left: u32,
+    answers: usize,
+    all_stopped: bool,
+}
+
+/// How the loop goes on.
+type Step = Option<Result<Outcome, Error>>;
+
+impl Machine {
+    /// Runs the machine until it ends, by itself or by a [`Handle`](super::Handle), a limit or a signal. It can be run
+    /// once.
+    pub fn run(&mut self) -> Result<Outcome, Error> {
+        let ended = self.start().and_then(|()| self.serve());
+        let ended = self.finish(ended);
+        self.times.end = Some(self.started.elapsed());
+        self.outcome = ended.as_ref().ok().cloned();
+        ended
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        let idle = std::mem::take(&mut self.vcpus);
+        if idle.is_empty() {
+            return Err(Error::RanBefore);
+        }
+        let output = self.console_output.take().ok_or(Error::RanBefore)?;
+        let (sights, end) = (self.sender.clone(), self.sender.clone());
+        self.output
+            .start(output, move |sight| sights.send(Event::Sight(sight)), move || end.send(Event::OutputEnd))
+            .map_err(|source| Error::Thread { what: "console", source })?;
+        for (index, vcpu) in (0u32..).zip(idle) {
+            let sender = self.sender.clone();
+            let report = move |report| sender.send(Event::Vcpu(index, report));
+            let thread = vcpu::Thread::spawn(vcpu, index, self.buses.clone(), report)
+                .map_err(|source| Error::Thread { what: "vCPU", source })?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self) -> Result<Outcome, Error> {
+        let mut pending = VecDeque::new();
+        let begin = Instant::now();
+        let limit = self.config.timeout.map(|limit| (begin + limit, limit));
+        let boot_limit = self.config.boot_timeout.map(|limit| (begin + limit, limit));
+        loop {
+            while let Some(event) = self.inbox.take() {
+                if let Event::Input(bytes) = &event {
+                    pending.extend(bytes);
+                }
+                if let Some(ended) = self.take(event) {
+                    return ended;
+                }
+            }
+            self.send_input(&mut pending);
+
+            let now = Instant::now();
+            if let Some((_, limit)) = limit.filter(|(deadline, _)| *deadline <= now) {
+                return Ok(Outcome::TimedOut { limit });
+            }
+            let boot_limit = boot_limit.filter(|_| !self.watch.user_space);
+            if let Some((_, limit)) = boot_limit.filter(|(deadline, _)| *deadline <= now) {
+                return Ok(Outcome::BootTimedOut { limit, seen_console: self.watch.seen_console });
+            }
+            if self.watch.panic_end.is_some_and(|deadline| deadline <= now) {
+                return Ok(self.panicked());
+            }
+            self.look_for_halt(now);
+
+            let halt = self.watch.halt.as_ref().map(|halt| halt.next_look);
+            let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt];
+            let deadline = deadlines.into_iter().flatten().min();
+            let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
+            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take()) {
+                return Ok(Outcome::Signaled(signal));
+            }
+            if ready.input && self.take_input(&mut pending) {
+                return Ok(Outcome::Stopped);
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) -> Step {
+        match event {
+            Event::Vcpu(_, vcpu::Report::Started) => {
+                self.times.first_kvm_run.get_or_insert_with(|| self.started.elapsed());
+            }
+            Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {
+                return Some(Ok(Outcome::Crashed(crash(vcpu, exit, rip, cpl))));
+            }
+            Event::Vcpu(_, vcpu::Report::Failed(error)) => return Some(Err(Error::Kvm(error))),
+            Event::Vcpu(_, vcpu::Report::Stopped(stopped)) => {
+                if let Some(halt) = &mut self.watch.halt {
+                    halt.answers += 1;
+                    halt.all_stopped &= stopped;
+                    if halt.answers == self.threads.len() && halt.all_stopped {
+                        return Some(Ok(Outcome::Halted));
+                    }
+                }
+            }
+            Event::Reset => return Some(Ok(Outcome::Rebooted)),
+            Event::PowerOff => return Some(Ok(Outcome::PoweredOff)),
+            Event::Pvpanic => {
+                self.watch.panic.get_or_insert_default();
+                return Some(Ok(self.panicked()));
+            }
+            Event::Sight(sight) => self.see(sight),
+            Event::Stop => return Some(Ok(Outcome::Stopped)),
+            Event::InputRoom | Event::Input(_) | Event::OutputEnd => {}
+        }
+        None
+    }
+
+    fn see(&mut self, sight: Sight) {
+        let now = Instant::now();
+        match sight {
+            Sight::FirstByte => {
+                self.watch.seen_console = true;
+                self.times.first_console_byte = Some(self.started.elapsed());
+            }
+            Sight::UserSpace => {
+                self.watch.user_space = true;
+                self.times.user_space = Some(self.started.elapsed());
+            }
+            Sight::Panic(message) => self.watch.panic = Some(message),
+            Sight::PanicEnd if self.watch.panic.is_some() => self.watch.panic_end = Some(now + SILENCE_AFTER_PANIC),
+            Sight::PanicEnd => {}
+            Sight::ShutDown => (self.watch.panic, self.watch.panic_end) = (None, None),
+            Sight::Alive => self.watch.panic_end = None,
+            Sight::Halted => {
+                self.watch.halt =
+                    Some(HaltWatch { next_look: now, looks_left: HALT_LOOKS, answers: 0, all_stopped: true });
+            }
+        }
+    }
+
+    fn look_for_halt(&mut self, now: Instant) {
+        let Some(halt) = self.watch.halt.as_mut().filter(|halt| halt.next_look <= now) else { return };
+        if halt.looks_left == 0 {
+            self.watch.halt = None;
+            return;
+        }
+        *halt =
+            HaltWatch { next_look: now + HALT_LOOK, looks_left: halt.looks_left - 1, answers: 0, all_stopped: true };
+        self.threads.iter().for_each(vcpu::Thread::ask_stopped);
+    }
+
+    fn panicked(&self) -> Outcome {
+        let message = self.watch.panic.clone().unwrap_or_default();
+        Outcome::Panicked(Panic { message, console_tail: Vec::new() })
+    }
+
+    /// Waits for an event, a signal, input if it is `wanted`, or the deadline.
+    fn wait(&self, deadline: Option<Instant>, wanted: bool) -> Ready {
+        let timeout = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
+        });
+        let mut fds = vec![PollFd::from_borrowed_fd(self.inbox.wake(), PollFlags::IN)];
+        let signals = self.signals.as_ref().map(|fd| fd.as_fd());
+        let input = self.input.as_ref().filter(|input| wanted || input.is_terminal()).map(|input| input.fd());
+        fds.extend(signals.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(input.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ready::default(),
+            Err(error) => log::error!("cannot wait for events: {error}"),
+        }
+        let is_ready = |index: Option<usize>| index.is_some_and(|index| !fds[index].revents().is_empty());
+        Ready {
+            signal: is_ready(signals.map(|_| 1)),
+            input: is_ready(input.map(|_| 1 + usize::from(signals.is_some()))),
+        }
+    }
+
+    /// Reads input that is there; true when the user ends the machine.
+    fn take_input(&mut self, pending: &mut VecDeque<u8>) -> bool {
+        let Some(input) = &mut self.input else { return false };
+        let mut buffer = [0; 1024];
+        match input.read(&mut buffer) {
+            // What a terminal's user types into a guest that does not read is lost beyond a limit.
+            Ok(Incoming::Bytes(count)) => pending.extend(buffer[..count].iter().take(INPUT_BYTES)),
+            Ok(Incoming::Quit) => return true,
+            Ok(Incoming::End) => self.input = None,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                log::info!("console: no more input: {error}");
+                self.input = None;
+            }
+        }
+        pending.truncate(2 * INPUT_BYTES);
+        false
+    }
+
+    fn send_input(&self, pending: &mut VecDeque<u8>) {
+        if pending.is_empty() {
+            return;
+        }
+        let mut serial = self.serial.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        while !pending.is_empty() && serial.room() > 0 {
+            let sent = serial.send(pending.as_slices().0);
+            if sent == 0 {
+                return;
+            }
+            pending.drain(..sent);
+        }
+    }
+
+    /// Stops what runs, waits until the console has been written, and says what it all was.
+    fn finish(&mut self, ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
+        // A vCPU may be waiting for the console's reader.
+        self.output.release();
+        self.threads.iter().for_each(vcpu::Thread::stop);
+        for (index, thread) in self.threads.drain(..).enumerate() {
+            let metrics = std::sync::Arc::clone(&thread.metrics);
+            self.metrics.push((format!("vcpu{index}"), metrics));
+            thread.join();
+        }
+        self.buses = std::sync::Arc::default();
+        self.output.close();
+        let ended = self.drain(ended);
+        self.input = None;
+        let console_tail = self.output.tail();
+        match ended {
+            // The kernel's last words may have been read only just now.
+            Ok(
+                Outcome::Rebooted
+                | Outcome::Halted
+                | Outcome::Crashed(_)
+                | Outcome::TimedOut { .. }
+                | Outcome::Panicked(_)
+                | Outcome::BootTimedOut { .. },
+            ) if self.watch.panic.is_some() => {
+                let message = self.watch.panic.take().unwrap_or_default();
+                Ok(Outcome::Panicked(Panic { message, console_tail }))
+            }
+            other => other,
+        }
+    }
+
+    /// Waits until the console has been written. A guest that ended by itself is owed that; it takes a signal to give
+    /// it up. Otherwise the reader has a moment.
+    fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
+        let patient = matches!(
+            ended,
+            Ok(Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Panicked(_) | Outcome::Crashed(_))
+        );
+        let now = Instant::now();
+        let deadline = if patient { self.config.timeout.map(|limit| now + limit) } else { Some(now + DRAIN) };
+        // Input is of no use any more, except for the user's request to end.
+        self.input = self.input.take().filter(|input| input.is_terminal());
+        loop {
+            while let Some(event) = self.inbox.take() {
+                match event {
+                    Event::OutputEnd => return ended,
+                    Event::Sight(sight) => self.see(sight),
+                    _ => {}
+                }
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return ended;
+            }
+            let ready = self.wait(deadline, false);
+            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take()) {
+                if patient {
+                    ended = Ok(Outcome::Signaled(signal));
+                }
+                return ended;
+            }
+            if ready.input && self.take_input(&mut VecDeque::new()) {
+                return ended;
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Ready {
+    signal: bool,
+    input: bool,
+}
+
+fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
+    let mut crash =
+        Crash { vcpu, kind: CrashKind::Unhandled, rip, cpl, instruction: Vec::new(), details: String::new() };
+    match exit {
+        Exit::Shutdown => crash.kind = CrashKind::TripleFault,
+        Exit::FailEntry(reason) => {
+            crash.kind = CrashKind::FailEntry;
+            crash.details = format!("hardware entry failure reason {reason:#x}");
+        }
+        Exit::InternalError { suberror: kvm::INTERNAL_ERROR_EMULATION, instruction } => {
+            crash.kind = CrashKind::EmulationFailure;
+            crash.instruction = instruction;
+        }
+        Exit::InternalError { suberror, .. } => {
+            crash.kind = CrashKind::InternalError;
+            crash.details = format!("suberror {suberror}");
+        }
+        Exit::Unexpected(what) => crash.details = what,
+        Exit::Served | Exit::Interrupted => {}
+    }
+    crash
+}
