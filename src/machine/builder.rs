@@ -120,18 +120,12 @@ fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel, devices: us
     let platform = Platform { cpus: config.cpus, virtio, com1: true, pvpanic: true };
     mptable::write(ram, &platform)?;
     let info = BootInfo { initrd, rsdp: Some(acpi::write(ram, &platform)?) };
-    let entry = match kernel.entry {
-        kernel::Entry::Pvh(entry) => {
-            pvh::write(ram, &info)?;
-            Entry::Pvh { entry: entry.into(), start_info: layout::PVH_START_INFO }
-        }
-        kernel::Entry::Linux64(entry) => {
-            boot_params::write(ram, kernel.setup_header, &info)?;
-            Entry::Linux64 { entry, zero_page: layout::ZERO_PAGE }
-        }
-    };
-    entry.write_tables(ram)?;
-    Ok(entry)
+    match kernel.entry {
+        Entry::Pvh { .. } => pvh::write(ram, &info)?,
+        Entry::Linux64 { .. } => boot_params::write(ram, kernel.setup_header, &info)?,
+    }
+    kernel.entry.write_tables(ram)?;
+    Ok(kernel.entry)
 }
 
 /// The kernel's command line, and whether the kernel will use ACPI.
