@@ -78,6 +78,23 @@ impl Iovecs {
         self.bytes -= self.list.drain(..len.min(self.list.len())).map(|iovec| iovec.iov_len).sum::<usize>();
     }
 
+    /// Forgets the first `bytes` bytes, or all if there are fewer: a system call did those.
+    pub fn advance(&mut self, bytes: usize) {
+        let mut left = bytes;
+        let done = self.list.iter().take_while(|iovec| {
+            let whole = iovec.iov_len <= left;
+            left -= if whole { iovec.iov_len } else { 0 };
+            whole
+        });
+        let done = done.count();
+        self.remove_first(done);
+        if let Some(first) = self.list.first_mut() {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+            self.bytes -= left;
+        }
+    }
+
     /// Adds the `len` bytes at `addr`; an empty buffer adds nothing. After an error some of them may have been
     /// added: [`truncate`](Self::truncate) takes those back.
     pub fn push(&mut self, addr: GuestAddress, len: u32) -> Result<(), Error> {
@@ -225,6 +242,25 @@ mod tests {
         assert_eq!((iovecs.len(), iovecs.bytes()), (1, 1));
         iovecs.remove_first(2);
         assert_eq!((iovecs.len(), iovecs.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn a_list_goes_on_where_a_call_ended() {
+        let ram = ram();
+        ram.write_slice(b"abcdefghi", GuestAddress(0)).unwrap();
+        for done in 0..12 {
+            let mut iovecs = Iovecs::new(&ram);
+            for addr in [0, 3, 6] {
+                iovecs.push(GuestAddress(addr), 3).unwrap();
+            }
+            iovecs.advance(done);
+            let mut file = tempfile::tempfile().unwrap();
+            let left = 9usize.saturating_sub(done);
+            assert_eq!((iovecs.bytes(), iovecs.pwritev(&file, 0).unwrap()), (left, left));
+            let mut text = String::new();
+            file.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "abcdefghi"[9 - left..]);
+        }
     }
 
     #[test]
