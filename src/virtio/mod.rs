@@ -3,6 +3,7 @@
 //! [`device`] is what a device is, [`queue`] how it talks to the driver, [`worker`] the thread it runs
 //! on, the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
 
+pub mod blk;
 pub mod device;
 pub mod iovec;
 pub mod mmio;

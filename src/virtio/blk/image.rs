@@ -1,0 +1,353 @@
+//! A disk image on the host: a raw file or a block device, locked against other writers.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, fdatasync, flock, seek};
+use rustix::io::{Errno, retry_on_intr};
+
+use super::SECTOR;
+use super::ioctl::discard_blocks;
+use crate::virtio::iovec::Iovecs;
+
+/// Why a disk image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is missing, or may not be opened.
+    #[error("cannot open disk image {path}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It can be opened, but not for writing.
+    #[error("cannot open disk image {path} for writing, but for reading: add readonly=on")]
+    ReadOnly {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("cannot use {path} as a disk image: it is a {kind}, not a file or block device")]
+    Type {
+        /// What was to be the image.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// It is not a number of sectors.
+    #[error("cannot use disk image {path}: its size, {bytes} bytes, is not a multiple of {SECTOR}")]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// There is nothing in it.
+    #[error("cannot use disk image {path}: it is empty")]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Another process writes it.
+    #[error("cannot lock disk image {path}: it is being written by another machine or program")]
+    Written {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Others read it, and it was to be written.
+    #[error(
+        "cannot lock disk image {path} for writing: others are reading it, and readonly=on would read it with them"
+    )]
+    Read {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The block device is part of the host's own system.
+    #[error(
+        "cannot write to {path}: the host uses it itself, as a mounted file system, swap or part of another device"
+    )]
+    Busy {
+        /// The block device.
+        path: PathBuf,
+    },
+    /// It cannot be examined.
+    #[error("cannot {what} disk image {path}")]
+    Examine {
+        /// The image.
+        path: PathBuf,
+        /// What was attempted.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The serial number is too long.
+    #[error("cannot give disk image {path} the id {id:?}: it has more than 20 bytes")]
+    Id {
+        /// The image.
+        path: PathBuf,
+        /// The id asked for.
+        id: String,
+    },
+}
+
+/// An open disk image.
+pub struct Image {
+    file: File,
+    /// Keeps the host from mounting a block device that the guest writes.
+    _claim: Option<File>,
+    block_device: bool,
+    sectors: u64,
+    serial: String,
+    /// Data that was to be flushed is lost: the host reports that once, and then forgets it.
+    flush_failed: bool,
+}
+
+impl Image {
+    /// Opens and locks the image at `path`.
+    pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
+        let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
+        let file = open(path, readonly)?;
+        let metadata = file.metadata().map_err(examine("examine"))?;
+        let kind = metadata.file_type();
+        let block_device = kind.is_block_device();
+        if !kind.is_file() && !block_device {
+            let kind = match kind {
+                _ if kind.is_dir() => "directory",
+                _ if kind.is_fifo() => "pipe",
+                _ if kind.is_char_device() => "character device",
+                _ => "special file",
+            };
+            return Err(Error::Type { path: path.into(), kind });
+        }
+        // The size in a block device's metadata is zero.
+        let bytes = if block_device {
+            seek(&file, SeekFrom::End(0)).map_err(|error| examine("find the size of")(error.into()))?
+        } else {
+            metadata.size()
+        };
+        if bytes == 0 {
+            return Err(Error::Empty { path: path.into() });
+        }
+        if !bytes.is_multiple_of(SECTOR) {
+            return Err(Error::Size { path: path.into(), bytes });
+        }
+        lock(&file, path, readonly)?;
+        let claim = if block_device && !readonly { Some(claim(path)?) } else { None };
+        let serial = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
+        let sectors = bytes / SECTOR;
+        Ok(Self { file, _claim: claim, block_device, sectors, serial, flush_failed: false })
+    }
+
+    /// Its size in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// A name for it that no other file of this host has.
+    pub fn serial(&self) -> &str {
+        &self.serial
+    }
+
+    /// Fills `buffers` from byte `offset` on; those that remain were not filled.
+    pub fn read(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let count = buffers.preadv(&self.file, offset)?;
+            if count == 0 {
+                // The file was larger when it was opened.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            buffers.advance(count);
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes `buffers` to byte `offset` on.
+    pub fn write(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let count = buffers.pwritev(&self.file, offset)?;
+            if count == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            buffers.advance(count);
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Returns when all that was written is on the disk. After it failed once it always fails: the host drops what it
+    /// could not write, and would report success the next time.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if self.flush_failed {
+            return Err(io::Error::other("data was lost when an earlier flush failed"));
+        }
+        let result = retry_on_intr(|| fdatasync(&self.file));
+        self.flush_failed = result.is_err();
+        Ok(result?)
+    }
+
+    /// Gives the blocks of the range back to the host, if it takes them; what is read there is undefined.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let result = if self.block_device {
+            discard_blocks(&self.file, offset, len)
+        } else {
+            self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        };
+        match result {
+            // It is only a hint. A device refuses ranges that are not made of its own, larger blocks.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// Fills the range with zeros, giving its blocks back to the host if `unmap`.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
+        match self.fallocate(how | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => self.write_zeroes_by_hand(offset, len),
+            other => Ok(other?),
+        }
+    }
+
+    fn write_zeroes_by_hand(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        let zeros = [0; 16 << 10];
+        while len > 0 {
+            let count = usize::try_from(len).map_or(zeros.len(), |len| len.min(zeros.len()));
+            self.file.write_all_at(&zeros[..count], offset)?;
+            offset += count as u64;
+            len -= count as u64;
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
+        retry_on_intr(|| fallocate(&self.file, mode, offset, len))
+    }
+}
+
+fn open(path: &Path, readonly: bool) -> Result<File, Error> {
+    // Opening a pipe would otherwise wait for its other end.
+    let options = |write| OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).clone();
+    match options(!readonly).open(path) {
+        Ok(file) => Ok(file),
+        Err(source) if source.kind() == io::ErrorKind::IsADirectory => {
+            Err(Error::Type { path: path.into(), kind: "directory" })
+        }
+        Err(source) if !readonly && options(false).open(path).is_ok() => {
+            Err(Error::ReadOnly { path: path.into(), source })
+        }
+        Err(source) => Err(Error::Open { path: path.into(), source }),
+    }
+}
+
+/// One writer excludes all others; readers share. The lock ends with the open file.
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
+    let how = if readonly { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    match flock(file, how) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) if !readonly && flock(file, FlockOperation::NonBlockingLockShared).is_ok() => {
+            Err(Error::Read { path: path.into() })
+        }
+        Err(Errno::WOULDBLOCK) => Err(Error::Written { path: path.into() }),
+        // A file system without locks: there is nothing to be had.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => {
+            log::warn!("cannot lock disk image {}: its file system has no locks", path.display());
+            Ok(())
+        }
+        Err(error) => Err(Error::Examine { path: path.into(), what: "lock", source: error.into() }),
+    }
+}
+
+/// Opens a block device so that nothing in the host's kernel can use it meanwhile.
+fn claim(path: &Path) -> Result<File, Error> {
+    OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path).map_err(|source| match source.kind() {
+        io::ErrorKind::ResourceBusy => Error::Busy { path: path.into() },
+        _ => Error::Open { path: path.into(), source },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    fn image(bytes: u64) -> NamedTempFile {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        file
+    }
+
+    fn error(path: &Path, readonly: bool) -> String {
+        let Err(error) = Image::open(path, readonly) else { panic!("{} opened", path.display()) };
+        error.to_string()
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        for readonly in [false, true] {
+            assert_eq!(error(&path, readonly), format!("cannot open disk image {}", path.display()));
+            assert!(error(folder.path(), readonly).contains("a directory"));
+            assert!(error(Path::new("/dev/null"), readonly).contains("a character device"));
+            assert!(error(image(0).path(), readonly).contains("empty"));
+            assert!(error(image(1025).path(), readonly).contains("1025 bytes"));
+        }
+        let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(status.success());
+        assert!(error(&path, false).contains("a pipe"));
+    }
+
+    #[test]
+    fn what_can_only_be_read_is_said_so() {
+        // Nobody, not even root, writes a program that runs.
+        let program = std::env::current_exe().unwrap();
+        assert!(error(&program, false).contains("readonly=on"));
+    }
+
+    #[test]
+    fn one_writes_or_many_read() {
+        let file = image(1024);
+        let writer = Image::open(file.path(), false).unwrap();
+        for readonly in [false, true] {
+            let error = error(file.path(), readonly);
+            assert!(error.contains("being written") && !error.contains("readonly=on"), "{error}");
+        }
+        drop(writer);
+        let readers = [(); 2].map(|()| Image::open(file.path(), true).unwrap());
+        assert!(error(file.path(), false).contains("readonly=on"));
+        drop(readers);
+        assert_eq!(Image::open(file.path(), false).unwrap().sectors(), 2);
+    }
+
+    #[test]
+    fn zeros_are_written_where_the_host_has_no_call_for_it() {
+        let file = image(128 << 10);
+        file.as_file().write_all_at(&[7; 128 << 10], 0).unwrap();
+        let image = Image::open(file.path(), false).unwrap();
+        image.write_zeroes_by_hand(512, 100 << 10).unwrap();
+        let data = std::fs::read(file.path()).unwrap();
+        assert_eq!(data.len(), 128 << 10);
+        let (zeros, rest) = ((100 << 10) + 512, 7);
+        assert!(data[..512].iter().chain(&data[zeros..]).all(|byte| *byte == rest));
+        assert!(data[512..zeros].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_flush_that_failed_never_succeeds() {
+        let file = image(512);
+        let mut image = Image::open(file.path(), false).unwrap();
+        image.flush().unwrap();
+        image.flush_failed = true;
+        assert!(image.flush().is_err());
+    }
+}

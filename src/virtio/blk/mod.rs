@@ -1,0 +1,421 @@
+//! The block device: a disk image or block device of the host as the guest's disk. Virtio 1.2, section 5.2.
+//!
+//! Requests are done one after the other on the device's thread, straight between guest memory and the host's page
+//! cache.
+
+mod image;
+mod ioctl;
+mod layout;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::*;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::Bytes;
+
+pub use self::image::Error;
+use self::image::Image;
+use self::layout::Layout;
+use super::device::{self, Io, VirtioDevice};
+use super::iovec::Iovecs;
+use super::queue::Chain;
+use crate::memory::GuestRam;
+use crate::metrics::{Counter, Metrics};
+
+/// Bytes in a sector, the unit of all that the driver asks for.
+const SECTOR: u64 = 512;
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Descriptors in a request: as many as the queue has (2.7.5.3.1), two of which are the header and the status.
+const DESCRIPTORS_MAX: usize = QUEUE_SIZES[0] as usize;
+const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
+const SIZE_MAX: u32 = 1 << 20;
+/// The most data that a driver which keeps to the two can ask for at once. No request takes longer than that much.
+const DATA_MAX: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
+/// Sectors in one segment of a discard: 4 GiB.
+const DISCARD_SECTORS_MAX: u32 = 8 << 20;
+/// Sectors in one segment of a write-zeroes: 64 MiB, which does not take long where zeros have to be written.
+const WRITE_ZEROES_SECTORS_MAX: u32 = 128 << 10;
+/// Segments in one discard.
+const DISCARD_SEG_MAX: u32 = 16;
+/// Segments in one write-zeroes.
+const WRITE_ZEROES_SEG_MAX: u32 = 1;
+const CONFIG_SIZE: usize = 60;
+/// log2 of the sectors in the blocks that file systems and page cache use: smaller writes read first.
+const PHYSICAL_BLOCK_EXP: u8 = 3;
+const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Host errors of one device that are logged as such.
+const LOGGED_ERRORS: u64 = 5;
+
+/// What a disk is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Spec {
+    /// The host's file or block device.
+    pub path: PathBuf,
+    /// Whether the guest must not write it. Then other machines may read it too.
+    #[serde(default)]
+    pub readonly: bool,
+    /// The serial number the guest sees, at most 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// When what the guest wrote is safe.
+    #[serde(default)]
+    pub cache: Cache,
+}
+
+impl Spec {
+    /// A writable disk at `path`, safe when the guest flushes.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), readonly: false, id: None, cache: Cache::default() }
+    }
+}
+
+/// When what the guest wrote survives a crash of the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// When the guest has flushed it.
+    #[default]
+    Writeback,
+    /// When the host gets to it: for disks that can be made again.
+    Unsafe,
+}
+
+/// A block device.
+pub struct Blk {
+    path: PathBuf,
+    image: Image,
+    readonly: bool,
+    cache: Cache,
+    id: [u8; ID_BYTES],
+    config: [u8; CONFIG_SIZE],
+    counts: Arc<Counts>,
+    /// What was negotiated.
+    features: u64,
+    /// The request being done: how it is laid out, its buffers as the host takes them (there once the device was
+    /// started), and how many bytes of data it wrote to guest memory.
+    layout: Layout,
+    iovecs: Option<Iovecs>,
+    written: u64,
+}
+
+/// What the device has done.
+#[derive(Default, Serialize)]
+struct Counts {
+    reads: Counter,
+    read_bytes: Counter,
+    writes: Counter,
+    written_bytes: Counter,
+    flushes: Counter,
+    discards: Counter,
+    write_zeroes: Counter,
+    /// Requests that failed, or that were none.
+    errors: Counter,
+}
+
+/// Why a request was not done.
+enum Failure {
+    /// The device does not do such a thing.
+    Unsupported,
+    /// The driver must not ask that.
+    Driver(&'static str),
+    /// The host failed.
+    Host(&'static str, io::Error),
+}
+
+impl Blk {
+    /// Opens and locks the image.
+    pub fn open(spec: &Spec) -> Result<Self, Error> {
+        let image = Image::open(&spec.path, spec.readonly)?;
+        let mut id = [0; ID_BYTES];
+        let text = match &spec.id {
+            Some(text) if text.len() > ID_BYTES => {
+                return Err(Error::Id { path: spec.path.clone(), id: text.clone() });
+            }
+            Some(text) => text.as_bytes(),
+            None => image.serial().as_bytes(),
+        };
+        let len = text.len().min(ID_BYTES);
+        id[..len].copy_from_slice(&text[..len]);
+        Ok(Self {
+            path: spec.path.clone(),
+            readonly: spec.readonly,
+            cache: spec.cache,
+            id,
+            config: config(image.sectors()),
+            image,
+            counts: Arc::default(),
+            features: 0,
+            layout: Layout::default(),
+            iovecs: None,
+            written: 0,
+        })
+    }
+
+    /// Does one request; how many bytes it wrote to guest memory, from the first writable one on.
+    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> u32 {
+        let proper = self.layout.load(chain, DESCRIPTORS_MAX);
+        let Some(status_at) = proper.then(|| self.layout.writable.take_last(ram)).flatten() else {
+            // There is no place to say so.
+            self.counts.errors.inc();
+            return 0;
+        };
+        let room = self.layout.writable.len();
+        self.written = 0;
+        let status = match self.execute(ram, iovecs) {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(failure) => self.fail(failure),
+        };
+        let status = u8::try_from(status).expect("a status is a byte");
+        ram.write_obj(status, status_at).expect("take_last found it in guest memory");
+        // The status comes last: it counts only if all before it was written (2.7.8.2).
+        let written = self.written + u64::from(self.written == room);
+        u32::try_from(written).expect("a chain has less than 4 GiB")
+    }
+
+    fn fail(&self, failure: Failure) -> u32 {
+        let often = self.counts.errors.get() >= LOGGED_ERRORS;
+        self.counts.errors.inc();
+        match failure {
+            Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
+            Failure::Driver(what) => log::debug!("virtio-blk: the driver asked for {what}"),
+            Failure::Host(what, error) => {
+                let level = if often { log::Level::Debug } else { log::Level::Warn };
+                log::log!(level, "virtio-blk: cannot {what} disk image {}: {error}", self.path.display());
+            }
+        }
+        VIRTIO_BLK_S_IOERR
+    }
+
+    /// Does what the header of the request in `layout` says.
+    fn execute(&mut self, ram: &GuestRam, iovecs: &mut Iovecs) -> Result<(), Failure> {
+        let mut header = [0; 16];
+        if !self.layout.readable.take(ram, &mut header) {
+            return Err(Failure::Driver("nothing: there is no header"));
+        }
+        let [kind, sector] = [&header[..4], &header[8..]].map(little_endian);
+        match u32::try_from(kind).expect("of 4 bytes") {
+            VIRTIO_BLK_T_IN => self.read(sector, iovecs),
+            VIRTIO_BLK_T_OUT => self.write(sector, iovecs),
+            VIRTIO_BLK_T_FLUSH => self.flush(),
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => self.discard(ram),
+            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self.write_zeroes(ram),
+            VIRTIO_BLK_T_GET_ID => self.get_id(iovecs),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    fn read(&mut self, sector: u64, iovecs: &mut Iovecs) -> Result<(), Failure> {
+        let len = self.layout.writable.len();
+        if self.layout.readable.len() != 0 {
+            return Err(Failure::Driver("a read into readable buffers"));
+        }
+        let offset = self.data_offset(sector, len)?;
+        self.layout.writable.list(iovecs).map_err(|_| Failure::Driver("a read into what is not memory"))?;
+        self.counts.reads.inc();
+        let result = self.image.read(iovecs, offset);
+        self.written = len - iovecs.bytes() as u64;
+        self.counts.read_bytes.add(self.written);
+        result.map_err(|error| Failure::Host("read", error))
+    }
+
+    fn write(&mut self, sector: u64, iovecs: &mut Iovecs) -> Result<(), Failure> {
+        let len = self.layout.readable.len();
+        if self.layout.writable.len() != 0 {
+            return Err(Failure::Driver("a write from writable buffers"));
+        }
+        self.check_writable()?;
+        let offset = self.data_offset(sector, len)?;
+        self.layout.readable.list(iovecs).map_err(|_| Failure::Driver("a write from what is not memory"))?;
+        self.counts.writes.inc();
+        let result = self.image.write(iovecs, offset);
+        self.counts.written_bytes.add(len - iovecs.bytes() as u64);
+        result.map_err(|error| Failure::Host("write", error))?;
+        self.write_through()
+    }
+
+    fn flush(&mut self) -> Result<(), Failure> {
+        self.counts.flushes.inc();
+        self.sync()
+    }
+
+    /// A driver that does not flush takes what is written for safe at once (5.2.6.2).
+    fn write_through(&mut self) -> Result<(), Failure> {
+        if self.negotiated(VIRTIO_BLK_F_FLUSH) { Ok(()) } else { self.sync() }
+    }
+
+    fn sync(&mut self) -> Result<(), Failure> {
+        if self.cache == Cache::Unsafe || self.readonly {
+            return Ok(());
+        }
+        self.image.flush().map_err(|error| Failure::Host("flush", error))
+    }
+
+    fn discard(&mut self, ram: &GuestRam) -> Result<(), Failure> {
+        self.counts.discards.inc();
+        let mut segments = [Segment::default(); DISCARD_SEG_MAX as usize];
+        for segment in self.take_segments(ram, &mut segments, DISCARD_SECTORS_MAX, 0)? {
+            let result = self.image.discard(segment.offset, segment.len);
+            result.map_err(|error| Failure::Host("discard blocks of", error))?;
+        }
+        self.write_through()
+    }
+
+    fn write_zeroes(&mut self, ram: &GuestRam) -> Result<(), Failure> {
+        self.counts.write_zeroes.inc();
+        let mut segments = [Segment::default(); WRITE_ZEROES_SEG_MAX as usize];
+        let flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+        for segment in self.take_segments(ram, &mut segments, WRITE_ZEROES_SECTORS_MAX, flags)? {
+            let result = self.image.write_zeroes(segment.offset, segment.len, segment.flags != 0);
+            result.map_err(|error| Failure::Host("write zeros to", error))?;
+        }
+        self.write_through()
+    }
+
+    /// Reads the segments of a discard or write-zeroes request (5.2.6) into `room`, and checks all before any is done.
+    /// Empty ones are left out.
+    fn take_segments<'a>(
+        &mut self,
+        ram: &GuestRam,
+        room: &'a mut [Segment],
+        sectors_max: u32,
+        flags_known: u32,
+    ) -> Result<&'a [Segment], Failure> {
+        self.check_writable()?;
+        let mut count = 0;
+        while self.layout.readable.len() > 0 {
+            let mut raw = [0; 16];
+            if !self.layout.readable.take(ram, &mut raw) {
+                return Err(Failure::Driver("half a segment"));
+            }
+            let [sector, sectors, flags] = [&raw[..8], &raw[8..12], &raw[12..]].map(little_endian);
+            if flags & !u64::from(flags_known) != 0 {
+                return Err(Failure::Unsupported);
+            }
+            if sectors > sectors_max.into() {
+                return Err(Failure::Driver("too large a segment"));
+            }
+            let len = sectors * SECTOR;
+            let offset = self.offset(sector, len)?;
+            if len > 0 {
+                let slot = room.get_mut(count).ok_or(Failure::Driver("too many segments"))?;
+                *slot = Segment { offset, len, flags };
+                count += 1;
+            }
+        }
+        Ok(&room[..count])
+    }
+
+    fn get_id(&mut self, iovecs: &mut Iovecs) -> Result<(), Failure> {
+        self.layout.writable.list(iovecs).map_err(|_| Failure::Driver("its id in what is not memory"))?;
+        iovecs.write(0, &self.id);
+        self.written = iovecs.bytes().min(ID_BYTES) as u64;
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<(), Failure> {
+        if self.readonly { Err(Failure::Driver("a write to a read-only disk")) } else { Ok(()) }
+    }
+
+    fn data_offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        if len > DATA_MAX { Err(Failure::Driver("too much data")) } else { self.offset(sector, len) }
+    }
+
+    /// Where `len` bytes from `sector` on begin in the image, if they are sectors of the disk.
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        if !len.is_multiple_of(SECTOR) {
+            return Err(Failure::Driver("a part of a sector"));
+        }
+        match sector.checked_add(len / SECTOR) {
+            Some(end) if end <= self.image.sectors() => Ok(sector * SECTOR),
+            _ => Err(Failure::Driver("sectors beyond the end")),
+        }
+    }
+}
+
+/// A range of the disk to be discarded or zeroed.
+#[derive(Clone, Copy, Default)]
+struct Segment {
+    offset: u64,
+    len: u64,
+    flags: u64,
+}
+
+/// The number that at most 8 bytes are.
+fn little_endian(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// `struct virtio_blk_config` (5.2.4), up to the last field that a feature offered here needs.
+fn config(sectors: u64) -> [u8; CONFIG_SIZE] {
+    let mut config = [0; CONFIG_SIZE];
+    let mut set = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    set(0, &sectors.to_le_bytes());
+    set(8, &SIZE_MAX.to_le_bytes());
+    set(12, &SEG_MAX.to_le_bytes());
+    set(20, &512u32.to_le_bytes()); // blk_size
+    set(24, &[PHYSICAL_BLOCK_EXP]);
+    set(26, &(1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // min_io_size
+    set(36, &DISCARD_SECTORS_MAX.to_le_bytes());
+    set(40, &DISCARD_SEG_MAX.to_le_bytes());
+    set(44, &(1u32 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // discard_sector_alignment
+    set(48, &WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
+    set(52, &WRITE_ZEROES_SEG_MAX.to_le_bytes());
+    set(56, &[1]); // write_zeroes_may_unmap
+    config
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let always = [
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_TOPOLOGY,
+        ];
+        let more: &[u32] =
+            if self.readonly { &[VIRTIO_BLK_F_RO] } else { &[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] };
+        always.iter().chain(more).fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn metrics(&self) -> Arc<dyn Metrics> {
+        self.counts.clone()
+    }
+
+    fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
+        self.features = features;
+        self.iovecs.get_or_insert_with(|| Iovecs::new(&io.ram));
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
+        let mut iovecs = self.iovecs.take().expect("start made it, and it is put back below");
+        let result = queue.serve(ram, |chain| self.request(ram, chain, &mut iovecs));
+        self.iovecs = Some(iovecs);
+        Ok(result?)
+    }
+}
+
+#[cfg(test)]
+mod tests;
