@@ -11,13 +11,12 @@ step() { echo "==> $*" >&2; }
 purpose=$1
 hardware_kvm=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 
-packages=(gcc libc6-dev cpio kmod xz-utils debian-archive-keyring)
+packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
 [[ -n $hardware_kvm && $purpose == quickstart ]] || packages+=(qemu-system-x86)
 [[ $purpose == quickstart ]] || packages+=(
-    lz4 zstd                                                    # unpacking kernels
-    make flex bison bc libelf-dev                               # building one
+    make flex bison bc libelf-dev                                # the small guest kernel
     iproute2 iputils-ping e2fsprogs util-linux strace shellcheck # tests
-    fio iperf3                                                  # benchmarks
+    fio iperf3                                                   # benchmarks
 )
 missing=()
 for package in "${packages[@]}"; do
@@ -50,9 +49,6 @@ kernel() { resources/guest/debian-kernel.sh "$@"; }
 kernel target/guest/debian-6.1 bookworm linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
 if [[ $purpose == test ]]; then
     kernel target/guest/debian-6.12 trixie linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
-    for folder in target/guest/debian-*; do
-        [[ $folder/vmlinux -nt $folder/vmlinuz ]] || resources/guest/vmlinux.sh "$folder/vmlinuz" >"$folder/vmlinux"
-    done
     resources/guest-kernel/build.sh
 fi
 if [[ -z $hardware_kvm || $purpose == test ]]; then

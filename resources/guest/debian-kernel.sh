@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fetches a stock Debian kernel, without installing it, as FOLDER/vmlinuz, with FOLDER/initramfs.cpio to go with it.
+# Fetches a stock Debian kernel, without installing it, as FOLDER/vmlinuz, the ELF inside it as FOLDER/vmlinux, and
+# FOLDER/initramfs.cpio to go with them.
 #     debian-kernel.sh FOLDER SUITE METAPACKAGE INIT MODULE...
 set -euo pipefail
 
@@ -15,6 +16,10 @@ if [[ ! -e $folder/vmlinuz ]]; then
     "$here/private-apt.sh" "$suite" download "$package" "$folder/package.deb"
     dpkg --fsys-tarfile "$folder/package.deb" | tar -xO --wildcards './boot/vmlinuz-*' >"$folder/vmlinuz.partial"
     mv "$folder/vmlinuz.partial" "$folder/vmlinuz"
+fi
+if [[ ! -e $folder/vmlinux ]]; then
+    "$here/vmlinux.sh" "$folder/vmlinuz" >"$folder/vmlinux.partial"
+    mv "$folder/vmlinux.partial" "$folder/vmlinux"
 fi
 
 recipe=$(cat "$init" "$here/initramfs.sh" | sha256sum; echo "$@")

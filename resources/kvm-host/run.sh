@@ -12,7 +12,7 @@ fail() { echo "kvm-host: $1" >&2 && exit 125; }
 
 project=$(realpath "$(dirname "$0")/../..")
 files=$project/target/kvm-host
-[[ -e $files/vmlinuz && -e $files/initramfs.cpio ]] ||
+[[ -e $files/vmlinux && -e $files/initramfs.cpio ]] ||
     fail "no kernel in $files: run resources/test.sh, which fetches it"
 command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run resources/test.sh, which installs it"
 
@@ -48,7 +48,7 @@ machine=(
     qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
     -machine "q35,memory-backend=memory" -accel "tcg,thread=multi" -cpu "$cpu" -smp "${KVM_HOST_CPUS:-2}"
     -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
-    -kernel "$files/vmlinuz" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
+    -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
     -virtfs "local,path=$run,mount_tag=run,security_model=none"
 )
