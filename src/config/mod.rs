@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use size::{BadSize, Size};
 
 use crate::devices::console;
+use crate::virtio::{blk, net};
 
 /// The least guest memory that a Linux kernel boots in.
 pub const MIN_MEMORY: Size = Size::mib(8);
@@ -36,6 +37,9 @@ pub enum Error {
         /// The host's physical memory.
         host: Size,
     },
+    /// Two network cards on one tap.
+    #[error("cannot put two network cards on the tap `{0}`: it is given twice")]
+    SameTap(String),
 }
 
 /// A machine to be built. Paths are the host's.
@@ -61,6 +65,10 @@ pub struct Config {
     pub cpus: u32,
     /// The guest's memory.
     pub memory: Size,
+    /// The disks, in the order of /dev/vda, vdb, ...
+    pub disks: Vec<blk::Spec>,
+    /// The network cards.
+    pub nets: Vec<net::Spec>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
     /// Where the serial console is.
@@ -82,6 +90,8 @@ impl Default for Config {
             cmdline_only: false,
             cpus: 1,
             memory: Size::mib(256),
+            disks: vec![],
+            nets: vec![],
             rng: true,
             serial: console::Spec::default(),
             boot_timeout: None,
@@ -132,6 +142,18 @@ impl Config {
         self
     }
 
+    /// Adds a disk, after those that are there.
+    pub fn disk(mut self, disk: blk::Spec) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Adds a network card, after those that are there.
+    pub fn net(mut self, net: net::Spec) -> Self {
+        self.nets.push(net);
+        self
+    }
+
     /// Sets whether there is a virtio-rng device.
     pub fn rng(mut self, rng: bool) -> Self {
         self.rng = rng;
@@ -170,9 +192,17 @@ impl Config {
             Err(Error::LittleMemory { asked })
         } else if asked > host {
             Err(Error::MuchMemory { asked, host })
+        } else if let Some(tap) = self.tap_given_twice() {
+            Err(Error::SameTap(tap.to_owned()))
         } else {
             Ok(())
         }
+    }
+
+    fn tap_given_twice(&self) -> Option<&str> {
+        let mut taps: Vec<&str> = self.nets.iter().filter_map(|net| net.tap.as_deref()).collect();
+        taps.sort_unstable();
+        taps.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
     }
 }
 
