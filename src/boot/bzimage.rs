@@ -81,7 +81,7 @@ impl BzImage {
         within("the setup header", HEADER_2_12)?;
         let mut header = setup_header::default();
         let said = usize::from(head[0x201]) + 0x202 - SETUP_HEADER;
-        let size = said.min(header.as_slice().len());
+        let size = said.min(header.as_slice().len()).min(head.len() - SETUP_HEADER);
         header.as_mut_slice()[..size].copy_from_slice(&head[SETUP_HEADER..SETUP_HEADER + size]);
         if header.version < 0x20c {
             return Err(Error::Old(header.version));

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::{self, Kernel};
-use super::{low_memory_end, mib};
+use super::low_memory_end;
 use crate::memory::GuestRam;
 
 const PAGE: u64 = 4096;
@@ -35,10 +35,7 @@ pub enum Error {
         source: io::Error,
     },
     /// There is no room for it.
-    #[error(
-        "initrd {path} is {} MiB large and does not fit: {} MiB are free between the kernel and {limit:#x}",
-        mib(*.size), .room >> 20
-    )]
+    #[error("initrd {path} is {size} bytes large and does not fit: {room} are free between the kernel and {limit:#x}")]
     TooBig {
         /// The initrd's file.
         path: PathBuf,
@@ -71,4 +68,56 @@ pub fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Range<u64>, 
 fn read(ram: &GuestRam, file: &mut File, start: u64, size: u64) -> io::Result<()> {
     let size = usize::try_from(size).map_err(io::Error::other)?;
     ram.read_exact_volatile_from(GuestAddress(start), file, size).map_err(super::image::into_io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::fixture::elf;
+    use crate::memory::reserve;
+    use std::error::Error as _;
+    use std::io::Write;
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    /// 4 MiB with a kernel up to 0x20_1000.
+    fn machine() -> (GuestRam, Kernel) {
+        let ram = reserve(&[0..4 << 20]).unwrap();
+        let kernel = kernel::load(&ram, file(&elf()).path()).unwrap();
+        (ram, kernel)
+    }
+
+    #[test]
+    fn it_is_as_high_as_memory_and_kernel_allow() {
+        let (ram, mut kernel) = machine();
+        let initrd = file(&[7; 5000]);
+        assert_eq!(load(&ram, initrd.path(), &kernel).unwrap(), 0x3f_e000..0x3f_f388);
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(0x3f_f387)).unwrap(), 7);
+        kernel.initrd_max = 0x2f_ffff;
+        assert_eq!(load(&ram, initrd.path(), &kernel).unwrap(), 0x2f_e000..0x2f_f388);
+    }
+
+    #[test]
+    fn it_may_fill_all_that_is_free_and_no_more() {
+        let (ram, kernel) = machine();
+        let initrd = file(&vec![7; 0x1f_f000]);
+        assert_eq!(load(&ram, initrd.path(), &kernel).unwrap(), 0x20_1000..0x40_0000);
+        let initrd = file(&vec![7; 0x1f_f001]);
+        let error = load(&ram, initrd.path(), &kernel).unwrap_err().to_string();
+        assert!(error.contains("is 2093057 bytes large and does not fit: 2093056 are free"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let (ram, kernel) = machine();
+        let directory = tempfile::tempdir().unwrap();
+        let reason = |path: &Path| load(&ram, path, &kernel).unwrap_err().source().unwrap().to_string();
+        assert_eq!(reason(directory.path()), "it is a directory");
+        assert_eq!(reason(file(&[]).path()), "it is empty");
+        assert!(reason(&directory.path().join("none")).contains("No such file"));
+    }
 }

@@ -13,6 +13,8 @@ use crate::memory::GuestRam;
 mod bzimage;
 pub mod cmdline;
 mod elf;
+#[cfg(test)]
+mod fixture;
 mod image;
 pub mod initrd;
 pub mod kernel;
