@@ -17,6 +17,7 @@ mod elf;
 mod fixture;
 mod image;
 pub mod initrd;
+pub mod inspect;
 pub mod kernel;
 mod unpack;
 
