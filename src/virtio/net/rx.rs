@@ -128,14 +128,13 @@ impl Rx {
     fn gather(&mut self, ram: &GuestRam, queue: &mut Queue, bytes: usize) -> Result<bool, Error> {
         while self.iovecs.bytes() < bytes {
             let Some(chain) = queue.pop(ram)? else { break };
-            let (head, first, room) = (chain.head_index(), self.iovecs.len(), self.iovecs.bytes());
+            let (head, first) = (chain.head_index(), self.iovecs.len());
             match push_chain(&mut self.iovecs, chain, true, queue.size()) {
                 Ok(bytes) if bytes >= HEADER => {
                     self.held.push_back(Buffer { head, iovecs: self.iovecs.len() - first, bytes });
                 }
                 Err(Reject::Full) if first > 0 => {
                     self.iovecs.truncate(first);
-                    debug_assert_eq!(self.iovecs.bytes(), room);
                     queue.undo_pop();
                     return Ok(false);
                 }
@@ -159,22 +158,23 @@ impl Rx {
         if packet.length < HEADER {
             return Ok(Fit::Never);
         }
-        while self.iovecs.bytes() < packet.length {
-            if !self.mergeable || !self.gather(ram, queue, packet.length)? {
-                return Ok(Fit::Never);
-            }
-            if self.iovecs.bytes() >= packet.length {
-                break;
-            }
-            if self.iovecs.len() >= usize::from(queue.size()) {
-                // The driver has no descriptor left to add.
-                return Ok(Fit::Never);
-            }
-            if !queue.enable_kicks(ram)? {
-                return Ok(Fit::Later);
-            }
+        if self.iovecs.bytes() >= packet.length {
+            return Ok(Fit::Yes);
         }
-        Ok(Fit::Yes)
+        if !self.mergeable || !self.gather(ram, queue, packet.length)? {
+            return Ok(Fit::Never);
+        }
+        if self.iovecs.bytes() >= packet.length {
+            return Ok(Fit::Yes);
+        }
+        if self.iovecs.len() >= usize::from(queue.size()) {
+            // The driver has no descriptor left to add.
+            return Ok(Fit::Never);
+        }
+        if queue.enable_kicks(ram)? {
+            queue.kick_again()?;
+        }
+        Ok(Fit::Later)
     }
 
     /// Hands a packet, which fits, to the driver.

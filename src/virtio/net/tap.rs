@@ -162,10 +162,12 @@ impl Tap {
                 error => Error::Refused { what: "attach to", name, source: error.into() },
             }
         })?;
+        request.update::<SIOCGIFFLAGS>(&socket).map_err(refused("read the flags of"))?;
         if created {
-            request.update::<SIOCGIFFLAGS>(&socket).map_err(refused("read the flags of"))?;
             request.set_flags(request.flags() | IFF_UP);
             request.update::<SIOCSIFFLAGS>(&socket).map_err(refused("set up"))?;
+        } else if request.flags() & IFF_UP == 0 {
+            log::warn!("tap {name} is down: the guest reaches no one until `ip link set {name} up`");
         }
         Self::with_header(fd, name.to_owned(), created)
     }
@@ -240,6 +242,12 @@ impl Tap {
         // SAFETY: as above; it changes nothing but the tap.
         let result = unsafe { ioctl::ioctl(&self.fd, setter) };
         result.map_err(|error| self.refused("set the offloads of", error))
+    }
+
+    /// Throws away the packets that wait to be read; how many.
+    pub fn discard(&self) -> u64 {
+        // More would have arrived since: this must end.
+        (0..10_000).take_while(|_| rustix::io::read(&self.fd, &mut [0; 64]).is_ok()).count() as u64
     }
 
     /// Sets the interface's MTU, in bytes: what the host sends at most. It needs CAP_NET_ADMIN.
@@ -317,8 +325,15 @@ mod tests {
 
     use rustix::thread::CapabilitySet;
 
-    use super::super::tests::namespace;
+    use super::super::tests::{ip, namespace};
     use super::*;
+
+    /// Takes CAP_NET_ADMIN from this thread.
+    fn drop_privilege() {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(CapabilitySet::NET_ADMIN);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+    }
 
     #[test]
     fn names_that_no_interface_can_have_are_refused() {
@@ -368,13 +383,23 @@ mod tests {
     }
 
     #[test]
+    fn another_users_tap_is_refused() {
+        if !namespace() {
+            return;
+        }
+        ip("tuntap add dev mine mode tap user 0");
+        ip("tuntap add dev theirs mode tap user 12345");
+        drop_privilege();
+        assert!(!Tap::open("mine").unwrap().created());
+        assert_eq!(Tap::open("theirs").unwrap_err().to_string(), "tap theirs belongs to another user");
+    }
+
+    #[test]
     fn without_privilege_a_missing_tap_is_said_how_to_make() {
         if !namespace() {
             return;
         }
-        let mut sets = rustix::thread::capabilities(None).unwrap();
-        sets.effective.remove(CapabilitySet::NET_ADMIN);
-        rustix::thread::set_capabilities(None, sets).unwrap();
+        drop_privilege();
         let text = Tap::open("tap7").unwrap_err().to_string();
         assert!(text.contains("tap tap7 does not exist"), "{text}");
         assert!(text.contains("ip tuntap add dev tap7 mode tap user $USER"), "{text}");

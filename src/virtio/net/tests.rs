@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proptest::prelude::*;
 use rustix::event::epoll;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
@@ -15,20 +16,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::memory::{self, GuestRam};
 use crate::virtio::queue::{InterruptState, Queue};
+use crate::virtio::testing::{self, Buffer, Ring};
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-/// The driver's side of a queue.
-struct Driver {
-    ram: GuestRam,
-    base: u64,
-    size: u16,
-    descriptors: u16,
-    available: u16,
-    seen: u16,
-}
+const NEXT: u32 = 1;
+const WRITE: u32 = 2;
+const INDIRECT: u32 = 4;
 
 /// Where buffers are.
 const BUFFERS: u64 = 0x10_0000;
@@ -37,79 +29,45 @@ fn ram() -> GuestRam {
     memory::reserve(std::slice::from_ref(&(0..0x80_0000))).unwrap()
 }
 
-/// A queue whose rings are at `base`, and the eventfd that its interrupts arrive on.
-fn queue(ram: &GuestRam, index: usize, base: u64, size: u16, event_idx: bool) -> (Driver, Queue, EventFd) {
+/// A queue, its driver's side, and the eventfd that its interrupts arrive on.
+fn queue(ram: &GuestRam, index: usize, size: u16) -> (Ring, Queue, EventFd) {
+    let driver = Ring::new(ram, index as u64, size);
     let mut ring = virtio_queue::Queue::new(size).unwrap();
-    ring.set_desc_table_address(u32::try_from(base).ok(), None);
-    ring.set_avail_ring_address(u32::try_from(base + 0x4000).ok(), None);
-    ring.set_used_ring_address(u32::try_from(base + 0x8000).ok(), None);
-    ring.set_event_idx(event_idx);
+    ring.set_desc_table_address(u32::try_from(driver.descriptors()).ok(), None);
+    ring.set_avail_ring_address(u32::try_from(driver.driver()).ok(), None);
+    ring.set_used_ring_address(u32::try_from(driver.device()).ok(), None);
+    ring.set_event_idx(true);
     ring.set_ready(true);
     assert!(ring.is_valid(ram));
     let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
     let state = Arc::new(InterruptState::new(Arc::new(interrupt.try_clone().unwrap())));
     let queue = Queue::new(index, ring, Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), state);
-    (Driver { ram: ram.clone(), base, size, descriptors: 0, available: 0, seen: 0 }, queue, interrupt)
+    (driver, queue, interrupt)
 }
 
-impl Driver {
-    fn descriptor(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let at = table + 16 * u64::from(index);
-        self.ram.write_obj(addr, GuestAddress(at)).unwrap();
-        self.ram.write_obj(len, GuestAddress(at + 8)).unwrap();
-        self.ram.write_obj(flags, GuestAddress(at + 12)).unwrap();
-        self.ram.write_obj(next, GuestAddress(at + 14)).unwrap();
-    }
+fn to_device(buffers: &[(u64, u32)]) -> Vec<Buffer> {
+    buffers.iter().map(|&(addr, len)| (addr, len, false)).collect()
+}
 
-    fn offer(&mut self, head: u16) {
-        let slot = u64::from(self.available % self.size);
-        self.ram.write_obj(head, GuestAddress(self.base + 0x4004 + 2 * slot)).unwrap();
-        self.available = self.available.wrapping_add(1);
-        self.ram.write_obj(self.available, GuestAddress(self.base + 0x4002)).unwrap();
-    }
+fn from_device(buffers: &[(u64, u32)]) -> Vec<Buffer> {
+    buffers.iter().map(|&(addr, len)| (addr, len, true)).collect()
+}
 
-    /// Makes a chain of `(address, length)` available.
-    fn add(&mut self, flags: u16, buffers: &[(u64, u32)]) -> u16 {
-        let head = self.descriptors % self.size;
-        for (i, &(addr, len)) in buffers.iter().enumerate() {
-            let index = self.descriptors % self.size;
-            self.descriptors = self.descriptors.wrapping_add(1);
-            let more = if i + 1 < buffers.len() { NEXT } else { 0 };
-            self.descriptor(self.base, index, addr, len, flags | more, self.descriptors % self.size);
-        }
-        self.offer(head);
-        head
-    }
+fn get(ram: &GuestRam, addr: u64, len: usize) -> Vec<u8> {
+    let mut data = vec![0; len];
+    ram.read_slice(&mut data, GuestAddress(addr)).unwrap();
+    data
+}
 
-    /// The requests that the device gave back since the last call.
-    fn used(&mut self) -> Vec<(u32, u32)> {
-        let mut used = vec![];
-        let index: u16 = self.ram.read_obj(GuestAddress(self.base + 0x8002)).unwrap();
-        while self.seen != index {
-            let slot = u64::from(self.seen % self.size);
-            let [id, len]: [u32; 2] = self.ram.read_obj(GuestAddress(self.base + 0x8004 + 8 * slot)).unwrap();
-            used.push((id, len));
-            self.seen = self.seen.wrapping_add(1);
-        }
-        used
-    }
-
-    fn read(&self, addr: u64, len: usize) -> Vec<u8> {
-        let mut data = vec![0; len];
-        self.ram.read_slice(&mut data, GuestAddress(addr)).unwrap();
-        data
-    }
-
-    fn write(&self, addr: u64, data: &[u8]) {
-        self.ram.write_slice(data, GuestAddress(addr)).unwrap();
-    }
+fn put(ram: &GuestRam, addr: u64, data: &[u8]) {
+    ram.write_slice(data, GuestAddress(addr)).unwrap();
 }
 
 /// A receiving half with a socket in place of the tap.
 struct Receiver {
     rx: Rx,
     ram: GuestRam,
-    driver: Driver,
+    driver: Ring,
     queue: Queue,
     interrupt: EventFd,
     host: UnixDatagram,
@@ -119,7 +77,7 @@ struct Receiver {
 
 fn receiver(size: u16, mergeable: bool) -> Receiver {
     let ram = ram();
-    let (driver, queue, interrupt) = queue(&ram, RX, 0x1_0000, size, true);
+    let (driver, queue, interrupt) = queue(&ram, RX, size);
     let (host, tap) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
     let rx = Rx::new(&ram, mergeable);
@@ -150,7 +108,7 @@ fn a_packet_fills_as_many_buffers_as_it_needs() {
     let mut r = receiver(8, true);
     for i in 0..4 {
         // Two descriptors each, the first shorter than the header.
-        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 5), (BUFFERS + i * 0x1000 + 0x800, 95)]);
+        r.driver.add(&from_device(&[(BUFFERS + i * 0x1000, 5), (BUFFERS + i * 0x1000 + 0x800, 95)]));
     }
     let sent = r.send(250);
     r.send(50);
@@ -159,12 +117,12 @@ fn a_packet_fills_as_many_buffers_as_it_needs() {
     assert_eq!(r.interrupt.read().unwrap(), 1, "one interrupt for both");
     let mut received = vec![];
     for i in 0..3 {
-        received.extend(r.driver.read(BUFFERS + i * 0x1000, 5));
-        received.extend(r.driver.read(BUFFERS + i * 0x1000 + 0x800, 95));
+        received.extend(get(&r.ram, BUFFERS + i * 0x1000, 5));
+        received.extend(get(&r.ram, BUFFERS + i * 0x1000 + 0x800, 95));
     }
     assert_eq!(received[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
     assert_eq!(received[12..250], sent[12..]);
-    assert_eq!(r.driver.read(BUFFERS + 0x3000 + 0x800 + 5, 2), [1, 0]);
+    assert_eq!(get(&r.ram, BUFFERS + 0x3000 + 0x800 + 5, 2), [1, 0]);
     assert_eq!((r.statistics.rx_packets.get(), r.statistics.rx_bytes.get()), (2, 238 + 38));
 }
 
@@ -172,14 +130,14 @@ fn a_packet_fills_as_many_buffers_as_it_needs() {
 fn the_longest_packet_arrives_whole_in_small_buffers() {
     let mut r = receiver(256, true);
     for i in 0..256 {
-        r.driver.add(WRITE, &[(BUFFERS + i * 0x800, 1526)]);
+        r.driver.add(&from_device(&[(BUFFERS + i * 0x800, 1526)]));
     }
     let sent = r.send(MAX_PACKET);
     assert_eq!(r.run().unwrap(), Wait::Host);
     let used = r.driver.used();
     assert_eq!(used.len(), MAX_PACKET.div_ceil(1526));
     let received: Vec<u8> =
-        used.iter().flat_map(|&(id, len)| r.driver.read(BUFFERS + u64::from(id) * 0x800, len as usize)).collect();
+        used.iter().flat_map(|&(id, len)| get(&r.ram, BUFFERS + u64::from(id) * 0x800, len as usize)).collect();
     assert_eq!(received[10..12], u16::try_from(used.len()).unwrap().to_le_bytes());
     assert_eq!(received[12..], sent[12..]);
 }
@@ -192,7 +150,7 @@ fn without_buffers_packets_wait_and_none_is_lost() {
     assert_eq!(r.run().unwrap(), Wait::Driver);
     assert_eq!((r.driver.used(), r.statistics.rx_stops.get()), (vec![], 1));
     for length in [60, 61] {
-        r.driver.add(WRITE, &[(BUFFERS, 200)]);
+        r.driver.add(&from_device(&[(BUFFERS, 200)]));
         assert_eq!(r.run().unwrap(), Wait::Driver);
         assert_eq!(r.driver.used().iter().map(|used| used.1).collect::<Vec<_>>(), [length]);
     }
@@ -202,18 +160,18 @@ fn without_buffers_packets_wait_and_none_is_lost() {
 #[test]
 fn a_packet_longer_than_the_buffers_waits_for_more() {
     let mut r = receiver(8, true);
-    r.driver.add(WRITE, &[(BUFFERS, 100)]);
+    r.driver.add(&from_device(&[(BUFFERS, 100)]));
     let sent = r.send(250);
     r.send(70);
     assert_eq!(r.run().unwrap(), Wait::Driver);
-    r.driver.add(WRITE, &[(BUFFERS + 100, 100)]);
+    r.driver.add(&from_device(&[(BUFFERS + 100, 100)]));
     assert_eq!(r.run().unwrap(), Wait::Driver);
     assert_eq!(r.driver.used(), [], "the driver gets a packet whole or not at all");
-    r.driver.add(WRITE, &[(BUFFERS + 200, 100)]);
-    r.driver.add(WRITE, &[(BUFFERS + 300, 100)]);
+    r.driver.add(&from_device(&[(BUFFERS + 200, 100)]));
+    r.driver.add(&from_device(&[(BUFFERS + 300, 100)]));
     assert_eq!(r.run().unwrap(), Wait::Driver);
     assert_eq!(r.driver.used(), [(0, 100), (1, 100), (2, 50), (3, 70)]);
-    let received = r.driver.read(BUFFERS, 250);
+    let received = get(&r.ram, BUFFERS, 250);
     assert_eq!(received[10..12], [3, 0]);
     assert_eq!(received[12..], sent[12..]);
     assert_eq!(r.statistics.rx_drops.get(), 0);
@@ -222,8 +180,8 @@ fn a_packet_longer_than_the_buffers_waits_for_more() {
 #[test]
 fn a_packet_longer_than_the_whole_ring_is_dropped() {
     let mut r = receiver(2, true);
-    r.driver.add(WRITE, &[(BUFFERS, 100)]);
-    r.driver.add(WRITE, &[(BUFFERS + 100, 100)]);
+    r.driver.add(&from_device(&[(BUFFERS, 100)]));
+    r.driver.add(&from_device(&[(BUFFERS + 100, 100)]));
     r.send(201);
     r.send(20);
     assert_eq!(r.run().unwrap(), Wait::Host);
@@ -234,14 +192,14 @@ fn a_packet_longer_than_the_whole_ring_is_dropped() {
 #[test]
 fn without_mergeable_buffers_a_packet_has_one_chain() {
     let mut r = receiver(8, false);
-    r.driver.add(WRITE, &[(BUFFERS, 12), (BUFFERS + 100, 88)]);
-    r.driver.add(WRITE, &[(BUFFERS + 200, 100)]);
+    r.driver.add(&from_device(&[(BUFFERS, 12), (BUFFERS + 100, 88)]));
+    r.driver.add(&from_device(&[(BUFFERS + 200, 100)]));
     r.send(101);
     let sent = r.send(100);
     assert_eq!(r.run().unwrap(), Wait::Host);
     assert_eq!(r.driver.used(), [(0, 100)], "the longer one is dropped and its buffer used for the next");
-    assert_eq!(r.driver.read(BUFFERS, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-    assert_eq!(r.driver.read(BUFFERS + 100, 88), sent[12..]);
+    assert_eq!(get(&r.ram, BUFFERS, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(get(&r.ram, BUFFERS + 100, 88), sent[12..]);
     assert_eq!(r.statistics.rx_drops.get(), 1);
 }
 
@@ -249,7 +207,7 @@ fn without_mergeable_buffers_a_packet_has_one_chain() {
 fn stopping_gives_back_what_was_not_used() {
     let mut r = receiver(8, true);
     for i in 0..3 {
-        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 100)]);
+        r.driver.add(&from_device(&[(BUFFERS + i * 0x1000, 100)]));
     }
     r.send(60);
     assert_eq!(r.run().unwrap(), Wait::Host);
@@ -266,7 +224,7 @@ fn packets_come_in_batches() {
     let mut r = receiver(256, true);
     let batch = usize::try_from(BATCH).unwrap();
     for i in 0..200 {
-        r.driver.add(WRITE, &[(BUFFERS + i * 0x1000, 2048)]);
+        r.driver.add(&from_device(&[(BUFFERS + i * 0x1000, 2048)]));
     }
     r.host.set_nonblocking(true).unwrap();
     let mut sent = 0;
@@ -287,50 +245,50 @@ fn a_malformed_receive_chain_needs_a_reset() {
     let outside = [(0x900_0000, 100), (0x7f_ffff, 2), (u64::MAX - 10, 100), (0, u32::MAX)];
     for buffer in outside {
         let mut r = receiver(4, true);
-        r.driver.add(WRITE, &[buffer]);
+        r.driver.add(&from_device(&[buffer]));
         r.malformed();
     }
     for short in [0, 11] {
         let mut r = receiver(4, true);
-        r.driver.add(WRITE, &[(BUFFERS, short)]);
+        r.driver.add(&from_device(&[(BUFFERS, short)]));
         r.malformed();
     }
     let mut r = receiver(4, true);
-    r.driver.add(0, &[(BUFFERS, 100)]);
+    r.driver.add(&to_device(&[(BUFFERS, 100)]));
     r.malformed();
     // A loop of two, and a next descriptor beyond the table.
     let mut r = receiver(4, true);
-    r.driver.descriptor(r.driver.base, 0, BUFFERS, 100, WRITE | NEXT, 1);
-    r.driver.descriptor(r.driver.base, 1, BUFFERS, 100, WRITE | NEXT, 0);
-    r.driver.offer(0);
+    r.driver.write_descriptor(r.driver.descriptors(), 0, (BUFFERS, 100), WRITE | NEXT, 1);
+    r.driver.write_descriptor(r.driver.descriptors(), 1, (BUFFERS, 100), WRITE | NEXT, 0);
+    r.driver.publish(0);
     r.malformed();
     let mut r = receiver(4, true);
-    r.driver.descriptor(r.driver.base, 0, BUFFERS, 100, WRITE | NEXT, 4);
-    r.driver.offer(0);
+    r.driver.write_descriptor(r.driver.descriptors(), 0, (BUFFERS, 100), WRITE | NEXT, 4);
+    r.driver.publish(0);
     r.malformed();
     // Indirect tables: outside memory, odd, nested, longer than the queue.
     for (addr, len) in [(0x900_0000, 64), (BUFFERS, 63), (BUFFERS, 0)] {
         let mut r = receiver(4, true);
-        r.driver.descriptor(r.driver.base, 0, addr, len, INDIRECT, 0);
-        r.driver.offer(0);
+        r.driver.write_descriptor(r.driver.descriptors(), 0, (addr, len), INDIRECT, 0);
+        r.driver.publish(0);
         r.malformed();
     }
     let mut r = receiver(4, true);
-    r.driver.descriptor(BUFFERS, 0, BUFFERS, 16, INDIRECT, 0);
-    r.driver.descriptor(r.driver.base, 0, BUFFERS, 16, INDIRECT, 0);
-    r.driver.offer(0);
+    r.driver.write_descriptor(BUFFERS, 0, (BUFFERS, 16), INDIRECT, 0);
+    r.driver.write_descriptor(r.driver.descriptors(), 0, (BUFFERS, 16), INDIRECT, 0);
+    r.driver.publish(0);
     r.malformed();
     let mut r = receiver(4, true);
     for i in 0..1000 {
-        r.driver.descriptor(BUFFERS, i, BUFFERS + 0x1_0000, 12, WRITE | if i < 999 { NEXT } else { 0 }, i + 1);
+        r.driver.write_descriptor(BUFFERS, i, (BUFFERS + 0x1_0000, 12), WRITE | if i < 999 { NEXT } else { 0 }, i + 1);
     }
-    r.driver.descriptor(r.driver.base, 0, BUFFERS, 16000, INDIRECT, 0);
-    r.driver.offer(0);
+    r.driver.write_descriptor(r.driver.descriptors(), 0, (BUFFERS, 16000), INDIRECT, 0);
+    r.driver.publish(0);
     r.malformed();
     // More available than there are descriptors.
     let mut r = receiver(4, true);
     for _ in 0..5 {
-        r.driver.offer(0);
+        r.driver.publish(0);
     }
     assert!(r.run().is_err());
 }
@@ -338,21 +296,21 @@ fn a_malformed_receive_chain_needs_a_reset() {
 #[test]
 fn indirect_receive_chains_work() {
     let mut r = receiver(4, true);
-    r.driver.descriptor(BUFFERS, 0, BUFFERS + 0x1000, 12, WRITE | NEXT, 2);
-    r.driver.descriptor(BUFFERS, 2, BUFFERS + 0x2000, 100, WRITE, 0);
-    r.driver.descriptor(r.driver.base, 3, BUFFERS, 48, INDIRECT, 0);
-    r.driver.offer(3);
+    r.driver.write_descriptor(BUFFERS, 0, (BUFFERS + 0x1000, 12), WRITE | NEXT, 2);
+    r.driver.write_descriptor(BUFFERS, 2, (BUFFERS + 0x2000, 100), WRITE, 0);
+    r.driver.write_descriptor(r.driver.descriptors(), 3, (BUFFERS, 48), INDIRECT, 0);
+    r.driver.publish(3);
     let sent = r.send(112);
     assert_eq!(r.run().unwrap(), Wait::Driver);
     assert_eq!(r.driver.used(), [(3, 112)]);
-    assert_eq!(r.driver.read(BUFFERS + 0x2000, 100), sent[12..]);
+    assert_eq!(get(&r.ram, BUFFERS + 0x2000, 100), sent[12..]);
 }
 
 /// A transmitting half with a socket in place of the tap.
 struct Transmitter {
     tx: Tx,
     ram: GuestRam,
-    driver: Driver,
+    driver: Ring,
     queue: Queue,
     interrupt: EventFd,
     host: UnixDatagram,
@@ -362,7 +320,7 @@ struct Transmitter {
 
 fn transmitter(size: u16) -> Transmitter {
     let ram = ram();
-    let (driver, queue, interrupt) = queue(&ram, TX, 0x1_0000, size, true);
+    let (driver, queue, interrupt) = queue(&ram, TX, size);
     let (host, tap) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
     host.set_nonblocking(true).unwrap();
@@ -380,12 +338,12 @@ impl Transmitter {
 fn packets_are_sent_from_where_they_are() {
     let mut t = transmitter(8);
     let packet: Vec<u8> = (0..100).collect();
-    t.driver.write(BUFFERS, &packet);
-    t.driver.add(0, &[(BUFFERS, 5), (BUFFERS + 5, 20), (BUFFERS + 25, 75)]);
-    t.driver.descriptor(BUFFERS + 0x1000, 0, BUFFERS, 12, NEXT, 1);
-    t.driver.descriptor(BUFFERS + 0x1000, 1, BUFFERS + 12, 50, 0, 0);
-    t.driver.descriptor(t.driver.base, 7, BUFFERS + 0x1000, 32, INDIRECT, 0);
-    t.driver.offer(7);
+    put(&t.ram, BUFFERS, &packet);
+    t.driver.add(&to_device(&[(BUFFERS, 5), (BUFFERS + 5, 20), (BUFFERS + 25, 75)]));
+    t.driver.write_descriptor(BUFFERS + 0x1000, 0, (BUFFERS, 12), NEXT, 1);
+    t.driver.write_descriptor(BUFFERS + 0x1000, 1, (BUFFERS + 12, 50), 0, 0);
+    t.driver.write_descriptor(t.driver.descriptors(), 7, (BUFFERS + 0x1000, 32), INDIRECT, 0);
+    t.driver.publish(7);
     assert_eq!(t.run(), Wait::Driver);
     let mut received = [0; 200];
     assert_eq!(t.host.recv(&mut received).unwrap(), 100);
@@ -400,10 +358,10 @@ fn packets_are_sent_from_where_they_are() {
 fn a_full_tap_holds_packets_up_and_none_is_lost() {
     let mut t = transmitter(256);
     for i in 0..200u8 {
-        t.driver.write(BUFFERS + u64::from(i) * 0x1000, &[i; 3000]);
+        put(&t.ram, BUFFERS + u64::from(i) * 0x1000, &[i; 3000]);
     }
     for i in 0..200 {
-        t.driver.add(0, &[(BUFFERS + i * 0x1000, 3000)]);
+        t.driver.add(&to_device(&[(BUFFERS + i * 0x1000, 3000)]));
     }
     let (mut next, mut used) = (0, 0);
     let mut packet = [0; 4096];
@@ -425,19 +383,18 @@ fn a_full_tap_holds_packets_up_and_none_is_lost() {
 #[test]
 fn what_is_no_packet_is_given_back_unsent() {
     let mut t = transmitter(16);
-    t.driver.add(0, &[(BUFFERS, 11)]);
-    t.driver.add(0, &[(BUFFERS, 0)]);
-    t.driver.add(WRITE, &[(BUFFERS, 100)]);
-    t.driver.add(0, &[(0x900_0000, 100)]);
-    t.driver.add(0, &[(BUFFERS, u32::try_from(MAX_PACKET).unwrap() + 1)]);
-    t.driver.descriptor(t.driver.base, 10, BUFFERS, 100, NEXT, 10);
-    t.driver.offer(10);
-    t.driver.descriptor(t.driver.base, 11, 0x900_0000, 32, INDIRECT, 0);
-    t.driver.offer(11);
-    t.driver.descriptors = 12;
-    t.driver.add(0, &[(BUFFERS, 60)]);
+    t.driver.add(&to_device(&[(BUFFERS, 11)]));
+    t.driver.add(&to_device(&[(BUFFERS, 0)]));
+    t.driver.add(&from_device(&[(BUFFERS, 100)]));
+    t.driver.add(&to_device(&[(0x900_0000, 100)]));
+    t.driver.add(&to_device(&[(BUFFERS, u32::try_from(MAX_PACKET).unwrap() + 1)]));
+    t.driver.write_descriptor(t.driver.descriptors(), 10, (BUFFERS, 100), NEXT, 10);
+    t.driver.publish(10);
+    t.driver.write_descriptor(t.driver.descriptors(), 11, (0x900_0000, 32), INDIRECT, 0);
+    t.driver.publish(11);
+    t.driver.add(&to_device(&[(BUFFERS, 60)]));
     assert_eq!(t.run(), Wait::Driver);
-    assert_eq!(t.driver.used().iter().map(|used| used.0).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 10, 11, 12]);
+    assert_eq!(t.driver.used().iter().map(|used| used.0).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 10, 11, 5]);
     assert_eq!((t.statistics.tx_errors.get(), t.statistics.tx_packets.get()), (7, 1));
     assert_eq!(t.host.recv(&mut [0; 100]).unwrap(), 60);
     assert!(t.host.recv(&mut [0; 100]).is_err());
@@ -447,7 +404,7 @@ fn what_is_no_packet_is_given_back_unsent() {
 fn a_driver_that_never_stops_sending_lets_go_of_the_thread() {
     let mut t = transmitter(256);
     for _ in 0..250 {
-        t.driver.add(0, &[(BUFFERS, 4)]);
+        t.driver.add(&to_device(&[(BUFFERS, 4)]));
     }
     for _ in 0..3 {
         t.run();
@@ -457,6 +414,45 @@ fn a_driver_that_never_stops_sending_lets_go_of_the_thread() {
     t.run();
     assert_eq!(t.driver.used().len(), 250 - 3 * usize::try_from(BATCH).unwrap());
     assert!(t.queue.kick().read().is_err());
+}
+
+fn descriptors() -> impl Strategy<Value = Vec<(u64, u32, u16, u16)>> {
+    let addr = prop_oneof![Just(BUFFERS), Just(0x4000), Just(0x7f_fff0), Just(0x80_0000), any::<u64>()];
+    let len = prop_oneof![0u32..64, Just(2048), Just(0x1_0000), any::<u32>()];
+    let flags = prop_oneof![0u16..8, any::<u16>()];
+    prop::collection::vec((addr, len, flags, 0u16..10), 8)
+}
+
+proptest! {
+    #[test]
+    fn no_ring_stops_the_host(table in descriptors(), indirect in descriptors(), heads in prop::collection::vec(0u16..9, 0..10)) {
+        let mut r = receiver(8, heads.len() % 2 == 0);
+        let mut t = transmitter(8);
+        for (i, (addr, len, flags, next)) in (0u16..).zip(&table) {
+            r.driver.write_descriptor(r.driver.descriptors(), i, (*addr, *len), (*flags).into(), *next);
+            t.driver.write_descriptor(t.driver.descriptors(), i, (*addr, *len), (*flags).into(), *next);
+        }
+        for (i, (addr, len, flags, next)) in (0u16..).zip(&indirect) {
+            r.driver.write_descriptor(BUFFERS, i, (*addr, *len), (*flags).into(), *next);
+            t.driver.write_descriptor(BUFFERS, i, (*addr, *len), (*flags).into(), *next);
+        }
+        for head in heads {
+            r.driver.publish(head);
+            t.driver.publish(head);
+        }
+        for length in [0, 5, 60, 3000] {
+            r.host.send(&vec![7; length]).unwrap();
+        }
+        let _ = r.run();
+        let moved = r.statistics.rx_packets.get() + r.statistics.rx_drops.get();
+        prop_assert!(moved <= 4);
+        let _ = t.tx.run(&t.tap, &t.ram, &mut t.queue, &t.statistics);
+        let sent = t.statistics.tx_packets.get();
+        for _ in 0..sent {
+            prop_assert!(t.host.recv(&mut [0; 100]).is_ok());
+        }
+        prop_assert!(t.host.recv(&mut [0; 100]).is_err());
+    }
 }
 
 #[test]
@@ -500,7 +496,7 @@ pub(super) fn namespace() -> bool {
     }
 }
 
-fn ip(arguments: &str) {
+pub(super) fn ip(arguments: &str) {
     let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -509,27 +505,34 @@ fn ip(arguments: &str) {
 struct Machine {
     net: Net,
     io: Io,
-    rx: Driver,
-    tx: Driver,
+    rx: Ring,
+    tx: Ring,
+    buffers: u64,
     host: UdpSocket,
 }
 
-fn machine(mtu: Option<u16>, features: u64) -> Machine {
+/// A device on the tap `tap0`, and the host's socket to the guest.
+fn on_tap(mtu: Option<u16>) -> (Net, UdpSocket) {
     let spec = Spec { tap: Some("tap0".into()), mac: Some("02:00:00:00:00:02".parse().unwrap()), mtu, fd: None };
-    let mut net = spec.open().unwrap();
+    let net = spec.open().unwrap();
     ip("addr add 10.0.0.1/24 dev tap0");
     ip("neigh add 10.0.0.2 lladdr 02:00:00:00:00:02 dev tap0");
+    let host = UdpSocket::bind("10.0.0.1:7").unwrap();
+    host.connect("10.0.0.2:7").unwrap();
+    host.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    (net, host)
+}
+
+fn machine(mtu: Option<u16>, features: u64) -> Machine {
+    let (mut net, host) = on_tap(mtu);
     let ram = ram();
-    let (rx, rx_queue, _) = queue(&ram, RX, 0x1_0000, 256, true);
-    let (tx, tx_queue, _) = queue(&ram, TX, 0x2_0000, 256, true);
+    let (rx, rx_queue, _) = queue(&ram, RX, 256);
+    let (tx, tx_queue, _) = queue(&ram, TX, 256);
     let interrupt = Arc::new(InterruptState::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap())));
     let events = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let mut io = Io { ram, queues: vec![Some(rx_queue), Some(tx_queue)], interrupt, events };
     net.start(features | 1 << VIRTIO_NET_F_MRG_RXBUF, &mut io).unwrap();
-    let host = UdpSocket::bind("10.0.0.1:7").unwrap();
-    host.connect("10.0.0.2:7").unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    Machine { net, io, rx, tx, host }
+    Machine { net, io, rx, tx, buffers: 0, host }
 }
 
 impl Machine {
@@ -546,8 +549,9 @@ impl Machine {
 
     fn add_buffers(&mut self, count: u64) {
         for _ in 0..count {
-            let addr = BUFFERS + u64::from(self.rx.descriptors % 256) * 0x1000;
-            self.rx.add(WRITE, &[(addr, 2048)]);
+            let addr = BUFFERS + self.buffers % 256 * 0x1000;
+            self.buffers += 1;
+            self.rx.add(&from_device(&[(addr, 2048)]));
         }
         self.net.queue_ready(RX, &mut self.io).unwrap();
     }
@@ -557,37 +561,37 @@ impl Machine {
         let mut packets = vec![];
         let mut used = self.rx.used().into_iter();
         while let Some((id, len)) = used.next() {
-            let mut packet = self.rx.read(BUFFERS + u64::from(id) * 0x1000, len as usize);
+            let mut packet = get(&self.io.ram, BUFFERS + u64::from(id) * 0x1000, len as usize);
             for _ in 1..u16::from_le_bytes([packet[10], packet[11]]) {
                 let (id, len) = used.next().unwrap();
-                packet.extend(self.rx.read(BUFFERS + u64::from(id) * 0x1000, len as usize));
+                packet.extend(get(&self.io.ram, BUFFERS + u64::from(id) * 0x1000, len as usize));
             }
             packets.push(packet);
         }
         packets
     }
+}
 
-    /// A frame with the UDP datagram `data` from the guest to the host.
-    fn frame(&self, data: &[u8]) -> Vec<u8> {
-        let mac = Command::new("ip").args(["-o", "link", "show", "tap0"]).output().unwrap().stdout;
-        let mac = String::from_utf8(mac).unwrap().split("link/ether ").nth(1).unwrap()[..17].to_owned();
-        let mut frame = vec![0; HEADER];
-        frame.extend(mac.parse::<MacAddr>().unwrap().bytes());
-        frame.extend([2, 0, 0, 0, 0, 2, 8, 0]);
-        let length = u16::try_from(28 + data.len()).unwrap();
-        let mut header = vec![0x45, 0];
-        header.extend(length.to_be_bytes());
-        header.extend([0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
-        let sum = header.chunks(2).fold(0u32, |sum, pair| sum + u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-        let sum = (sum & 0xffff) + (sum >> 16);
-        header[10..12].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
-        frame.extend(header);
-        frame.extend([0, 7, 0, 7]);
-        frame.extend((length - 20).to_be_bytes());
-        frame.extend([0, 0]);
-        frame.extend(data);
-        frame
-    }
+/// A frame with the UDP datagram `data` from the guest to the host.
+fn frame(data: &[u8]) -> Vec<u8> {
+    let mac = Command::new("ip").args(["-o", "link", "show", "tap0"]).output().unwrap().stdout;
+    let mac = String::from_utf8(mac).unwrap().split("link/ether ").nth(1).unwrap()[..17].to_owned();
+    let mut frame = vec![0; HEADER];
+    frame.extend(mac.parse::<MacAddr>().unwrap().bytes());
+    frame.extend([2, 0, 0, 0, 0, 2, 8, 0]);
+    let length = u16::try_from(28 + data.len()).unwrap();
+    let mut header = vec![0x45, 0];
+    header.extend(length.to_be_bytes());
+    header.extend([0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
+    let sum = header.chunks(2).fold(0u32, |sum, pair| sum + u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let sum = (sum & 0xffff) + (sum >> 16);
+    header[10..12].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
+    frame.extend(header);
+    frame.extend([0, 7, 0, 7]);
+    frame.extend((length - 20).to_be_bytes());
+    frame.extend([0, 0]);
+    frame.extend(data);
+    frame
 }
 
 #[test]
@@ -605,9 +609,9 @@ fn a_tap_takes_packets_both_ways() {
     assert_eq!(packets[0][HEADER..HEADER + 6], [2, 0, 0, 0, 0, 2]);
     assert!(packets[0].ends_with(b"to the guest"));
 
-    let frame = m.frame(b"to the host");
-    m.tx.write(0x70_0000, &frame);
-    m.tx.add(0, &[(0x70_0000, u32::try_from(frame.len()).unwrap())]);
+    let frame = frame(b"to the host");
+    put(&m.io.ram, 0x70_0000, &frame);
+    m.tx.add(&to_device(&[(0x70_0000, u32::try_from(frame.len()).unwrap())]));
     m.net.queue_ready(TX, &mut m.io).unwrap();
     let mut data = [0; 100];
     let length = m.host.recv(&mut data).unwrap();
@@ -680,13 +684,52 @@ fn a_stopped_device_starts_again() {
     }
     let mut m = machine(None, 1 << VIRTIO_NET_F_GUEST_CSUM);
     m.add_buffers(8);
+    let mut restart = |features: u64, text: &str| {
+        m.net.stop(&mut m.io);
+        m.host.send(text.as_bytes()).unwrap();
+        assert!(!m.turn(), "nothing is watched");
+        m.net.start(1 << VIRTIO_NET_F_MRG_RXBUF | features, &mut m.io).unwrap();
+        while m.turn() {}
+        (m.received(), m.net.statistics().rx_drops.get())
+    };
+    let (packets, dropped) = restart(1 << VIRTIO_NET_F_GUEST_CSUM, "meanwhile");
+    assert!(packets[0].ends_with(b"meanwhile") && dropped == 0);
+    assert_eq!(restart(0, "unfinished"), (vec![], 1), "a packet that is not for a driver without checksums");
+    let (packets, dropped) = restart(0, "finished");
+    assert!(packets[0].ends_with(b"finished") && packets[0][0] == 0 && dropped == 1);
     m.net.stop(&mut m.io);
-    m.host.send(b"meanwhile").unwrap();
-    assert!(!m.turn(), "nothing is watched");
-    m.net.start(1 << VIRTIO_NET_F_MRG_RXBUF, &mut m.io).unwrap();
-    while m.turn() {}
-    assert!(m.received()[0].ends_with(b"meanwhile"));
-    m.net.stop(&mut m.io);
+}
+
+#[test]
+fn a_driver_and_the_host_talk_through_registers_and_rings() {
+    if !namespace() {
+        return;
+    }
+    let (net, host) = on_tap(None);
+    let statistics = net.statistics().clone();
+    let mut driver = testing::Driver::new(Box::new(net));
+    driver.start();
+    for i in 0..16 {
+        driver.rings[RX].add(&from_device(&[(testing::BUFFERS + i * 0x1000, 2048)]));
+    }
+    driver.notify(0);
+    for text in ["one", "two"] {
+        host.send(text.as_bytes()).unwrap();
+        while driver.rings[RX].used().is_empty() {
+            driver.wait();
+        }
+    }
+    let packet = driver.get(testing::BUFFERS + 0x1000, 12 + 42 + 3);
+    assert!(packet.ends_with(b"two"));
+
+    let frame = frame(b"three");
+    driver.put(testing::BUFFERS + 0x10_0000, &frame);
+    driver.rings[TX].add(&to_device(&[(testing::BUFFERS + 0x10_0000, u32::try_from(frame.len()).unwrap())]));
+    assert_eq!(driver.finish(TX, 1), [(0, 0)]);
+    let mut data = [0; 100];
+    assert_eq!(host.recv(&mut data).unwrap(), 5);
+    assert_eq!(statistics.to_json()["rx_packets"], 2);
+    assert_eq!(statistics.to_json()["tx_packets"], 1);
 }
 
 #[test]
@@ -703,16 +746,16 @@ fn a_header_that_makes_no_sense_costs_only_its_packet() {
         [1, 0, 0, 0, 0, 0, 255, 255, 255, 255],
         [1, 1, 255, 255, 100, 0, 34, 0, 16, 0],
     ];
-    let good = m.frame(b"good");
+    let good = frame(b"good");
     for (i, header) in (0u64..).zip(headers) {
         let mut frame = good.clone();
         frame[..10].copy_from_slice(&header);
-        m.tx.write(0x70_0000 + i * 0x1000, &frame);
-        m.tx.add(0, &[(0x70_0000 + i * 0x1000, u32::try_from(frame.len()).unwrap())]);
+        put(&m.io.ram, 0x70_0000 + i * 0x1000, &frame);
+        m.tx.add(&to_device(&[(0x70_0000 + i * 0x1000, u32::try_from(frame.len()).unwrap())]));
     }
-    m.tx.add(0, &[(0x70_0000, 13)]);
-    m.tx.write(0x71_0000, &good);
-    m.tx.add(0, &[(0x71_0000, u32::try_from(good.len()).unwrap())]);
+    m.tx.add(&to_device(&[(0x70_0000, 13)]));
+    put(&m.io.ram, 0x71_0000, &good);
+    m.tx.add(&to_device(&[(0x71_0000, u32::try_from(good.len()).unwrap())]));
     m.net.queue_ready(TX, &mut m.io).unwrap();
     let mut data = [0; 100];
     assert_eq!(m.host.recv(&mut data).unwrap(), 4);

@@ -30,12 +30,13 @@ impl Tx {
         statistics: &Statistics,
     ) -> Result<Wait, Error> {
         queue.disable_kicks(ram)?;
-        let mut used = 0;
+        let mut moved = 0;
         let wait = loop {
-            if used == BATCH {
+            if moved == BATCH {
                 queue.kick_again()?;
                 break Wait::Driver;
             }
+            moved += 1;
             let Some(chain) = queue.pop(ram)? else {
                 if queue.enable_kicks(ram)? {
                     continue;
@@ -66,7 +67,6 @@ impl Tx {
                 _ => statistics.tx_errors.inc(),
             }
             queue.add_used(ram, head, 0)?;
-            used += 1;
         };
         queue.notify(ram)?;
         Ok(wait)
