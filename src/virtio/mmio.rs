@@ -13,7 +13,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::VirtioDevice;
@@ -84,16 +84,26 @@ impl QueueRegisters {
         Self { max, size: max.into(), ready: false, descriptors: 0, driver: 0, device: 0 }
     }
 
-    /// The ring that the registers describe, if there can be one.
-    fn ring(&self, ram: &GuestRam, event_idx: bool) -> Result<virtio_queue::Queue, virtio_queue::Error> {
-        let mut ring = virtio_queue::Queue::new(self.max)?;
-        ring.try_set_size(u16::try_from(self.size).map_err(|_| virtio_queue::Error::InvalidSize)?)?;
-        ring.try_set_desc_table_address(GuestAddress(self.descriptors))?;
-        ring.try_set_avail_ring_address(GuestAddress(self.driver))?;
-        ring.try_set_used_ring_address(GuestAddress(self.device))?;
+    /// The ring that the registers describe, or why there can be none.
+    fn ring(&self, ram: &GuestRam, event_idx: bool) -> Result<virtio_queue::Queue, &'static str> {
+        let mut ring = virtio_queue::Queue::new(self.max).map_err(|_| "the device's size of it is wrong")?;
+        let size = u16::try_from(self.size).unwrap_or_default();
+        let (table, driver, device) = [self.descriptors, self.driver, self.device].map(GuestAddress).into();
+        ring.try_set_size(size).map_err(|_| "its size is not a power of 2, or is too large")?;
+        ring.try_set_desc_table_address(table).map_err(|_| "the descriptor table is not aligned")?;
+        ring.try_set_avail_ring_address(driver).map_err(|_| "the available ring is not aligned")?;
+        ring.try_set_used_ring_address(device).map_err(|_| "the used ring is not aligned")?;
+        // As virtio_queue's is_valid(), which writes a line to the log for each time that the guest gets it wrong.
+        let size = usize::from(size);
+        if !ram.check_range(table, 16 * size)
+            || !ram.check_range(driver, 6 + 2 * size)
+            || !ram.check_range(device, 6 + 8 * size)
+        {
+            return Err("it is not in guest memory");
+        }
         ring.set_event_idx(event_idx);
         ring.set_ready(true);
-        if ring.is_valid(ram) { Ok(ring) } else { Err(virtio_queue::Error::AddressOverflow) }
+        Ok(ring)
     }
 }
 
@@ -172,7 +182,7 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
             VIRTIO_MMIO_QUEUE_NOTIFY if self.status & DRIVER_OK != 0 => {
                 if let Some(kick) = self.kicks.get(value as usize) {
-                    // It fails only when the counter is full: then the thread is being woken anyway.
+                    // It fails only when the counter is full, after 2^64 - 2 kicks.
                     let _ = kick.write(1);
                 }
             }
@@ -543,6 +553,16 @@ mod tests {
             driver.write(VIRTIO_MMIO_STATUS, 0xf);
             assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0x4f, "{value:#x} in {register:#x}");
             assert_eq!(driver.wait(), 2);
+        }
+        // To the very end of all addresses, and beyond.
+        for register in [VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_USED_LOW] {
+            driver.negotiate(1 << 32);
+            driver.write(VIRTIO_MMIO_QUEUE_SEL, 1);
+            driver.write(register, u32::MAX << 4);
+            driver.write(register + 4, u32::MAX);
+            driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+            driver.write(VIRTIO_MMIO_STATUS, 0xf);
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0x4f, "{register:#x}");
         }
         assert_eq!(logged(&log), [""; 0]);
         driver.start();

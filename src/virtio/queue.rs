@@ -248,7 +248,7 @@ impl Queue {
 
     /// Has the device called for this queue once more, as if the driver had notified.
     pub fn kick_again(&self) -> Result<(), Error> {
-        // The counter of an eventfd is full only after 2^64 - 2 unread kicks: then it is readable anyway.
+        // It fails only when the counter is full, after 2^64 - 2 kicks.
         let _ = self.kick.write(1);
         Ok(())
     }

@@ -194,6 +194,12 @@ impl Image {
         Ok(result?)
     }
 
+    /// As if a flush had failed.
+    #[cfg(test)]
+    pub fn fail_flushes(&mut self) {
+        self.flush_failed = true;
+    }
+
     /// Gives the blocks of the range back to the host, if it takes them; what is read there is undefined.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let result = if self.block_device {
@@ -347,7 +353,7 @@ mod tests {
         let file = image(512);
         let mut image = Image::open(file.path(), false).unwrap();
         image.flush().unwrap();
-        image.flush_failed = true;
+        image.fail_flushes();
         assert!(image.flush().is_err());
     }
 }

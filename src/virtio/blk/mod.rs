@@ -100,6 +100,8 @@ pub struct Blk {
     layout: Layout,
     iovecs: Option<Iovecs>,
     written: u64,
+    /// Requests that the host failed.
+    host_errors: u64,
 }
 
 /// What the device has done.
@@ -152,6 +154,7 @@ impl Blk {
             layout: Layout::default(),
             iovecs: None,
             written: 0,
+            host_errors: 0,
         })
     }
 
@@ -176,14 +179,14 @@ impl Blk {
         u32::try_from(written).expect("a chain has less than 4 GiB")
     }
 
-    fn fail(&self, failure: Failure) -> u32 {
-        let often = self.counts.errors.get() >= LOGGED_ERRORS;
+    fn fail(&mut self, failure: Failure) -> u32 {
         self.counts.errors.inc();
         match failure {
             Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
             Failure::Driver(what) => log::debug!("virtio-blk: the driver asked for {what}"),
             Failure::Host(what, error) => {
-                let level = if often { log::Level::Debug } else { log::Level::Warn };
+                self.host_errors += 1;
+                let level = if self.host_errors > LOGGED_ERRORS { log::Level::Debug } else { log::Level::Warn };
                 log::log!(level, "virtio-blk: cannot {what} disk image {}: {error}", self.path.display());
             }
         }

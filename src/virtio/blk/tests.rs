@@ -295,6 +295,32 @@ fn a_readonly_disk_is_not_written() {
 }
 
 #[test]
+fn nothing_is_called_safe_that_is_not_on_the_disk() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let all = u64::MAX;
+    let flush = 1 << VIRTIO_BLK_F_FLUSH;
+    // What a write and a flush say on a disk that cannot keep anything: a driver without FLUSH relies on the write.
+    for (cache, features, expected) in [
+        (Cache::Writeback, all, [OK, IOERR]),
+        (Cache::Writeback, !flush, [IOERR, IOERR]),
+        (Cache::Unsafe, all, [OK, OK]),
+        (Cache::Unsafe, !flush, [OK, OK]),
+    ] {
+        let mut blk = Blk::open(&Spec { cache, ..Spec::new(file.path()) }).unwrap();
+        blk.image.fail_flushes();
+        let metrics = blk.metrics();
+        let mut driver = Driver::new(Box::new(blk));
+        let offered = driver.offered();
+        driver.start_with(offered & features);
+        let mut disk = Disk { file: NamedTempFile::new().unwrap(), driver, metrics };
+        let write = disk.request(VIRTIO_BLK_T_OUT, 0, &[(DATA, 512, false)]);
+        let flush = disk.request(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        assert_eq!([write.0, flush.0], expected, "{cache:?} {features:#x}");
+    }
+}
+
+#[test]
 fn a_file_that_shrinks_fails_reads_beyond_its_end() {
     let mut disk = Disk::new();
     disk.file.as_file().set_len(10 * 512 + 100).unwrap();
