@@ -1,6 +1,7 @@
 //! `bantam check`: what this host, and a kernel, have of what bantam needs.
 
 mod host;
+mod kernel;
 mod syscall;
 
 use std::fmt;
@@ -8,6 +9,7 @@ use std::fmt;
 use serde::Serialize;
 
 pub use host::{hardware_virtualization, host, kvm_advice};
+pub use kernel::kernel;
 
 /// What was found of one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -1,0 +1,105 @@
+//! What a kernel has.
+
+use std::path::Path;
+
+use super::{Row, Table};
+use crate::boot::inspect::{self, Error, Inspection};
+
+/// The options of a kernel's configuration that bantam's devices need, and what does not work without.
+const OPTIONS: [(&str, &str); 6] = [
+    ("SERIAL_8250_CONSOLE", "nothing is seen on the serial console"),
+    ("BLK_DEV_INITRD", "no --initrd"),
+    ("VIRTIO_MMIO", "no virtio devices"),
+    ("VIRTIO_BLK", "no --disk"),
+    ("VIRTIO_NET", "no --net"),
+    ("HW_RANDOM_VIRTIO", "no randomness from the host"),
+];
+
+/// Looks into the kernel at `path`, without booting it. If it has no configuration in it, that of
+/// `config-VERSION` beside `vmlinuz-VERSION` is taken.
+///
+/// # Errors
+/// When the file is no kernel that could be booted.
+pub fn kernel(path: &Path) -> Result<Table, Error> {
+    let found = inspect::inspect(path)?;
+    let beside = || std::fs::read_to_string(config_beside(path)?).ok();
+    let config = found.config.clone().or_else(beside);
+    Ok(Table(rows(&found, config.as_deref())))
+}
+
+fn rows(found: &Inspection, config: Option<&str>) -> Vec<Row> {
+    let format = if found.format == crate::boot::kernel::Format::Elf { "ELF" } else { "bzImage" };
+    let entry = if found.pvh { "its PVH note" } else { "the 64-bit boot protocol" };
+    let mut rows = vec![Row::ok("format", format!("{format}, entered by {entry} at {:#x}", found.entry))];
+    if let Some(version) = &found.version {
+        rows.push(Row::ok("version", version.split(' ').next().unwrap_or_default()));
+    }
+    rows.extend(match (found.compression, found.packed) {
+        (Some(compression), false) => Some(Row::ok("compression", format!("{compression}, unpacked by bantam"))),
+        (Some(compression), true) => {
+            Some(Row::absent("compression", format!("{compression}: the guest unpacks it, which takes time")))
+        }
+        (None, true) => {
+            Some(Row::absent("compression", "not one that bantam reads: the guest unpacks it, which takes time"))
+        }
+        (None, false) => None,
+    });
+    rows.push(if found.acpi {
+        Row::ok("ACPI", "")
+    } else {
+        Row::absent("ACPI", "it finds its devices by the MP table and virtio_mmio.device= instead")
+    });
+    match config {
+        Some(config) => rows.extend(OPTIONS.map(|(name, loss)| option(config, name, loss))),
+        None => rows.push(Row::absent(
+            "configuration",
+            "it has none in it (CONFIG_IKCONFIG), and there is no config-VERSION beside it: its drivers are not known",
+        )),
+    }
+    rows
+}
+
+/// What a configuration says of an option.
+fn option(config: &str, name: &str, loss: &str) -> Row {
+    let setting = config.lines().find_map(|line| line.strip_prefix("CONFIG_")?.strip_prefix(name)?.strip_prefix('='));
+    let row_name = format!("CONFIG_{name}");
+    match setting {
+        Some("y") => Row::ok(row_name, ""),
+        Some("m") => Row::ok(row_name, "module: load it in the initrd"),
+        _ if name == "SERIAL_8250_CONSOLE" => Row::missing(row_name, loss),
+        _ => Row::absent(row_name, loss),
+    }
+}
+
+/// `config-VERSION` for `vmlinuz-VERSION`, in the same folder.
+fn config_beside(path: &Path) -> Option<std::path::PathBuf> {
+    let (_, version) = path.file_name()?.to_str()?.split_once('-')?;
+    Some(path.with_file_name(format!("config-{version}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Status;
+
+    const CONFIG: &str = "CONFIG_VIRTIO_BLK=m\n# CONFIG_VIRTIO_NET is not set\nCONFIG_VIRTIO_MMIO=y\n\
+                          CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y\n";
+
+    #[test]
+    fn options_are_told() {
+        let status = |name| option(CONFIG, name, "loss").status;
+        assert_eq!(status("VIRTIO_MMIO"), Status::Ok);
+        assert_eq!(status("VIRTIO_NET"), Status::Absent);
+        assert_eq!(status("VIRTIO"), Status::Absent, "a longer name is another option");
+        assert_eq!(status("SERIAL_8250_CONSOLE"), Status::Missing);
+        let module = option(CONFIG, "VIRTIO_BLK", "loss");
+        assert_eq!((module.status, module.detail.as_str()), (Status::Ok, "module: load it in the initrd"));
+    }
+
+    #[test]
+    fn a_configuration_lies_beside_its_kernel() {
+        let beside = |path: &str| config_beside(Path::new(path));
+        assert_eq!(beside("/boot/vmlinuz-6.1.0-42-amd64"), Some("/boot/config-6.1.0-42-amd64".into()));
+        assert_eq!(beside("/boot/vmlinux"), None);
+    }
+}
