@@ -1,2 +1,211 @@
-//! The `bantam` command.
-fn main() {}
+//! The `bantam` command: flags in, an exit status out. Exit statuses exist only here.
+
+mod cli;
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use bantam::machine::Builder;
+use bantam::outcome::{CrashKind, Outcome};
+use bantam::signal::{self, SignalFd};
+use bantam::{check, terminal};
+use clap::Parser;
+use cli::report::ReportFile;
+use cli::{Cli, Command};
+
+/// The guest kernel panicked.
+const PANICKED: u8 = 121;
+/// The guest crashed.
+const CRASHED: u8 = 122;
+/// The guest did not boot in time.
+const BOOT_TIMED_OUT: u8 = 123;
+/// The guest ran for longer than it may.
+const TIMED_OUT: u8 = 124;
+/// bantam could not start, or failed.
+const FAILED: u8 = 125;
+/// With the number of the signal that ended the machine, which is below it.
+const SIGNALED: u8 = 128;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    std::panic::set_hook(Box::new(|panic| {
+        terminal::restore();
+        say(&format!("internal error, please report it: {panic}"));
+        std::process::exit(FAILED.into());
+    }));
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let result = match &cli.command {
+        Command::Run(run) => self::run(run, started),
+        Command::Check(check) => self::check(check),
+        Command::Completions { shell } => print(&cli::completions(*shell)),
+        Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
+    };
+    result.unwrap_or_else(|error| {
+        say(&chain(&*error));
+        if let Some(advice) = advice(&*error) {
+            say(&advice);
+        }
+        ExitCode::from(FAILED)
+    })
+}
+
+/// Runs a machine to its end.
+fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    let config = run.config()?;
+    config.validate()?;
+    if run.print_config {
+        let mut json = serde_json::to_vec_pretty(&config)?;
+        json.push(b'\n');
+        return print(&json);
+    }
+    let report = run.report.as_deref().map(ReportFile::new).transpose()?;
+    cli::log::start(run.verbose, run.log_file.as_deref())?;
+
+    let signals =
+        SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
+    let mut machine = Builder::new(config).started(started).signals(signals).build()?;
+    let ended = machine.run();
+    if let Some(file) = report {
+        let mut report = machine.report();
+        if let Err(error) = &ended {
+            report.cause = chain(error);
+        }
+        file.write(&report)?;
+    }
+    let outcome = ended?;
+    // The terminal is the user's again before anything is said.
+    drop(machine);
+    tell(&outcome);
+    Ok(status(&outcome))
+}
+
+/// Looks at the host, and at a kernel if there is one to look at.
+fn check(check: &cli::Check) -> Result<ExitCode, Box<dyn Error>> {
+    let host = check::host();
+    let kernel = check.kernel.as_deref().map(check::kernel).transpose()?;
+    let ready = host.is_ready() && kernel.as_ref().is_none_or(check::Table::is_ready);
+    let text = if check.json {
+        let json = serde_json::json!({"ready": ready, "host": host, "kernel": kernel});
+        format!("{json:#}\n")
+    } else {
+        let kernel = kernel.map(|table| format!("Kernel:\n{table}")).unwrap_or_default();
+        format!("Host:\n{host}{kernel}")
+    };
+    print(text.as_bytes())?;
+    Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn status(outcome: &Outcome) -> ExitCode {
+    match outcome {
+        Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => ExitCode::SUCCESS,
+        Outcome::Panicked(_) => ExitCode::from(PANICKED),
+        Outcome::Crashed(_) => ExitCode::from(CRASHED),
+        Outcome::BootTimedOut { .. } => ExitCode::from(BOOT_TIMED_OUT),
+        Outcome::TimedOut { .. } => ExitCode::from(TIMED_OUT),
+        Outcome::Signaled(number) => ExitCode::from(u8::try_from(*number).map_or(FAILED, |number| SIGNALED | number)),
+    }
+}
+
+/// Says how the machine ended, if it was not by the guest's own will.
+fn tell(outcome: &Outcome) {
+    match outcome {
+        Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => log::info!("{outcome}"),
+        Outcome::Panicked(panic) => {
+            let tail: String = panic.console_tail.iter().map(|line| format!("  {line}\n")).collect();
+            say(&format!("{outcome}; the last lines of its console:\n{tail}"));
+        }
+        Outcome::Crashed(crash) => {
+            say(&outcome.to_string());
+            if crash.kind == CrashKind::EmulationFailure && !check::hardware_virtualization() {
+                say("this machine's CPU has no VT-x or SVM, so KVM only emulates a guest's kernel here, and not all \
+                     of it: use a machine with nested virtualisation (`bantam check` tells)");
+            }
+        }
+        _ => say(&outcome.to_string()),
+    }
+}
+
+/// An error and its causes, each once.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    // The number says nothing that the words before it do not.
+    match text.rsplit_once(" (os error ") {
+        Some((words, number)) if number.ends_with(')') => words.to_owned(),
+        _ => text,
+    }
+}
+
+/// What the user can do about an error, if that is known.
+fn advice(error: &(dyn Error + 'static)) -> Option<String> {
+    use bantam::{kvm, machine};
+    match error.downcast_ref::<machine::Error>()? {
+        machine::Error::Kvm(kvm::Error::Open(_)) => check::kvm_advice(),
+        _ => None,
+    }
+}
+
+/// A mistake in the flags, or a wish for help.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // Clap knows whether the terminal has colours. A reader that goes away has seen enough.
+        return match error.print() {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(FAILED),
+            _ => ExitCode::SUCCESS,
+        };
+    }
+    let text = error.render().to_string();
+    say(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+    ExitCode::from(FAILED)
+}
+
+/// Writes to standard output. A reader that goes away has seen enough.
+fn print(text: &[u8]) -> Result<ExitCode, Box<dyn Error>> {
+    match io::stdout().write_all(text).and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to standard output: {error}").into())
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Says something on standard error. If that is closed there is nobody to tell.
+fn say(text: &str) {
+    let _ = io::stderr().write_all(format!("bantam: {}\n", text.trim_end()).as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open {path}")]
+    struct Open {
+        path: &'static str,
+        #[source]
+        source: io::Error,
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error(transparent)]
+    struct Outer(#[from] Open);
+
+    #[test]
+    fn an_error_is_told_with_its_causes() {
+        let source = io::Error::from_raw_os_error(2);
+        let error = Outer(Open { path: "/x", source });
+        assert_eq!(chain(&error), "cannot open /x: No such file or directory");
+    }
+}

@@ -1,0 +1,276 @@
+//! The command line: flags in, a [`Config`] out.
+
+pub mod log;
+pub mod report;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bantam::config::{Config, Size, duration, kv};
+use bantam::devices::console;
+use bantam::virtio::{blk, net};
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Yellow.on_default().bold())
+    .usage(AnsiColor::Yellow.on_default().bold())
+    .literal(AnsiColor::Green.on_default())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  A kernel and an initramfs, console on this terminal (Ctrl-A x quits):
+    bantam run --kernel vmlinuz --initrd initrd.img
+
+  A root disk, four CPUs and 2 GiB of memory:
+    bantam run --kernel vmlinuz --cpus 4 --memory 2G rootfs.img
+
+  A second disk that is only read, and a network card on an existing tap:
+    bantam run --kernel vmlinuz --disk data.img,readonly=on --net tap=tap0 rootfs.img
+
+  In a script: no console input, a limit, and the outcome as JSON:
+    bantam run --kernel vmlinuz --initrd test.img --timeout 60s --report out.json </dev/null
+
+Exit status:
+  0      the guest powered off, rebooted or halted, or was stopped
+  121    the guest kernel panicked
+  122    the guest crashed
+  123    the guest did not boot in time
+  124    the guest ran for longer than it may
+  125    bantam could not start, or failed
+  128+N  ended by signal N";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  bantam check
+  bantam check --kernel /boot/vmlinuz-6.1.0-42-cloud-amd64
+  bantam check --json
+
+Exit status: 0 if everything required is there, 1 if something is missing.";
+
+/// A small virtual machine monitor for KVM.
+#[derive(Debug, Parser)]
+#[command(name = "bantam", version, styles = STYLES, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine until it ends.
+    #[command(after_long_help = RUN_EXAMPLES)]
+    Run(Box<Run>),
+    /// Tell whether this host, and a kernel, have what bantam needs.
+    #[command(after_long_help = CHECK_EXAMPLES)]
+    Check(Check),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page in roff: bantam's own, or a command's.
+    Man {
+        /// The command whose page it is.
+        command: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// A raw disk image with the root file system: the first disk, mounted by the kernel as its root.
+    #[arg(value_name = "ROOTFS")]
+    rootfs: Option<PathBuf>,
+
+    /// The kernel, an ELF vmlinux or a bzImage [default: /boot/vmlinuz-$(uname -r)].
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    initrd: Option<PathBuf>,
+    /// Text to add to the default kernel command line.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, help_heading = "Boot")]
+    #[arg(allow_hyphen_values = true)]
+    cmdline: String,
+    /// Make --cmdline the whole kernel command line.
+    #[arg(long, help_heading = "Boot")]
+    cmdline_only: bool,
+
+    /// The number of virtual CPUs.
+    #[arg(long, value_name = "N", default_value_t = Config::default().cpus, help_heading = "Machine")]
+    cpus: u32,
+    /// The guest's memory: 512M, 4G, ...
+    #[arg(long, value_name = "SIZE", default_value_t = Config::default().memory, help_heading = "Machine")]
+    memory: Size,
+
+    /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
+    #[arg(long = "disk", value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe]")]
+    #[arg(value_parser = kv::from_str::<blk::Spec>, help_heading = "Devices")]
+    disks: Vec<blk::Spec>,
+    /// Add a network card, on a tap by name or on an open tap's descriptor (fd=N).
+    #[arg(long = "net", value_name = "[tap=]NAME[,mac=ADDR][,mtu=N]")]
+    #[arg(value_parser = kv::from_str::<net::Spec>, help_heading = "Devices")]
+    nets: Vec<net::Spec>,
+    /// Leave out the random number device.
+    #[arg(long, help_heading = "Devices")]
+    no_rng: bool,
+
+    /// Where the serial console is: stdio, none, file=PATH or socket=PATH.
+    #[arg(long, value_name = "WHERE", default_value_t = console::Spec::default(), help_heading = "Console")]
+    serial: console::Spec,
+
+    /// End the machine if it has not reached user space after this time: 500ms, 60s, 2m.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
+    boot_timeout: Option<Duration>,
+    /// End the machine after this time.
+    #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
+    timeout: Option<Duration>,
+
+    /// Write the outcome, durations and counters to FILE, as JSON.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub report: Option<PathBuf>,
+    /// Print the machine as JSON, and do not run it.
+    #[arg(long, help_heading = "Output")]
+    pub print_config: bool,
+    /// Log more: -v what happens, -vv details, -vvv everything.
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Output")]
+    pub verbose: u8,
+    /// Log to the end of FILE instead of to standard error.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    /// A kernel to look into as well.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What the flags leave open and the host does not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot find a kernel: no --kernel FILE is given, and {path} cannot be read")]
+    NoKernel {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot print a manual page: there is no command `{0}`")]
+    NoCommand(String),
+}
+
+impl Run {
+    /// The machine that the flags ask for.
+    pub fn config(&self) -> Result<Config, Error> {
+        let kernel = match &self.kernel {
+            Some(path) => path.clone(),
+            None => running_kernel()?,
+        };
+        let rootfs = self.rootfs.iter().map(blk::Spec::new);
+        let cmdline = match (&self.rootfs, self.cmdline_only) {
+            (Some(_), false) if self.cmdline.is_empty() => "root=/dev/vda rw".to_owned(),
+            (Some(_), false) => format!("root=/dev/vda rw {}", self.cmdline),
+            _ => self.cmdline.clone(),
+        };
+        Ok(Config {
+            kernel: Some(kernel),
+            initrd: self.initrd.clone(),
+            cmdline,
+            cmdline_only: self.cmdline_only,
+            cpus: self.cpus,
+            memory: self.memory,
+            disks: rootfs.chain(self.disks.iter().cloned()).collect(),
+            nets: self.nets.clone(),
+            rng: !self.no_rng,
+            serial: self.serial.clone(),
+            boot_timeout: self.boot_timeout,
+            timeout: self.timeout,
+        })
+    }
+}
+
+/// The kernel that this host runs, where distributions put it.
+fn running_kernel() -> Result<PathBuf, Error> {
+    let path = format!("/boot/vmlinuz-{}", rustix::system::uname().release().to_string_lossy());
+    match rustix::fs::access(&path, rustix::fs::Access::READ_OK) {
+        Ok(()) => Ok(path.into()),
+        Err(source) => Err(Error::NoKernel { path, source: source.into() }),
+    }
+}
+
+/// The completion script of a shell.
+pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
+    let mut script = vec![];
+    clap_complete::generate(shell, &mut Cli::command(), "bantam", &mut script);
+    script
+}
+
+/// The manual page of bantam, or of one of its commands.
+pub fn man(name: Option<&str>) -> Result<Vec<u8>, Error> {
+    let mut bantam = Cli::command();
+    bantam.build();
+    let command = match name {
+        None => bantam,
+        Some(name) => bantam.find_subcommand(name).cloned().ok_or_else(|| Error::NoCommand(name.to_owned()))?,
+    };
+    let title = name.map_or("bantam".to_owned(), |name| format!("bantam-{name}"));
+    let mut page = vec![];
+    let rendered = clap_mangen::Man::new(command).title(title.to_uppercase()).render(&mut page);
+    rendered.expect("writing to memory does not fail");
+    Ok(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(flags: &[&str]) -> Config {
+        let flags = ["bantam", "run", "--kernel", "k"].iter().chain(flags);
+        let Command::Run(run) = Cli::try_parse_from(flags).unwrap().command else { panic!("not a run") };
+        run.config().unwrap()
+    }
+
+    #[test]
+    fn the_commands_are_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_flags_are_the_defaults() {
+        assert_eq!(config(&[]), Config::new().kernel("k"));
+    }
+
+    #[test]
+    fn a_root_disk_comes_first_and_is_the_root() {
+        let config = config(&["--disk", "data", "--cmdline", "quiet", "root.img"]);
+        assert_eq!(config.disks, [blk::Spec::new("root.img"), blk::Spec::new("data")]);
+        assert_eq!(config.cmdline, "root=/dev/vda rw quiet");
+    }
+
+    #[test]
+    fn a_whole_command_line_is_left_alone() {
+        let config = config(&["--cmdline-only", "--cmdline", "quiet", "root.img"]);
+        assert_eq!(config.cmdline, "quiet");
+    }
+
+    #[test]
+    fn flags_reach_the_config() {
+        let flags = "--initrd i --cpus 2 --memory 1G --no-rng --serial none --boot-timeout 5s --timeout 1m";
+        let config = config(&flags.split(' ').collect::<Vec<_>>());
+        let expected = Config::new()
+            .kernel("k")
+            .initrd("i")
+            .cpus(2)
+            .memory(Size::gib(1))
+            .rng(false)
+            .serial(console::Spec::None)
+            .boot_timeout(Duration::from_secs(5))
+            .timeout(Duration::from_secs(60));
+        assert_eq!(config, expected);
+    }
+}

@@ -1,0 +1,121 @@
+//! The `--report` file: whole or not there.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, AtFlags, CWD};
+
+/// Why there is no report.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the report {}", .path.display())]
+pub struct Error {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Where a report will be written.
+pub struct ReportFile {
+    path: PathBuf,
+    /// Whether `path` is a pipe or a device, which is written to, where a file is replaced.
+    stream: bool,
+}
+
+impl ReportFile {
+    /// Checks that a report could be written to `path`, and touches nothing.
+    pub fn new(path: &Path) -> Result<Self, Error> {
+        Self::check(path).map_err(|source| Error { path: path.to_owned(), source })
+    }
+
+    fn check(path: &Path) -> io::Result<Self> {
+        // A link stays a link: what it points to is replaced.
+        let path = match path.canonicalize() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+            real => real?,
+        };
+        let stream = match fs::metadata(&path) {
+            Ok(meta) if meta.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+            Ok(meta) => !meta.is_file(),
+            Err(_) => false,
+        };
+        if !stream {
+            if path.file_name().is_none() {
+                return Err(io::ErrorKind::InvalidFilename.into());
+            }
+            let access = Access::WRITE_OK | Access::EXEC_OK;
+            rustix::fs::accessat(CWD, folder(&path), access, AtFlags::EACCESS)?;
+        }
+        Ok(Self { path, stream })
+    }
+
+    /// Writes `report` as JSON.
+    pub fn write(&self, report: &impl serde::Serialize) -> Result<(), Error> {
+        self.try_write(report).map_err(|source| Error { path: self.path.clone(), source })
+    }
+
+    fn try_write(&self, report: &impl serde::Serialize) -> io::Result<()> {
+        let mut json = serde_json::to_vec_pretty(report)?;
+        json.push(b'\n');
+        if self.stream {
+            return OpenOptions::new().write(true).open(&self.path)?.write_all(&json);
+        }
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = folder(&self.path).join(format!(".{name}.{}", std::process::id()));
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)
+            .and_then(|mut file| file.write_all(&json))
+            .and_then(|()| fs::rename(&temporary, &self.path));
+        if written.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        written
+    }
+}
+
+/// The folder that `path` is in.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_replaces_the_file_and_leaves_nothing_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.json");
+        fs::write(&path, "old and longer than the new one").unwrap();
+        ReportFile::new(&path).unwrap().write(&[1]).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "[\n  1\n]\n");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_stays_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        ReportFile::new(&link).unwrap().write(&1).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "1\n");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn a_device_is_written_to() {
+        ReportFile::new(Path::new("/dev/null")).unwrap().write(&1).unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn a_place_where_no_file_can_be_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for bad in [folder.path().to_owned(), folder.path().join("missing/out.json"), "".into(), "..".into()] {
+            assert!(ReportFile::new(&bad).is_err(), "{bad:?}");
+        }
+    }
+}
