@@ -24,8 +24,6 @@ use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
 
-/// Bytes of MMIO space that the registers and the largest device configuration take.
-pub const SIZE: u64 = 0x1000;
 /// Offset of `QueueNotify`, where an ioeventfd for each of [`Mmio::kicks`] belongs.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
@@ -108,7 +106,8 @@ impl QueueRegisters {
 }
 
 impl Mmio {
-    /// Puts `device` behind registers; `line` interrupts the guest. The device's thread will be called `name`.
+    /// Puts `device` behind registers; `line` interrupts the guest. The device is called
+    /// `name` in the log, and its thread `bantam-NAME`.
     ///
     /// # Errors
     /// When the host has no eventfd left: there is one for each queue.
@@ -619,7 +618,7 @@ mod tests {
         let status = std::fs::read_dir("/proc/self/task")
             .unwrap()
             .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).ok())
-            .find(|status| status.starts_with("Name:\tvirtio-test\n"))
+            .find(|status| status.starts_with("Name:\tbantam-test\n"))
             .expect("there is a thread of that name");
         let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:\t")).unwrap();
         let blocked = u64::from_str_radix(blocked, 16).unwrap();

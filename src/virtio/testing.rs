@@ -145,7 +145,7 @@ impl Driver {
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         let ram = crate::memory::reserve(&[0..END / 2, END / 2..END]).unwrap();
         let (line, interrupts) = mpsc::channel();
-        let mmio = Mmio::new(ram.clone(), device, Arc::new(Line(line)), "virtio-test").unwrap();
+        let mmio = Mmio::new(ram.clone(), device, Arc::new(Line(line)), "test").unwrap();
         Self { ram, mmio, rings: Vec::new(), interrupts: Mutex::new(interrupts) }
     }
 

@@ -35,7 +35,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts a thread `name` (the host shows 15 bytes of it) for the device and its queues; `kicks` are their
+    /// Starts a thread `bantam-NAME` (the host shows 15 bytes of it) for the device and its queues; `kicks` are their
     /// ioeventfds, by index.
     ///
     /// # Errors
@@ -81,7 +81,8 @@ impl Worker {
             epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
         }
         let _blocked = BlockedSignals::new();
-        let thread = thread::Builder::new().name(name.into()).spawn(move || Some(take.recv().ok()?.run()))?;
+        let thread =
+            thread::Builder::new().name(format!("bantam-{name}")).spawn(move || Some(take.recv().ok()?.run()))?;
         Ok((events, Self { name: name.into(), stop, thread: Some(thread) }))
     }
 

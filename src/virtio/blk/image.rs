@@ -141,7 +141,11 @@ impl Image {
         }
         lock(&file, path, readonly)?;
         let claim = if block_device && !readonly { Some(claim(path)?) } else { None };
-        let serial = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
+        let serial = if block_device {
+            format!("{:x}", metadata.rdev())
+        } else {
+            format!("{:x}-{:x}", metadata.dev(), metadata.ino())
+        };
         let sectors = bytes / SECTOR;
         Ok(Self { file, _claim: claim, block_device, sectors, serial, flush_failed: false })
     }
