@@ -58,7 +58,8 @@ const TAP: u32 = 0;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Spec {
-    /// The name of a tap. If there is none it is created, when that is permitted, and set up.
+    /// The name of a tap. If there is none it is created, when that is permitted, and set up; it vanishes with the
+    /// device. `ip tuntap add dev NAME mode tap user $USER` makes one that stays, for a user without privileges.
     pub tap: Option<String>,
     /// The number of an open descriptor of a tap, which the device takes over.
     pub fd: Option<RawFd>,
