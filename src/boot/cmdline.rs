@@ -8,8 +8,8 @@ use crate::arch::x86_64::layout::{CMDLINE, CMDLINE_MAX};
 use crate::memory::GuestRam;
 
 /// What bantam tells every kernel: the console it has; to reboot by the i8042 (a triple fault is then a crash), and to
-/// do that at once when it panics.
-pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1";
+/// do that at once when it panics; and not to look for PCI, as there is none.
+pub const DEFAULT: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
 
 /// A command line that the kernel cannot be given.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

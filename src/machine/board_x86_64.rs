@@ -8,6 +8,7 @@ use super::Error;
 use super::inbox::{Event, Sender};
 use crate::arch::x86_64::{VirtioWindow, layout};
 use crate::bus::BusDevice;
+use crate::devices::cmos::Cmos;
 use crate::devices::i8042::I8042;
 use crate::devices::output::Output;
 use crate::devices::power::Power;
@@ -44,7 +45,7 @@ impl<'a> Board<'a> {
         Board { vm, buses: Buses::default(), metrics: Vec::new() }
     }
 
-    /// Attaches what every machine has: serial port, keyboard controller, power registers, pvpanic.
+    /// Attaches what every machine has: serial port, keyboard controller, clock, power registers, pvpanic.
     pub fn attach_legacy(&mut self, output: Output, inbox: &Sender) -> Result<Arc<Mutex<Port>>, Error> {
         let send = |event: fn() -> Event| {
             let inbox = inbox.clone();
@@ -61,6 +62,7 @@ impl<'a> Board<'a> {
         let power =
             Power::new(layout::ACPI_S5, layout::ACPI_RESET_VALUE, send(|| Event::PowerOff), send(|| Event::Reset));
         self.attach_port(layout::ACPI_SLEEP_CONTROL, 3, Arc::new(Mutex::new(power)))?;
+        self.attach_port(layout::CMOS, 2, Arc::new(Mutex::new(Cmos::default())))?;
         self.attach_port(layout::PVPANIC, 1, Arc::new(Mutex::new(Pvpanic::new(send(|| Event::Pvpanic)))))?;
         Ok(serial)
     }
