@@ -13,7 +13,7 @@ use super::image::Image;
 use super::{find, low_memory_end, mib};
 use crate::arch::x86_64::layout::{HIGH_MEMORY, PVH_START_INFO, ZERO_PAGE};
 use crate::arch::x86_64::regs::Entry;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, prefer_huge_pages};
 
 /// What an ELF file begins with.
 pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
@@ -121,6 +121,9 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
     // An image that is unpacked on the fly has its section headers behind it only when they are no longer needed.
     let sections = if image.seekable() { header.sections(image) } else { None };
     segments.sort_by_key(|segment| segment.offset);
+    let start = segments.iter().map(|segment| segment.memory.start).min().unwrap_or(0);
+    let end = segments.iter().map(|segment| segment.memory.end).max().unwrap_or(0);
+    prefer_huge_pages(ram, start..end);
     for segment in &segments {
         let size = sections.as_ref().map_or(segment.file_size, |sections| sections.file_size(segment));
         image
@@ -138,8 +141,6 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
         None => Entry::Linux64 { entry: address, zero_page: ZERO_PAGE },
     };
 
-    let start = segments.iter().map(|segment| segment.memory.start).min().unwrap_or(address);
-    let end = segments.iter().map(|segment| segment.memory.end).max().unwrap_or(address);
     let init_data = sections.and_then(|sections| {
         let (offset, size) = sections.init_data?;
         let address = segments.iter().find_map(|segment| segment.find(offset, size))?;

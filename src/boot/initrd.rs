@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::kernel::{self, Kernel};
 use super::low_memory_end;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, prefer_huge_pages};
 
 const PAGE: u64 = 4096;
 
@@ -61,6 +61,7 @@ pub fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Range<u64>, 
         return Err(too_big());
     }
     let start = (limit - size) / PAGE * PAGE;
+    prefer_huge_pages(ram, start..start + size);
     read(ram, &mut file, start, size).map_err(|source| Error::Read { path: path.into(), source })?;
     Ok(start..start + size)
 }
