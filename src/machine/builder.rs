@@ -17,7 +17,7 @@ use crate::devices::output::Output;
 use crate::kvm::Vm;
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
-use crate::virtio::rng;
+use crate::virtio::{blk, rng};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
 #[must_use]
@@ -100,6 +100,12 @@ impl Builder {
 /// Opens what stands behind the virtio devices, in the order in which the guest finds them.
 fn open_devices(config: &Config) -> Result<Vec<NamedDevice>, Error> {
     let mut devices: Vec<NamedDevice> = Vec::new();
+    for (i, spec) in config.disks.iter().enumerate() {
+        devices.push((format!("blk{i}"), Box::new(blk::Blk::open(spec)?)));
+    }
+    for (i, spec) in config.nets.iter().enumerate() {
+        devices.push((format!("net{i}"), Box::new(spec.open()?)));
+    }
     if config.rng {
         devices.push(("rng".into(), Box::new(rng::Rng::new())));
     }
@@ -138,6 +144,9 @@ fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> R
     }
     let mut cmdline = Cmdline::default();
     cmdline.push(cmdline::DEFAULT)?;
+    if let Some(root) = config.disks.first() {
+        cmdline.push(if root.readonly { "root=/dev/vda ro" } else { "root=/dev/vda rw" })?;
+    }
     if !acpi {
         for VirtioWindow { base, gsi } in windows {
             cmdline.push(&format!("virtio_mmio.device={:#x}@{base:#x}:{gsi}", layout::VIRTIO_MMIO_SIZE))?;

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
-use crate::{arch, boot, bus, config, devices, kvm, memory};
+use crate::{arch, boot, bus, config, devices, kvm, memory, virtio};
 
 /// Why a machine could not be built or run. How the guest fared is no error but an [`Outcome`].
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,12 @@ pub enum Error {
     /// The kernel, the initrd or the command line cannot be used.
     #[error(transparent)]
     Boot(#[from] boot::Error),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] virtio::blk::Error),
+    /// A network device cannot be used.
+    #[error(transparent)]
+    Net(#[from] virtio::net::Error),
     /// The console cannot be opened.
     #[error(transparent)]
     Console(#[from] devices::console::Error),
