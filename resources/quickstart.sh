@@ -17,10 +17,10 @@ if [[ ! -t 0 || ! -t 1 ]]; then
     # The kernel unpacks archives that follow one another: the second brings /test.sh, which the first's /init runs.
     initrd=$PWD/target/guest/quickstart.cpio
     echo 'uname -a; cat /proc/cpuinfo' >target/guest/test.sh
-    { cat "$guest/initramfs.cpio" && cd target/guest && echo test.sh | cpio -o -H newc --quiet; } >"$initrd"
+    (cat "$guest/initramfs.cpio" && cd target/guest && echo test.sh | cpio -o -H newc --quiet) >"$initrd"
 fi
 bantam=$(realpath "${CARGO_TARGET_DIR:-target}")/release/bantam
-command=("$bantam" run --kernel "$guest/vmlinuz" --initrd "$initrd")
+command=("$bantam" run --kernel "$guest/vmlinuz" --initrd "$initrd" --cmdline quiet)
 
 if ! grep -qwE 'vmx|svm' /proc/cpuinfo; then
     step "This machine has neither VT-x (vmx) nor SVM (svm): starting the emulated KVM host, which is slow"
