@@ -257,3 +257,106 @@ impl Queue {
         Error::Ring { index: self.index, what, source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::super::testing::{BUFFERS, END, Ring};
+    use super::*;
+
+    #[derive(Default)]
+    struct Line(AtomicU32);
+
+    impl Interrupt for Line {
+        fn trigger(&self) -> io::Result<()> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    /// A queue of 4, both ends of it.
+    fn queue(event_idx: bool) -> (GuestRam, Ring, Queue, Arc<Line>) {
+        let ram = crate::memory::reserve(&[0..END]).unwrap();
+        let driver = Ring::new(&ram, 0, 4);
+        let mut ring = virtio_queue::Queue::new(4).unwrap();
+        ring.try_set_desc_table_address(GuestAddress(driver.descriptors())).unwrap();
+        ring.try_set_avail_ring_address(GuestAddress(driver.driver())).unwrap();
+        ring.try_set_used_ring_address(GuestAddress(driver.device())).unwrap();
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        let line = Arc::new(Line::default());
+        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        (ram, driver, Queue::new(0, ring, kick, Arc::new(InterruptState::new(line.clone()))), line)
+    }
+
+    #[test]
+    fn a_driver_that_never_stops_adding_does_not_keep_the_thread() {
+        for event_idx in [false, true] {
+            let (ram, mut driver, mut queue, line) = queue(event_idx);
+            driver.add(&[(BUFFERS, 1, false)]);
+            let mut served = 0;
+            let again = |_: Chain<'_>| {
+                served += 1;
+                driver.add(&[(BUFFERS, 1, false)]);
+                7
+            };
+            queue.serve(&ram, again).unwrap();
+            assert_eq!(served, 4);
+            assert_eq!(queue.kick().read().unwrap(), 1);
+            assert!(line.0.load(Ordering::SeqCst) > 0);
+            assert_eq!(driver.used(), [(0, 7), (1, 7), (2, 7), (3, 7)]);
+            // The last one is there for the next call.
+            queue.serve(&ram, |_| 0).unwrap();
+            assert_eq!(driver.used().len(), 1);
+            assert!(queue.kick().read().is_err());
+        }
+    }
+
+    #[test]
+    fn slow_requests_are_announced_one_by_one() {
+        let (ram, mut driver, mut queue, line) = queue(false);
+        for _ in 0..3 {
+            driver.add(&[(BUFFERS, 1, false)]);
+        }
+        let slow = |_: Chain<'_>| {
+            let start = Instant::now();
+            while start.elapsed() < NOTIFY_AFTER {}
+            0
+        };
+        queue.serve(&ram, slow).unwrap();
+        assert_eq!(line.0.load(Ordering::SeqCst), 3);
+    }
+
+    #[test]
+    fn a_driver_that_does_not_want_to_hear_is_not_interrupted() {
+        for event_idx in [false, true] {
+            let (ram, mut driver, mut queue, line) = queue(event_idx);
+            // Nothing was used: there is nothing to tell.
+            queue.serve(&ram, |_| 0).unwrap();
+            queue.notify(&ram).unwrap();
+            assert_eq!(line.0.load(Ordering::SeqCst), 0);
+            driver.add(&[(BUFFERS, 1, false)]);
+            let (flag, event) = (driver.driver(), driver.driver() + 4 + 2 * 4);
+            // Only one of the two counts (2.7.7.1).
+            ram.write_obj(u16::from(!event_idx), GuestAddress(flag)).unwrap();
+            ram.write_obj(if event_idx { 1u16 } else { 0 }, GuestAddress(event)).unwrap();
+            queue.serve(&ram, |_| 0).unwrap();
+            assert_eq!(line.0.load(Ordering::SeqCst), 0);
+            ram.write_obj(0u16, GuestAddress(flag)).unwrap();
+            driver.add(&[(BUFFERS, 1, false)]);
+            ram.write_obj(1u16, GuestAddress(event)).unwrap();
+            queue.serve(&ram, |_| 0).unwrap();
+            assert_eq!(line.0.load(Ordering::SeqCst), 1);
+        }
+    }
+
+    #[test]
+    fn a_head_that_is_no_descriptor_breaks_the_ring() {
+        let (ram, mut driver, mut queue, _) = queue(true);
+        driver.publish(4);
+        assert!(queue.serve(&ram, |_| panic!("there is no request")).is_err());
+    }
+}
