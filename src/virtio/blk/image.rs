@@ -25,7 +25,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It can be opened, but not for writing.
-    #[error("cannot open disk image {path} for writing, but for reading: add readonly=on")]
+    #[error("cannot open disk image {path} for writing (readonly=on would read it)")]
     ReadOnly {
         /// The image.
         path: PathBuf,
