@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use linux_loader::bootparam::setup_header;
 use serde::Serialize;
 
+pub use super::bzimage::Error as BzImageError;
 use super::bzimage::{self, BzImage, ENTRY_64, is_bzimage};
+pub use super::elf::Error as ElfError;
 use super::elf::{self, Elf};
 use super::image::{FileImage, HEAD, Image, StreamImage};
 use super::low_memory_end;
