@@ -4,6 +4,7 @@ mod cli;
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -68,7 +69,14 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
 
     let signals =
         SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
+    let what = format!(
+        "{} (vCPUs: {}, memory: {})",
+        config.kernel.as_deref().unwrap_or(Path::new("")).display(),
+        config.cpus,
+        config.memory
+    );
     let mut machine = Builder::new(config).started(started).signals(signals).build()?;
+    log::info!("running {what}");
     let ended = machine.run();
     if let Some(file) = report {
         let mut report = machine.report();
