@@ -1,0 +1,505 @@
+//! The `bantam` command as a user meets it: what it prints, and what it says to mistakes.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+const BANTAM: &str = env!("CARGO_BIN_EXE_bantam");
+
+/// A folder with a kernel, an initrd and a disk in it, where bantam runs.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        folder.write("kernel", &elf(REBOOT));
+        folder.write("disk", &[0; 4096]);
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    /// A file of `len` bytes that takes no room.
+    fn sparse(&self, name: &str, len: u64) {
+        fs::File::create(self.path(name)).unwrap().set_len(len).unwrap();
+    }
+
+    fn mode(&self, name: &str, mode: u32) {
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn command(&self, program: &str, flags: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command.args(flags).current_dir(&self.0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs bantam with these flags.
+    fn bantam(&self, flags: &[&str]) -> Output {
+        self.command(BANTAM, flags).output().unwrap()
+    }
+
+    /// Runs a machine with the kernel of the folder, and with no console unless `flags` have one.
+    fn run(&self, flags: &[&str]) -> Output {
+        let console: &[_] = if flags.contains(&"--serial") { &[] } else { &["--serial", "none"] };
+        self.bantam(&[&["run", "--kernel", "kernel"], console, flags].concat())
+    }
+
+    /// What is in the folder: each name, with its bytes if those are few.
+    fn contents(&self) -> Vec<(PathBuf, Option<Vec<u8>>)> {
+        let paths = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().path());
+        let few = |path: &PathBuf| path.metadata().unwrap().len() < 1 << 20;
+        let mut all: Vec<_> = paths.map(|path| (few(&path).then(|| fs::read(&path).ok()).flatten(), path)).collect();
+        all.sort();
+        all.into_iter().map(|(bytes, path)| (path, bytes)).collect()
+    }
+
+    /// Checks that these flags are refused: with 125, words that have each of `words`, nothing on standard output, and
+    /// nothing changed in the folder.
+    #[track_caller]
+    fn refuses(&self, flags: &[&str], words: &[&str]) {
+        let before = self.contents();
+        let output = self.run(flags);
+        refused(&output, words);
+        assert_eq!(self.contents(), before, "{flags:?} changed files");
+    }
+}
+
+/// Checks that bantam refused: see [`Folder::refuses`].
+#[track_caller]
+fn refused(output: &Output, words: &[&str]) {
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{error}");
+    assert_eq!(text(&output.stdout), "");
+    assert!(error.starts_with("bantam: "), "{error}");
+    assert!(!error.contains("internal error"), "{error}");
+    for word in words {
+        assert!(error.contains(word), "`{word}` is not in: {error}");
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// 32-bit code that resets the machine by the keyboard controller: mov al, 0xfe; out 0x64, al; jmp $.
+const REBOOT: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
+/// Code that goes on for ever: jmp $.
+const HANG: &[u8] = &[0xeb, 0xfe];
+
+/// Where the parts of the [`elf`] start: the program headers, the note, the code.
+const ELF_PARTS: [usize; 3] = [64, 64 + 2 * 56, 64 + 2 * 56 + 20];
+
+/// A kernel, an ELF file with a PVH note and one segment with `code`, loaded at 1 MiB.
+fn elf(code: &[u8]) -> Vec<u8> {
+    let [headers, note, start] = ELF_PARTS;
+    let header = |kind: u32, offset: usize, address: u64, len: usize| {
+        let (offset, len) = (offset as u64, len as u64);
+        let fields = [offset, address, address, len, len, 4];
+        let mut bytes = [kind.to_le_bytes(), 7u32.to_le_bytes()].concat();
+        bytes.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
+        bytes
+    };
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for field in [1 << 20, headers as u64, 0] {
+        elf.extend(u64::to_le_bytes(field));
+    }
+    for field in [0, 0, 64, 56, 2, 64, 0, 0] {
+        elf.extend(u16::to_le_bytes(field));
+    }
+    elf.extend(header(4, note, 0, 20));
+    elf.extend(header(1, start, 1 << 20, code.len()));
+    for field in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), 1 << 20] {
+        elf.extend(u32::to_le_bytes(field));
+    }
+    elf.extend(code);
+    elf
+}
+
+/// Puts `bytes` at `at`.
+fn with(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+    image
+}
+
+/// A machine that runs until it is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs bantam without root's privileges, in a folder of the user's own or of root's.
+fn unprivileged(folder: &Folder, flags: &[&str]) -> Output {
+    let mut command = folder.command(BANTAM, &[&["run", "--kernel", "kernel", "--serial", "none"], flags].concat());
+    if rustix::process::geteuid().is_root() {
+        folder.mode("", 0o755);
+        command.uid(65534).gid(65534);
+    }
+    command.output().unwrap()
+}
+
+// What bantam prints.
+
+#[test]
+fn help_has_the_groups_and_examples() {
+    let folder = Folder::new();
+    let output = folder.bantam(&["run", "--help"]);
+    assert!(output.status.success());
+    let help = text(&output.stdout);
+    for heading in ["Boot:", "Machine:", "Devices:", "Console:", "Limits:", "Output:", "Examples:", "Exit status:"] {
+        assert!(help.lines().any(|line| line == heading), "{heading} is not in {help}");
+    }
+    assert_eq!(text(&output.stderr), "");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let folder = Folder::new();
+    for flags in [&["run", "--help"][..], &["completions", "bash"], &["man"], &["check"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = folder.command(BANTAM, flags).stdout(writer).output().unwrap();
+        assert_ne!(output.status.code(), Some(125), "{flags:?}");
+        assert_eq!(text(&output.stderr), "", "{flags:?}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_a_failure() {
+    let folder = Folder::new();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = folder.command(BANTAM, &["man"]).stdout(full).output().unwrap();
+    refused(&output, &["cannot write to standard output: No space left"]);
+}
+
+#[test]
+fn completions_and_manual_pages_render() {
+    let folder = Folder::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = folder.bantam(&["completions", shell]);
+        assert!(script.status.success() && text(&script.stdout).contains("print-config"), "{shell}");
+    }
+    for (flags, words) in [(&["man"][..], ".TH BANTAM 1"), (&["man", "run"], "boot\\-timeout")] {
+        let page = folder.bantam(flags);
+        assert!(page.status.success());
+        assert!(text(&page.stdout).contains(words), "{flags:?} lacks {words}");
+    }
+    refused(&folder.bantam(&["man", "nonsense"]), &["`nonsense`"]);
+}
+
+#[test]
+fn the_config_is_printed_whole() {
+    let folder = Folder::new();
+    let flags = "--initrd i --cpus 2 --memory 1G --disk d,readonly=on --net tap0,mac=02:00:00:00:00:01 --no-rng \
+                 --boot-timeout 500ms --print-config root.img";
+    let output = folder.run(&flags.split_whitespace().collect::<Vec<_>>());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), include_str!("cli/config.json"));
+}
+
+#[test]
+fn check_tells_as_text_and_as_json() {
+    let folder = Folder::new();
+    let output = folder.bantam(&["check"]);
+    assert!(text(&output.stdout).contains("/dev/kvm"));
+    let json = folder.bantam(&["check", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let ready = report["ready"].as_bool().unwrap();
+    assert!(report["host"].as_array().unwrap().iter().any(|row| row["name"] == "io_uring"));
+    for output in [output, json] {
+        assert_eq!(output.status.code(), Some(i32::from(!ready)));
+    }
+}
+
+#[test]
+fn check_looks_into_a_kernel() {
+    let folder = Folder::new();
+    let output = folder.bantam(&["check", "--json", "--kernel", "kernel"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let format = report["kernel"].as_array().unwrap().iter().find(|row| row["name"] == "format").unwrap();
+    assert_eq!(format["detail"], "ELF, entered by its PVH note at 0x100000");
+    refused(&folder.bantam(&["check", "--kernel", "disk"]), &["disk"]);
+}
+
+// Mistakes in the flags.
+
+#[test]
+fn a_mistaken_flag_is_refused() {
+    let folder = Folder::new();
+    refused(&folder.bantam(&[]), &["Usage"]);
+    refused(&folder.bantam(&["walk"]), &["walk"]);
+    folder.refuses(&["--nonsense"], &["--nonsense"]);
+    folder.refuses(&["--timeout", "0s"], &["--timeout", "`0s`"]);
+    folder.refuses(&["--boot-timeout", "soon"], &["--boot-timeout", "`soon`"]);
+    folder.refuses(&["--serial", "tty"], &["--serial", "file=PATH"]);
+}
+
+#[test]
+fn a_memory_that_boots_nothing_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--memory", "0"], &["--memory", "`0`", "zero"]);
+    folder.refuses(&["--memory", "12X"], &["--memory", "`12X`", "512M"]);
+    folder.refuses(&["--memory", "99999999999T"], &["--memory", "too large"]);
+    folder.refuses(&["--memory", "1M"], &["1M of memory", "8M"]);
+    folder.refuses(&["--memory", "100T"], &["100T of memory", "the host has", "MiB"]);
+}
+
+#[test]
+fn a_number_of_cpus_that_cannot_be_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--cpus", "0"], &["0 cpus"]);
+    folder.refuses(&["--cpus", "-1"], &["-1"]);
+    folder.refuses(&["--cpus", "1000000"], &["1000000", "at most"]);
+}
+
+#[test]
+fn mistaken_device_options_are_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--disk", ""], &["--disk"]);
+    folder.refuses(&["--disk", "disk,readonly=on,readonly=off"], &["--disk", "`readonly` is given twice"]);
+    folder.refuses(&["--disk", "disk,path=disk"], &["--disk", "`path` is given twice"]);
+    folder.refuses(&["--disk", "disk,speed=9"], &["--disk", "`speed` is not known", "readonly"]);
+    folder.refuses(&["--disk", "disk,readonly=maybe"], &["readonly=maybe", "on or off"]);
+    folder.refuses(&["--disk", "disk,cache=none"], &["cache=none", "writeback or unsafe"]);
+    folder.refuses(&["--disk", "disk,id="], &["`id` has no value"]);
+    folder.refuses(&["--net", "tap0,tap=tap1"], &["--net", "`tap` is given twice"]);
+    folder.refuses(&["--net", "tap0,speed=9"], &["--net", "`speed` is not known", "mac"]);
+    folder.refuses(&["--net", "tap0,mac=nonsense"], &["--net", "mac=nonsense"]);
+    folder.refuses(&["--net", "tap0,mac=01:00:00:00:00:00"], &["--net", "mac=01:00:00:00:00:00"]);
+    folder.refuses(&["--net", "tap0", "--net", "tap=tap0,mtu=1500"], &["tap0", "twice"]);
+}
+
+// Files that cannot be used.
+
+#[test]
+fn a_kernel_that_is_no_file_is_refused() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("folder")).unwrap();
+    folder.write("empty", b"");
+    for (kernel, word) in [("missing", "No such file"), ("folder", "directory"), ("empty", "empty")] {
+        let output = folder.bantam(&["run", "--serial", "none", "--kernel", kernel]);
+        refused(&output, &[kernel, word]);
+    }
+}
+
+#[test]
+fn a_kernel_that_is_whole_runs() {
+    let folder = Folder::new();
+    let output = folder.run(&[]);
+    assert_eq!((text(&output.stderr), output.status.code()), (String::new(), Some(0)));
+}
+
+#[test]
+fn a_kernel_cut_short_is_refused() {
+    let folder = Folder::new();
+    let whole = elf(REBOOT);
+    let parts = ELF_PARTS.iter().flat_map(|part| [part - 1, *part, part + 1]);
+    for len in parts.chain([1, 3, 4, 5, 16, 63, whole.len() - 1]) {
+        folder.write("kernel", &whole[..len]);
+        folder.refuses(&[], &["kernel"]);
+    }
+}
+
+#[test]
+fn a_bzimage_cut_short_is_refused() {
+    let folder = Folder::new();
+    // The setup header of the boot protocol: one more setup sector, the magic numbers, version 2.15, a 64-bit entry.
+    let mut whole = vec![0; 0x400 + 0x1000];
+    whole = with(whole, 0x1f1, &[1]);
+    whole = with(whole, 0x1fe, &[0x55, 0xaa, 0xeb, 0x66]);
+    whole = with(whole, 0x202, b"HdrS\x0f\x02");
+    whole = with(whole, 0x211, &[1]);
+    whole = with(whole, 0x236, &[3, 0]);
+    for len in [0x1f0, 0x1f1, 0x1fe, 0x200, 0x201, 0x202, 0x206, 0x208, 0x211, 0x238, 0x264, 0x268, 0x3ff, 0x400] {
+        folder.write("kernel", &whole[..len]);
+        folder.refuses(&[], &["kernel"]);
+    }
+}
+
+#[test]
+fn a_file_that_is_no_kernel_for_this_machine_is_refused() {
+    let folder = Folder::new();
+    for (what, image) in [
+        ("text", b"#!/bin/sh\necho this is no kernel\n".repeat(100)),
+        ("zeroes", vec![0; 1 << 16]),
+        ("aarch64", with(elf(REBOOT), 18, &[0xb7, 0])),
+        ("big endian", with(elf(REBOOT), 5, &[2])),
+        ("no segments", with(elf(REBOOT), 56, &[0, 0])),
+        ("a segment outside of the file", with(elf(REBOOT), 64 + 56 + 8, &[0xff; 8])),
+        ("an endless segment", with(elf(REBOOT), 64 + 56 + 32, &[0xff; 16])),
+        ("a segment at the end of the address space", with(elf(REBOOT), 64 + 56 + 24, &[0xff; 8])),
+    ] {
+        folder.write("kernel", &image);
+        let output = folder.run(&[]);
+        assert_eq!(output.status.code(), Some(125), "{what}: {}", text(&output.stderr));
+        refused(&output, &["kernel"]);
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_fit_memory_is_refused() {
+    let folder = Folder::new();
+    // A segment of 1 GiB, in memory only.
+    folder.write("kernel", &with(elf(REBOOT), 64 + 56 + 40, &u64::to_le_bytes(1 << 30)));
+    folder.refuses(&["--memory", "64M"], &["kernel"]);
+}
+
+#[test]
+fn a_kernel_whose_segments_overlap_is_refused() {
+    let folder = Folder::new();
+    // The note's header becomes a second segment, at the same place.
+    let mut kernel = elf(REBOOT);
+    kernel.copy_within(64 + 56..64 + 112, 64);
+    folder.write("kernel", &kernel);
+    folder.refuses(&[], &["kernel", "overlap"]);
+}
+
+#[test]
+fn an_initrd_that_cannot_be_loaded_is_refused() {
+    let folder = Folder::new();
+    folder.sparse("large", 1 << 30);
+    folder.refuses(&["--initrd", "missing"], &["missing", "No such file"]);
+    folder.refuses(&["--initrd", "."], &["initrd", "directory"]);
+    folder.refuses(&["--initrd", "large", "--memory", "128M"], &["large"]);
+}
+
+#[test]
+fn a_command_line_that_is_too_long_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--cmdline", &"x".repeat(100_000)], &["command line"]);
+}
+
+#[test]
+fn a_disk_that_cannot_be_used_is_refused() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("folder")).unwrap();
+    folder.write("odd", &[0; 513]);
+    folder.refuses(&["--disk", "missing"], &["missing", "No such file"]);
+    folder.refuses(&["missing"], &["missing", "No such file"]);
+    folder.refuses(&["--disk", "folder"], &["folder"]);
+    folder.refuses(&["--disk", "odd"], &["odd", "513", "512"]);
+    folder.refuses(&["--disk", "disk", "--disk", "disk"], &["cannot lock disk image disk"]);
+}
+
+#[test]
+fn a_disk_without_permission_is_refused() {
+    let folder = Folder::new();
+    folder.write("unreadable", &[0; 512]);
+    folder.write("readonly", &[0; 512]);
+    folder.mode("unreadable", 0o000);
+    folder.mode("readonly", 0o444);
+    for disk in ["unreadable", "readonly"] {
+        refused(&unprivileged(&folder, &["--disk", disk]), &[disk, "Permission denied"]);
+    }
+    // The same user may read it, though perhaps not open /dev/kvm.
+    let output = unprivileged(&folder, &["--disk", "readonly,readonly=on"]);
+    assert!(!text(&output.stderr).contains("disk"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_disk_that_another_machine_writes_is_refused() {
+    let folder = Folder::new();
+    folder.write("hang", &elf(HANG));
+    let flags = ["run", "--kernel", "hang", "--serial", "none", "--disk", "disk", "-v"];
+    let mut running = Running(folder.command(BANTAM, &flags).spawn().unwrap());
+    // It holds the disk once it says that it runs.
+    let mut line = String::new();
+    let stderr = running.0.stderr.take().unwrap();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).unwrap();
+    assert!(line.starts_with("bantam: running "), "{line}");
+    folder.refuses(&["--disk", "disk"], &["cannot lock disk image disk"]);
+    folder.refuses(&["--disk", "disk,readonly=on"], &["cannot lock disk image disk"]);
+}
+
+#[test]
+fn a_tap_that_cannot_be_used_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--net", "a-name-that-is-too-long"], &["a-name-that-is-too-long"]);
+    // Where anyone may open /dev/net/tun, it is the tap that cannot be created.
+    let output = unprivileged(&folder, &["--net", "bantam-none"]);
+    refused(&output, &[]);
+    let error = text(&output.stderr);
+    assert!(error.contains("bantam-none") || error.contains("cannot open /dev/net/tun"), "{error}");
+    folder.refuses(&["--net", "fd=1000"], &["1000"]);
+}
+
+#[test]
+fn a_place_for_output_that_cannot_be_is_refused() {
+    let folder = Folder::new();
+    folder.write("taken", b"");
+    folder.refuses(&["--log-file", "none/log"], &["log file", "none/log", "No such file"]);
+    folder.refuses(&["--report", "none/report"], &["report", "none/report", "No such file"]);
+    folder.refuses(&["--report", "."], &["report"]);
+    folder.refuses(&["--serial", "file=none/console"], &["none/console", "No such file"]);
+    folder.refuses(&["--serial", "socket=none/console"], &["none/console"]);
+    folder.refuses(&["--serial", "socket=taken"], &["taken", "in use"]);
+}
+
+#[test]
+fn a_report_tells_how_it_ended() {
+    let folder = Folder::new();
+    let output = folder.run(&["--report", "report.json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(folder.path("report.json")).unwrap()).unwrap();
+    assert_eq!(report["outcome"], "rebooted", "{report:#}");
+}
+
+#[test]
+fn a_mistake_leaves_the_report_alone() {
+    let folder = Folder::new();
+    folder.write("report.json", b"old");
+    folder.refuses(&["--report", "report.json", "--initrd", "missing"], &["missing"]);
+}
+
+// KVM that cannot be used.
+
+#[test]
+fn a_host_without_kvm_is_told() {
+    let folder = Folder::new();
+    let script = "mount -t tmpfs none /dev && exec \"$0\" run --kernel kernel --serial none";
+    let flags = ["-m", "sh", "-c", script, BANTAM];
+    let possible = rustix::process::geteuid().is_root()
+        && folder.command("unshare", &["-m", "true"]).status().is_ok_and(|status| status.success());
+    if !possible {
+        return eprintln!("skipped: this takes root and unshare");
+    }
+    refused(&folder.command("unshare", &flags).output().unwrap(), &["/dev/kvm", "No such file"]);
+}
+
+#[test]
+fn a_host_whose_kvm_is_closed_is_told_how_to_open_it() {
+    let folder = Folder::new();
+    let closed = fs::metadata("/dev/kvm").is_ok_and(|device| device.permissions().mode() & 0o006 == 0);
+    if !closed || !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: this takes root and a /dev/kvm that is closed to others");
+    }
+    let output = unprivileged(&folder, &[]);
+    refused(&output, &["/dev/kvm: Permission denied", "sudo ", "$USER"]);
+}
+
+#[test]
+fn the_running_kernel_is_the_default() {
+    let folder = Folder::new();
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let path = Path::new("/boot").join(format!("vmlinuz-{release}"));
+    let output = folder.bantam(&["run", "--print-config"]);
+    if path.exists() {
+        assert!(text(&output.stdout).contains(path.to_str().unwrap()));
+    } else {
+        refused(&output, &[path.to_str().unwrap(), "--kernel"]);
+    }
+}
