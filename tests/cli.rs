@@ -1,5 +1,7 @@
 //! The `bantam` command as a user meets it: what it prints, and what it says to mistakes.
 
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
