@@ -7,7 +7,7 @@
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::transcript::{Sight, Transcript};
@@ -50,21 +50,15 @@ pub struct Output(Arc<Shared>);
 
 impl Output {
     /// Starts the thread that writes to `host`. It tells `on_sight` what it recognises, and calls `on_end` when, after
-    /// [`Output::close`], all is written.
+    /// [`Output::close`], all is written, or when `host` panicked.
     pub fn start(
         &self,
         host: Box<dyn Write + Send>,
         on_sight: impl Fn(Sight) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
-    ) -> io::Result<()> {
-        let shared = self.0.clone();
-        thread::Builder::new()
-            .name("bantam-console".into())
-            .spawn(move || {
-                shared.pump(host, on_sight);
-                on_end();
-            })
-            .map(drop)
+    ) -> io::Result<JoinHandle<()>> {
+        let end = End { output: self.clone(), on_end: Some(on_end) };
+        thread::Builder::new().name("bantam-console".into()).spawn(move || end.output.0.pump(host, on_sight))
     }
 
     /// Nothing more will come: once all is written the thread ends.
@@ -103,6 +97,21 @@ impl Write for Output {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// The end of the writer's thread, whatever ended it: nobody waits for it any more.
+struct End<F: FnOnce()> {
+    output: Output,
+    on_end: Option<F>,
+}
+
+impl<F: FnOnce()> Drop for End<F> {
+    fn drop(&mut self) {
+        self.output.release();
+        if let Some(on_end) = self.on_end.take() {
+            on_end();
+        }
     }
 }
 
@@ -187,6 +196,25 @@ mod tests {
         output.write_all(&[b'x'; 3 * CAPACITY / 4]).unwrap();
         output.write_all(&[b'y'; 3 * CAPACITY / 4]).unwrap();
         output.close();
+        end.recv().unwrap();
+    }
+
+    #[test]
+    fn a_host_that_panics_stops_nothing() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                panic!("as the test wants it")
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut output = Output::default();
+        let end = start(&output, Broken);
+        for _ in 0..3 {
+            output.write_all(&[b'x'; CAPACITY]).unwrap();
+        }
         end.recv().unwrap();
     }
 

@@ -87,6 +87,7 @@ impl Builder {
             signals,
             vcpus,
             threads: Vec::new(),
+            writer: None,
             metrics,
             watch: Default::default(),
             started,

@@ -9,6 +9,7 @@ mod run;
 use std::io;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use board_x86_64::Port;
@@ -107,6 +108,8 @@ pub struct Machine {
     vcpus: Vec<kvm::Vcpu>,
     /// Running.
     threads: Vec<vcpu::Thread>,
+    /// Writes the console.
+    writer: Option<JoinHandle<()>>,
     metrics: Vec<(String, Arc<dyn Metrics>)>,
     watch: run::Watch,
     started: Instant,

@@ -1,7 +1,9 @@
 //! The run loop: one thread, one inbox, and what becomes of the machine.
 
 use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
+use std::sync::TryLockError;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -22,6 +24,8 @@ const SILENCE_AFTER_PANIC: Duration = Duration::from_secs(1);
 /// Between looks at the vCPUs after "System halted", and how many: they halt a moment later.
 const HALT_LOOK: Duration = Duration::from_millis(20);
 const HALT_LOOKS: u32 = 250;
+/// Until the next try to send input, when a vCPU has the serial port: it may be waiting for the console's reader.
+const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How long the console's reader is waited for when the machine did not end by itself.
 const DRAIN: Duration = Duration::from_secs(1);
 
@@ -33,6 +37,7 @@ pub(super) struct Watch {
     halt: Option<HaltWatch>,
     user_space: bool,
     seen_console: bool,
+    output_ended: bool,
 }
 
 struct HaltWatch {
@@ -49,6 +54,9 @@ impl Machine {
     /// Runs the machine until it ends, by itself or by a [`Handle`](super::Handle), a limit or a signal. It can be run
     /// once.
     pub fn run(&mut self) -> Result<Outcome, Error> {
+        if self.vcpus.is_empty() {
+            return Err(Error::RanBefore);
+        }
         let ended = self.start().and_then(|()| self.serve());
         let ended = self.finish(ended);
         self.times.end = Some(self.started.elapsed());
@@ -58,14 +66,13 @@ impl Machine {
 
     fn start(&mut self) -> Result<(), Error> {
         let idle = std::mem::take(&mut self.vcpus);
-        if idle.is_empty() {
-            return Err(Error::RanBefore);
-        }
         let output = self.console_output.take().ok_or(Error::RanBefore)?;
         let (sights, end) = (self.sender.clone(), self.sender.clone());
-        self.output
+        let writer = self
+            .output
             .start(output, move |sight| sights.send(Event::Sight(sight)), move || end.send(Event::OutputEnd))
             .map_err(|source| Error::Thread { what: "console", source })?;
+        self.writer = Some(writer);
         for (index, vcpu) in (0u32..).zip(idle) {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
@@ -79,8 +86,9 @@ impl Machine {
     fn serve(&mut self) -> Result<Outcome, Error> {
         let mut pending = VecDeque::new();
         let begin = Instant::now();
-        let limit = self.config.timeout.map(|limit| (begin + limit, limit));
-        let boot_limit = self.config.boot_timeout.map(|limit| (begin + limit, limit));
+        let until = |limit: Duration| Some((begin.checked_add(limit)?, limit));
+        let limit = self.config.timeout.and_then(until);
+        let boot_limit = self.config.boot_timeout.and_then(until);
         loop {
             while let Some(event) = self.inbox.take() {
                 if let Event::Input(bytes) = &event {
@@ -90,7 +98,7 @@ impl Machine {
                     return ended;
                 }
             }
-            self.send_input(&mut pending);
+            let retry = self.send_input(&mut pending);
 
             let now = Instant::now();
             if let Some((_, limit)) = limit.filter(|(deadline, _)| *deadline <= now) {
@@ -106,7 +114,7 @@ impl Machine {
             self.look_for_halt(now);
 
             let halt = self.watch.halt.as_ref().map(|halt| halt.next_look);
-            let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt];
+            let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt, retry];
             let deadline = deadlines.into_iter().flatten().min();
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
             if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take()) {
@@ -144,7 +152,8 @@ impl Machine {
             }
             Event::Sight(sight) => self.see(sight),
             Event::Stop => return Some(Ok(Outcome::Stopped)),
-            Event::InputRoom | Event::Input(_) | Event::OutputEnd => {}
+            Event::OutputEnd => self.watch.output_ended = true,
+            Event::InputRoom | Event::Input(_) => {}
         }
         None
     }
@@ -217,31 +226,38 @@ impl Machine {
         let mut buffer = [0; 1024];
         match input.read(&mut buffer) {
             // What a terminal's user types into a guest that does not read is lost beyond a limit.
-            Ok(Incoming::Bytes(count)) => pending.extend(buffer[..count].iter().take(INPUT_BYTES)),
+            Ok(Incoming::Bytes(_)) if pending.len() >= INPUT_BYTES => {}
+            Ok(Incoming::Bytes(count)) => pending.extend(&buffer[..count]),
             Ok(Incoming::Quit) => return true,
             Ok(Incoming::End) => self.input = None,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if [ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&error.kind()) => {}
             Err(error) => {
                 log::info!("console: no more input: {error}");
                 self.input = None;
             }
         }
-        pending.truncate(2 * INPUT_BYTES);
         false
     }
 
-    fn send_input(&self, pending: &mut VecDeque<u8>) {
+    /// Sends the guest what it has room for. It does not wait for a vCPU that has the serial port, but says when to
+    /// try again.
+    fn send_input(&self, pending: &mut VecDeque<u8>) -> Option<Instant> {
         if pending.is_empty() {
-            return;
+            return None;
         }
-        let mut serial = self.serial.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut serial = match self.serial.try_lock() {
+            Ok(serial) => serial,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Some(Instant::now() + INPUT_RETRY),
+        };
         while !pending.is_empty() && serial.room() > 0 {
             let sent = serial.send(pending.as_slices().0);
             if sent == 0 {
-                return;
+                break;
             }
             pending.drain(..sent);
         }
+        None
     }
 
     /// Stops what runs, waits until the console has been written, and says what it all was.
@@ -259,41 +275,46 @@ impl Machine {
         let ended = self.drain(ended);
         self.input = None;
         let console_tail = self.output.tail();
-        match ended {
-            // The kernel's last words may have been read only just now.
-            Ok(
-                Outcome::Rebooted
-                | Outcome::Halted
-                | Outcome::Crashed(_)
-                | Outcome::TimedOut { .. }
-                | Outcome::Panicked(_)
-                | Outcome::BootTimedOut { .. },
-            ) if self.watch.panic.is_some() => {
-                let message = self.watch.panic.take().unwrap_or_default();
-                Ok(Outcome::Panicked(Panic { message, console_tail }))
-            }
-            other => other,
+        // The kernel's last words may have been read only just now.
+        let panicked = match &ended {
+            Ok(Outcome::Rebooted | Outcome::Halted | Outcome::Crashed(_) | Outcome::Panicked(_)) => true,
+            Ok(Outcome::TimedOut { .. } | Outcome::BootTimedOut { .. }) => self.watch.panic_end.is_some(),
+            _ => false,
+        };
+        match self.watch.panic.take().filter(|_| panicked) {
+            Some(message) => Ok(Outcome::Panicked(Panic { message, console_tail })),
+            None => ended,
         }
     }
 
     /// Waits until the console has been written. A guest that ended by itself is owed that; it takes a signal to give
     /// it up. Otherwise the reader has a moment.
     fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
+        if self.writer.is_none() {
+            return ended;
+        }
         let patient = matches!(
             ended,
             Ok(Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Panicked(_) | Outcome::Crashed(_))
         );
         let now = Instant::now();
-        let deadline = if patient { self.config.timeout.map(|limit| now + limit) } else { Some(now + DRAIN) };
+        let deadline =
+            if patient { self.config.timeout.and_then(|limit| now.checked_add(limit)) } else { Some(now + DRAIN) };
         // Input is of no use any more, except for the user's request to end.
         self.input = self.input.take().filter(|input| input.is_terminal());
         loop {
             while let Some(event) = self.inbox.take() {
                 match event {
-                    Event::OutputEnd => return ended,
+                    Event::OutputEnd => self.watch.output_ended = true,
                     Event::Sight(sight) => self.see(sight),
                     _ => {}
                 }
+            }
+            if self.watch.output_ended {
+                if self.writer.take().is_some_and(|writer| writer.join().is_err()) {
+                    log::error!("the console's writer panicked");
+                }
+                return ended;
             }
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return ended;
