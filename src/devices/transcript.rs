@@ -4,8 +4,11 @@ use std::collections::VecDeque;
 
 /// Lines kept.
 const LINES: usize = 20;
-/// Bytes kept of a line; the rest of a longer one is passed over.
+/// Bytes kept of a line: the end of a longer one, where the kernel's last words may be.
 const LINE_BYTES: usize = 512;
+
+/// How the first line of a kernel begins, after its time stamp if it has one.
+const FIRST_LINE: &str = "Linux version ";
 
 /// Something the console showed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +34,11 @@ pub enum Sight {
 pub struct Transcript {
     lines: VecDeque<String>,
     line: Vec<u8>,
+    /// What comes next overwrites the line, unless it ends it.
+    returned: bool,
     any: bool,
+    /// Whether the kernel puts the time before its messages, once that is known.
+    stamps: Option<bool>,
     user_space: bool,
     panic_ended: bool,
 }
@@ -46,9 +53,8 @@ impl Transcript {
         for byte in bytes {
             match byte {
                 b'\n' => self.end_line(on_sight),
-                b'\r' => {}
-                _ if self.line.len() < LINE_BYTES => self.line.push(*byte),
-                _ => {}
+                b'\r' => self.returned = true,
+                _ => self.push(*byte),
             }
         }
         // A prompt does not end its line.
@@ -56,9 +62,20 @@ impl Transcript {
             self.panic_ended = false;
             on_sight(Sight::Alive);
         }
-        if self.line.first().is_some_and(|byte| *byte != b'[') {
-            self.see_user_space(on_sight);
+        let kernel = self.line.starts_with(b"[") || FIRST_LINE.as_bytes().iter().zip(&self.line).all(|(a, b)| a == b);
+        if !kernel {
+            self.see_user_line(on_sight);
         }
+    }
+
+    fn push(&mut self, byte: u8) {
+        if std::mem::take(&mut self.returned) {
+            self.line.clear();
+        }
+        if self.line.len() == LINE_BYTES {
+            self.line.drain(..LINE_BYTES / 2);
+        }
+        self.line.push(byte);
     }
 
     /// The last lines, oldest first; the unfinished one too.
@@ -74,10 +91,15 @@ impl Transcript {
     fn end_line(&mut self, on_sight: &impl Fn(Sight)) {
         let line = String::from_utf8_lossy(&self.line).into_owned();
         self.line.clear();
+        self.returned = false;
         if std::mem::take(&mut self.panic_ended) {
             on_sight(Sight::Alive);
         }
-        let message = kernel_message(&line);
+        if self.stamps.is_none() && line.starts_with(FIRST_LINE) {
+            self.stamps = Some(false);
+        }
+        self.stamps = self.stamps.or(after_stamps(&line).map(|_| true));
+        let message = kernel_message(&line, self.stamps);
         match message {
             Some(text) if text.starts_with("Kernel panic - not syncing") => on_sight(Sight::Panic(text.to_owned())),
             Some(text) if text.starts_with("---[ end Kernel panic") => {
@@ -86,10 +108,8 @@ impl Transcript {
             }
             Some("reboot: System halted") => on_sight(Sight::Halted),
             Some(text) if text.starts_with("reboot: ") => on_sight(Sight::ShutDown),
-            Some(text) if text.starts_with("Run ") && text.ends_with(" as init process") => {
-                self.see_user_space(on_sight);
-            }
-            None if !line.is_empty() => self.see_user_space(on_sight),
+            Some(text) if init_started(text) => self.start_user_space(on_sight),
+            None if !line.is_empty() => self.see_user_line(on_sight),
             _ => {}
         }
         if self.lines.len() == LINES {
@@ -98,28 +118,49 @@ impl Transcript {
         self.lines.push_back(line);
     }
 
-    fn see_user_space(&mut self, on_sight: &impl Fn(Sight)) {
+    /// Something that is no kernel message, if the kernel's can be told.
+    fn see_user_line(&mut self, on_sight: &impl Fn(Sight)) {
+        if self.stamps != Some(false) {
+            self.start_user_space(on_sight);
+        }
+    }
+
+    fn start_user_space(&mut self, on_sight: &impl Fn(Sight)) {
         if !std::mem::replace(&mut self.user_space, true) {
             on_sight(Sight::UserSpace);
         }
     }
 }
 
-/// The text of a kernel message: what follows `[    1.234567] `, and `[    T1] ` where the kernel tells the caller too.
-/// A kernel without time stamps is recognised where its text cannot be mistaken.
-fn kernel_message(line: &str) -> Option<&str> {
-    if ["Kernel panic - not syncing", "---[ end Kernel panic", "reboot: "].iter().any(|text| line.starts_with(text)) {
+/// The text of a kernel message: all of a line after its time stamp. Of what says how the kernel ends, also in the
+/// middle of a line that a user's program left unfinished; and without a stamp, unless the kernel is known to stamp.
+fn kernel_message(line: &str, stamps: Option<bool>) -> Option<&str> {
+    let ends = |text: &str| {
+        ["Kernel panic - not syncing", "---[ end Kernel panic", "reboot: "].iter().any(|start| text.starts_with(start))
+    };
+    if stamps != Some(true) && (ends(line) || init_started(line)) {
         return Some(line);
     }
-    let mut rest = line;
-    while let Some(inner) = rest.strip_prefix('[')
-        && !rest.starts_with("---[")
-        && let Some((stamp, text)) = inner.split_once(']')
-        && stamp.trim_start().starts_with(|c: char| c.is_ascii_digit() || c == 'T' || c == 'C')
-    {
-        rest = text;
+    let mut stamped = line.match_indices('[').filter_map(|(at, _)| Some((at, after_stamps(&line[at..])?)));
+    stamped.find(|(at, text)| *at == 0 || ends(text)).map(|(_, text)| text)
+}
+
+fn init_started(text: &str) -> bool {
+    text.starts_with("Run ") && text.ends_with(" as init process")
+}
+
+/// What follows `[    1.234567] `, and `[    T1] ` where the kernel tells the caller too.
+fn after_stamps(text: &str) -> Option<&str> {
+    let mut rest = text;
+    while let Some((stamp, after)) = rest.strip_prefix('[').and_then(|inner| inner.split_once(']')) {
+        let stamp = stamp.trim_start();
+        let number = stamp.strip_prefix(['T', 'C']).unwrap_or(stamp);
+        if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+            break;
+        }
+        rest = after;
     }
-    (rest.len() != line.len()).then(|| rest.strip_prefix(' ').unwrap_or(rest))
+    (rest.len() != text.len()).then(|| rest.strip_prefix(' ').unwrap_or(rest))
 }
 
 #[cfg(test)]
@@ -157,6 +198,37 @@ mod tests {
     fn a_prompt_is_user_space_and_kernel_messages_are_not() {
         assert_eq!(sights("[    0.1] a\r\n[    0.2] b\r\n"), [Sight::FirstByte]);
         assert_eq!(sights("[    0.1] a\r\n~ # "), [Sight::FirstByte, Sight::UserSpace]);
+    }
+
+    #[test]
+    fn a_panic_after_an_unfinished_line_or_a_long_one() {
+        let panic = "Kernel panic - not syncing: Attempted to kill init!";
+        for before in ["~ # ".to_owned(), "50%\r60%".to_owned(), ".".repeat(10_000)] {
+            let seen = sights(&format!("[    0.1] Linux version 6.1\r\n{before}[   12.3] {panic}\r\n"));
+            assert_eq!(seen, [Sight::FirstByte, Sight::UserSpace, Sight::Panic(panic.into())], "{before:.9}");
+        }
+    }
+
+    #[test]
+    fn a_program_may_print_what_a_kernel_without_time_stamps_would() {
+        let panic = "Kernel panic - not syncing: x";
+        let log = |first| sights(&format!("{first}Linux version 6.1\r\n{panic}\r\n"));
+        assert_eq!(log("[    0.1] "), [Sight::FirstByte, Sight::UserSpace]);
+        assert_eq!(log(""), [Sight::FirstByte, Sight::Panic(panic.into())]);
+    }
+
+    #[test]
+    fn user_space_of_a_kernel_without_time_stamps_is_where_init_starts() {
+        let log = "Linux version 6.1\r\nMemory: 1\r\n";
+        assert_eq!(sights(log), [Sight::FirstByte]);
+        assert_eq!(sights(&format!("{log}Run /init as init process\r\n")), [Sight::FirstByte, Sight::UserSpace]);
+    }
+
+    #[test]
+    fn what_is_overwritten_is_not_kept() {
+        let mut transcript = Transcript::default();
+        transcript.feed(b"10%\r20%\r100%\r\n", &|_| ());
+        assert_eq!(transcript.tail(), ["100%"]);
     }
 
     #[test]
