@@ -4,11 +4,14 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 
 use crate::terminal::{self, Escapes, Raw, Request};
@@ -137,18 +140,39 @@ impl Console {
                 let file = File::create(path).map_err(|error| Error::File(path.clone(), error))?;
                 Ok(Self::to(file))
             }
-            Spec::Socket(path) => Socket::bind(path).map_err(|error| Error::Socket(path.clone(), error)),
+            Spec::Socket(path) => Socket::listen(path).map_err(|error| Error::Socket(path.clone(), error)),
         }
     }
 
     fn stdio() -> io::Result<Self> {
-        let output = File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?);
+        let output = Stdout(File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?));
         let raw = Raw::enter()?;
         // A background process that reads its terminal is stopped; without it the guest just has no input.
         let background = raw.is_none() && rustix::termios::isatty(rustix::stdio::stdin());
         let input: Option<Box<dyn Input>> =
             if background { None } else { Some(Box::new(Stdin { raw, escapes: Escapes::default() })) };
         Ok(Console { output: Box::new(output), input })
+    }
+}
+
+/// Standard output, which another program that has it too may have made non-blocking.
+struct Stdout(File);
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+                    retry_on_intr(|| poll(&mut fds, None))?;
+                }
+                written => return written,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -195,13 +219,27 @@ struct Socket {
 }
 
 impl Socket {
-    fn bind(path: &Path) -> io::Result<Console> {
-        let listener = UnixListener::bind(path)?;
+    fn listen(path: &Path) -> io::Result<Console> {
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
+                std::fs::remove_file(path)?;
+                UnixListener::bind(path)?
+            }
+            bound => bound?,
+        };
         let client = Arc::default();
         let output = SocketOutput(Arc::clone(&client));
         let input = Socket { listener, path: path.to_owned(), client, reading: None };
         Ok(Console { output: Box::new(output), input: Some(Box::new(input)) })
     }
+}
+
+/// Whether `path` is a socket that nobody has open: its process was killed. One of another type finds out without
+/// being taken for a client.
+fn is_stale(path: &Path) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && UnixDatagram::unbound().and_then(|probe| probe.connect(path)).is_err_and(refused)
 }
 
 fn lock(client: &Mutex<Option<UnixStream>>) -> MutexGuard<'_, Option<UnixStream>> {
@@ -283,6 +321,30 @@ mod tests {
         }
         drop(input);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_nobody_listens_on_is_replaced_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "as a killed process leaves it");
+        drop(Console::open(&Spec::Socket(path.clone())).unwrap());
+        std::fs::write(&path, "mine").unwrap();
+        assert!(matches!(Console::open(&Spec::Socket(path.clone())), Err(Error::Socket(..))));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+    }
+
+    #[test]
+    fn output_that_does_not_block_is_waited_for() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let mut output = Stdout(File::from(std::os::fd::OwnedFd::from(writer)));
+        let written = std::thread::spawn(move || output.write_all(&[b'x'; 1 << 20]));
+        let mut seen = Vec::new();
+        reader.read_to_end(&mut seen).unwrap();
+        written.join().unwrap().unwrap();
+        assert_eq!(seen.len(), 1 << 20);
     }
 
     #[test]
