@@ -4,6 +4,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::io::Errno;
 use rustix::process::getpgrp;
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
@@ -49,7 +50,11 @@ impl Drop for Raw {
 
 /// Whether reading from, and setting, the terminal would not stop the process (SIGTTIN, SIGTTOU).
 pub fn in_foreground() -> bool {
-    tcgetpgrp(stdin()).is_ok_and(|group| group == getpgrp())
+    match tcgetpgrp(stdin()) {
+        Ok(group) => group == getpgrp(),
+        // Of a terminal that does not control this process there is no background.
+        Err(error) => error == Errno::NOTTY,
+    }
 }
 
 /// What the user asked of bantam, rather than of the guest.
