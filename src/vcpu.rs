@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle};
 
 use serde::Serialize;
-use vmm_sys_util::signal::Killable;
+use vmm_sys_util::signal::{Killable, unblock_signal};
 
 use crate::bus::Bus;
 use crate::kvm::{self, Exit, Kicker, Vcpu};
@@ -72,7 +72,13 @@ impl Thread {
         let (command, metrics) = (Arc::new(AtomicU8::new(NONE)), Arc::new(Metrics::default()));
         let thread = thread::Builder::new().name(format!("bantam-vcpu{index}")).spawn({
             let (command, metrics) = (Arc::clone(&command), Arc::clone(&metrics));
-            move || run(&mut vcpu, &buses, &command, &metrics, report)
+            move || {
+                // The thread that started this one may have blocked it, as programs do that take all signals in one.
+                if let Err(error) = unblock_signal(signal) {
+                    log::error!("vCPU {index}: cannot unblock the signal that kicks it: {error:?}");
+                }
+                run(&mut vcpu, &buses, &command, &metrics, report)
+            }
         })?;
         Ok(Thread { thread, command, kicker, signal, metrics })
     }
