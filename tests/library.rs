@@ -1,0 +1,194 @@
+//! bantam as a library: machines built, run and stopped by this very process.
+
+#![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+
+mod support;
+
+use std::fs;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use bantam::config::{Config, Size};
+use bantam::devices::console::{self, Console};
+use bantam::machine::{self, Builder, Handle, Machine};
+use bantam::outcome::Outcome;
+use support::{Guest, Kernel};
+
+/// A guest that is still there then has failed.
+const LIMIT: Duration = Duration::from_secs(120);
+/// What [`SHELL`]'s guest says before it takes commands.
+const READY: &str = "ready for commands";
+const SHELL: &str = "echo ready for commands; sh";
+
+/// Held for writing by the test that looks at what the whole process has.
+static PROCESS: RwLock<()> = RwLock::new(());
+
+/// A console that keeps what is written to it, for who waits for it.
+#[derive(Clone, Default)]
+struct Screen(Arc<(Mutex<String>, Condvar)>);
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.0.lock().unwrap().push_str(&String::from_utf8_lossy(bytes));
+        self.0.1.notify_all();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Screen {
+    fn wait_for(&self, text: &str) {
+        let text = self.0.1.wait_timeout_while(self.0.0.lock().unwrap(), LIMIT, |seen| !seen.contains(text)).unwrap();
+        assert!(!text.1.timed_out(), "{}", text.0);
+    }
+
+    fn text(&self) -> String {
+        self.0.0.lock().unwrap().clone()
+    }
+}
+
+/// A machine with the small kernel and a script for its guest, and its console.
+struct Lab {
+    config: Config,
+    screen: Screen,
+    /// Has the initramfs.
+    _guest: Guest,
+}
+
+impl Lab {
+    fn new(script: &str) -> Self {
+        let guest = Guest::new(Kernel::Tiny).script(script);
+        let initrd = guest.folder().join("initramfs.cpio");
+        let config =
+            Config::new().kernel(Kernel::Tiny.vmlinux()).initrd(initrd).cmdline("quiet").memory(Size::mib(128));
+        Lab { config: config.timeout(LIMIT), screen: Screen::default(), _guest: guest }
+    }
+
+    fn build(&self) -> Machine {
+        Builder::new(self.config.clone()).console(Console::to(self.screen.clone())).build().unwrap()
+    }
+
+    fn start(&self) -> (Handle, JoinHandle<Result<Outcome, machine::Error>>) {
+        let mut machine = self.build();
+        (machine.handle(), thread::spawn(move || machine.run()))
+    }
+}
+
+#[test]
+fn one_machine_is_stopped_while_another_goes_on() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let (first, second) = (Lab::new(SHELL), Lab::new(SHELL));
+    let ((first_handle, first_running), (second_handle, second_running)) = (first.start(), second.start());
+    first.screen.wait_for(READY);
+    second.screen.wait_for(READY);
+    first_handle.stop();
+    assert_eq!(first_running.join().unwrap().unwrap(), Outcome::Stopped);
+
+    second_handle.input("echo sum=$((40 + 2))\n");
+    second.screen.wait_for("sum=42");
+    second_handle.input("exit\n");
+    // Without ACPI a kernel that powers off halts.
+    assert_eq!(second_running.join().unwrap().unwrap(), Outcome::Halted);
+    assert!(!first.screen.text().contains("sum="), "each has a console of its own");
+    // Nobody is there any more, and nothing happens.
+    first_handle.stop();
+    second_handle.input("echo\n");
+}
+
+#[test]
+fn a_machine_runs_once_and_keeps_its_report() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let lab = Lab::new("");
+    let mut machine = lab.build();
+    assert_eq!(machine.run().unwrap(), Outcome::Halted);
+    let report = machine.report();
+    assert!(matches!(machine.run(), Err(machine::Error::RanBefore)));
+    assert_eq!(machine.report().outcome, Some(Outcome::Halted));
+    assert_eq!(machine.report().durations.end, report.durations.end);
+    let durations = report.durations;
+    let stages = [durations.first_kvm_run, durations.first_console_byte, durations.user_space, durations.end];
+    assert!(stages.iter().all(Option::is_some) && stages.is_sorted(), "{durations:?}");
+    assert!(report.statistics["vcpu0"]["device-accesses"].as_u64() > Some(0), "{report:?}");
+}
+
+#[test]
+fn a_machine_that_is_stopped_before_it_runs_ends_at_once() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let mut machine = Lab::new("").build();
+    machine.handle().stop();
+    assert_eq!(machine.run().unwrap(), Outcome::Stopped);
+}
+
+#[test]
+fn a_console_that_panics_does_not_stop_the_guest() {
+    struct Broken;
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            panic!("as the test wants it")
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let lab = Lab::new("reboot -f");
+    let mut machine = Builder::new(lab.config.clone()).console(Console::to(Broken)).build().unwrap();
+    assert_eq!(machine.run().unwrap(), Outcome::Rebooted);
+}
+
+#[test]
+fn what_cannot_be_built_is_a_typed_error() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let build = |config: Config| Builder::new(config).console(Console::to(io::sink())).build().err().unwrap();
+    let config = || Config::new().kernel(Kernel::Tiny.vmlinux());
+    assert!(matches!(build(Config::new()), machine::Error::NoKernel));
+    assert!(matches!(build(config().cpus(0)), machine::Error::Config(bantam::config::Error::NoCpus)));
+    assert!(matches!(build(Config::new().kernel("/dev/null")), machine::Error::Boot(_)));
+    assert!(matches!(build(config().disk(bantam::virtio::blk::Spec::new("/nowhere"))), machine::Error::Disk(_)));
+    let socket = console::Spec::Socket("/nowhere/socket".into());
+    let error = Builder::new(config().serial(socket)).build().err().unwrap();
+    assert!(matches!(error, machine::Error::Console(console::Error::Socket(..))), "{error}");
+}
+
+#[test]
+fn nothing_is_left_of_a_machine_but_the_handler_of_one_signal() {
+    let _process = PROCESS.write().unwrap_or_else(PoisonError::into_inner);
+    let lab = Lab::new("");
+    let (threads, descriptors, handlers) = (threads(), descriptors(), handlers());
+    let mut machine = lab.build();
+    assert_eq!(machine.run().unwrap(), Outcome::Halted);
+    drop(machine);
+    assert_eq!(self::threads(), threads);
+    assert_eq!(self::descriptors(), descriptors);
+    let kick = 1 << (bantam::signal::kick_signal().unwrap() - 1);
+    assert_eq!(self::handlers() | kick, handlers | kick);
+}
+
+/// The names of this process's threads, but for those of the tests.
+fn threads() -> Vec<String> {
+    let names = fs::read_dir("/proc/self/task").unwrap().filter_map(|task| {
+        // A thread may end meanwhile.
+        fs::read_to_string(task.ok()?.path().join("comm")).ok()
+    });
+    names.filter(|name| name.starts_with("bantam")).collect()
+}
+
+/// What this process has open.
+fn descriptors() -> Vec<String> {
+    let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+    let mut names: Vec<_> = links.map(|link| link.display().to_string()).collect();
+    names.sort();
+    names
+}
+
+/// The signals that have a handler, one bit each.
+fn handlers() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+    u64::from_str_radix(caught.trim(), 16).unwrap()
+}
