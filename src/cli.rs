@@ -172,15 +172,10 @@ impl Run {
             None => running_kernel()?,
         };
         let rootfs = self.rootfs.iter().map(blk::Spec::new);
-        let cmdline = match (&self.rootfs, self.cmdline_only) {
-            (Some(_), false) if self.cmdline.is_empty() => "root=/dev/vda rw".to_owned(),
-            (Some(_), false) => format!("root=/dev/vda rw {}", self.cmdline),
-            _ => self.cmdline.clone(),
-        };
         Ok(Config {
             kernel: Some(kernel),
             initrd: self.initrd.clone(),
-            cmdline,
+            cmdline: self.cmdline.clone(),
             cmdline_only: self.cmdline_only,
             cpus: self.cpus,
             memory: self.memory,
@@ -246,16 +241,9 @@ mod tests {
     }
 
     #[test]
-    fn a_root_disk_comes_first_and_is_the_root() {
+    fn a_root_disk_comes_first() {
         let config = config(&["--disk", "data", "--cmdline", "quiet", "root.img"]);
         assert_eq!(config.disks, [blk::Spec::new("root.img"), blk::Spec::new("data")]);
-        assert_eq!(config.cmdline, "root=/dev/vda rw quiet");
-    }
-
-    #[test]
-    fn a_whole_command_line_is_left_alone() {
-        let config = config(&["--cmdline-only", "--cmdline", "quiet", "root.img"]);
-        assert_eq!(config.cmdline, "quiet");
     }
 
     #[test]

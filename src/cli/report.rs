@@ -29,6 +29,11 @@ impl ReportFile {
     }
 
     fn check(path: &Path) -> io::Result<Self> {
+        // `/dev/stdout` may lead to a file, which others write to at the same time.
+        if path.starts_with("/dev") || path.starts_with("/proc") {
+            OpenOptions::new().append(true).open(path)?;
+            return Ok(Self { path: path.to_owned(), stream: true });
+        }
         // A link stays a link: what it points to is replaced.
         let path = match path.canonicalize() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
@@ -58,7 +63,7 @@ impl ReportFile {
         let mut json = serde_json::to_vec_pretty(report)?;
         json.push(b'\n');
         if self.stream {
-            return OpenOptions::new().write(true).open(&self.path)?.write_all(&json);
+            return OpenOptions::new().append(true).open(&self.path)?.write_all(&json);
         }
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = folder(&self.path).join(format!(".{name}.{}", std::process::id()));
