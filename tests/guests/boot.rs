@@ -1,43 +1,85 @@
 //! Kernels in every form, from their first instruction to user space.
 
+use std::fs;
+use std::path::Path;
+
+use memchr::memmem;
+use tempfile::NamedTempFile;
+
 use crate::support::{Ended, Guest, Kernel};
 
-const SCRIPT: &str = "echo release=$(uname -r)";
+fn boots(kernel: Kernel, image: &Path, release: &str) -> Ended {
+    let ended = Guest::with_image(kernel, image).script("echo release=$(uname -r)").run().succeeded();
+    assert!(ended.value("release").starts_with(release), "{ended:?}");
+    // Without ACPI a guest cannot power off.
+    assert_eq!(ended.report["outcome"], if kernel == Kernel::Tiny { "halted" } else { "powered-off" });
+    let durations = &ended.report["durations"];
+    let times = ["first-kvm-run", "first-console-byte", "user-space", "end"].map(|name| durations[name].as_f64());
+    assert!(times.is_sorted() && times[0] > Some(0.0), "{durations}");
+    ended
+}
 
-fn boots(guest: Guest) -> Ended {
-    guest.script(SCRIPT).run().succeeded()
+/// A changed copy of a kernel.
+fn changed(image: &Path, change: impl FnOnce(&mut [u8])) -> NamedTempFile {
+    let mut bytes = fs::read(image).unwrap();
+    change(&mut bytes);
+    let file = NamedTempFile::new().unwrap();
+    fs::write(&file, bytes).unwrap();
+    file
 }
 
 #[test]
 fn debian_6_1_bzimage() {
-    let ended = boots(Guest::with_image(Kernel::Debian61, Kernel::Debian61.bzimage()));
-    assert!(ended.value("release").starts_with("6.1."), "{ended:?}");
+    boots(Kernel::Debian61, &Kernel::Debian61.bzimage(), "6.1.");
 }
 
 #[test]
 fn debian_6_1_vmlinux() {
-    let ended = boots(Guest::new(Kernel::Debian61));
-    assert!(ended.value("release").starts_with("6.1."), "{ended:?}");
+    boots(Kernel::Debian61, &Kernel::Debian61.vmlinux(), "6.1.");
 }
 
 #[test]
 fn debian_6_12_bzimage() {
-    let ended = boots(Guest::with_image(Kernel::Debian612, Kernel::Debian612.bzimage()));
-    assert!(ended.value("release").starts_with("6.12."), "{ended:?}");
+    boots(Kernel::Debian612, &Kernel::Debian612.bzimage(), "6.12.");
 }
 
 #[test]
 fn debian_6_12_vmlinux() {
-    let ended = boots(Guest::new(Kernel::Debian612));
-    assert!(ended.value("release").starts_with("6.12."), "{ended:?}");
+    boots(Kernel::Debian612, &Kernel::Debian612.vmlinux(), "6.12.");
 }
 
 #[test]
 fn tiny_bzimage() {
-    boots(Guest::with_image(Kernel::Tiny, Kernel::Tiny.bzimage()));
+    boots(Kernel::Tiny, &Kernel::Tiny.bzimage(), "6.");
 }
 
 #[test]
 fn tiny_vmlinux() {
-    boots(Guest::new(Kernel::Tiny));
+    boots(Kernel::Tiny, &Kernel::Tiny.vmlinux(), "6.");
+}
+
+#[test]
+fn vmlinux_without_pvh_is_entered_in_64_bits() {
+    for kernel in [Kernel::Tiny, Kernel::Debian61] {
+        let image = changed(&kernel.vmlinux(), |bytes| {
+            // XEN_ELFNOTE_PHYS32_ENTRY with a name of 4 bytes.
+            let notes: Vec<_> = memmem::find_iter(bytes, b"\x12\0\0\0Xen\0").collect();
+            assert_eq!(notes.len(), 1);
+            bytes[notes[0]] = 0xff;
+        });
+        boots(kernel, image.path(), "6.");
+    }
+}
+
+#[test]
+fn bzimage_of_unknown_compression_is_unpacked_by_the_guest() {
+    let image = changed(&Kernel::Debian612.bzimage(), |bytes| {
+        // payload_offset and payload_length of the setup header: behind the magic number, which the guest's own code
+        // does not need.
+        for (field, change) in [(0x248, 8), (0x24c, -8)] {
+            let value = i32::from_le_bytes(bytes[field..field + 4].try_into().unwrap());
+            bytes[field..field + 4].copy_from_slice(&(value + change).to_le_bytes());
+        }
+    });
+    boots(Kernel::Debian612, image.path(), "6.12.");
 }

@@ -12,6 +12,7 @@ mod running;
 
 use std::ffi::OsStr;
 use std::fmt::Display;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -26,6 +27,13 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a guest prints after its script, if all of the script's commands succeeded.
 const SUCCEEDED: &str = "test.sh: status 0";
+
+/// What comes before a guest's script.
+const PROLOGUE: &str = r#"
+trap 'echo "test.sh: status $?"' EXIT
+set -e
+program() { name=$1; shift; /ld-linux-x86-64.so.2 --library-path / "/$name" "$@"; }
+"#;
 
 /// The kernels that resources/setup.sh prepares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,17 +138,40 @@ impl Guest {
 
     /// The guest runs this in its shell, to the first command that fails, and powers off.
     pub fn script(self, script: &str) -> Self {
-        let script = format!("trap 'echo \"test.sh: status $?\"' EXIT\nset -e\n{script}\n");
+        let script = format!("{PROLOGUE}\n{script}\n");
         // Archives that follow one another are unpacked in this order: the last test.sh stays.
         self.file("test.sh", script.as_bytes())
     }
 
     /// The guest has this file in its root folder.
     pub fn file(self, name: &str, content: &[u8]) -> Self {
-        use std::io::Write;
         let initramfs = self.folder.path().join("initramfs.cpio");
         let mut initramfs = fs::OpenOptions::new().append(true).open(initramfs).unwrap();
         initramfs.write_all(&cpio::archive(name, content)).unwrap();
+        self
+    }
+
+    /// The guest has this program of the host's `PATH`, with its libraries: `program NAME ARGUMENT...` runs it.
+    pub fn program(self, name: &str) -> Self {
+        let output = |program: &str, argument: &str| {
+            let output = Command::new(program).arg(argument).output().unwrap();
+            assert!(output.status.success(), "{program} {argument}: {output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let path = output("which", name).trim().to_owned();
+        let libraries = output("ldd", &path);
+        let files = libraries.split_whitespace().filter(|word| word.starts_with('/'));
+        files.chain([&*path]).fold(self, |guest, file| {
+            guest.file(Path::new(file).file_name().unwrap().to_str().unwrap(), &fs::read(file).unwrap())
+        })
+    }
+
+    /// Runs bantam in a network namespace that `ip netns` knows by this name.
+    pub fn inside(mut self, namespace: &str) -> Self {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace]).arg(self.command.get_program()).args(self.command.get_args());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.command = command;
         self
     }
 
@@ -176,4 +207,26 @@ impl Guest {
         self.command.arg("--cmdline").arg(&self.cmdline);
         Running::start(&mut self.command, self.folder, self.limit)
     }
+}
+
+/// Bytes that no two pages of are the same, and that compress badly.
+pub fn noise(size: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut bytes = vec![0; size];
+    for word in bytes.chunks_mut(8) {
+        // xorshift64*
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        word.copy_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()[..word.len()]);
+    }
+    bytes
+}
+
+/// A hash as sha256sum prints it.
+pub fn sha256(bytes: &[u8]) -> String {
+    let mut sha256sum = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    sha256sum.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = sha256sum.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap()[..64].to_owned()
 }

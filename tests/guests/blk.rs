@@ -1,0 +1,143 @@
+//! Disks: what a guest writes is in the file, what is in the file a guest reads, and no more than that happens.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::{Guest, Kernel, noise, sha256};
+
+const MIB: usize = 1 << 20;
+
+/// Disk images that go with it.
+struct Images(TempDir);
+
+impl Images {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn add(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.0.path().join(name);
+        File::create_new(&path).unwrap().write_all(content).unwrap();
+        path
+    }
+}
+
+#[test]
+fn what_the_guest_writes_and_reads_is_in_the_file() {
+    let images = Images::new();
+    let content = noise(64 * MIB);
+    let disk = images.add("disk", &content);
+    let script = "
+        echo before=$(sha256sum </dev/vda)
+        dd if=/dev/urandom of=/block bs=1M count=1 status=none
+        for i in $(seq 64); do echo $i; cat /block; done | dd of=/dev/vda bs=1M count=64 iflag=fullblock conv=fsync
+        echo 3 >/proc/sys/vm/drop_caches
+        echo after=$(sha256sum </dev/vda)
+    ";
+    let ended = Guest::new(Kernel::Debian612).disk(disk.display()).script(script).run().succeeded();
+    let hash = |line: &str| line.split(' ').next().unwrap().to_owned();
+    assert_eq!(hash(ended.value("before")), sha256(&content));
+    assert_eq!(hash(ended.value("after")), sha256(&fs::read(&disk).unwrap()));
+    assert_ne!(ended.value("before"), ended.value("after"));
+
+    let size = 64 * MIB as u64;
+    assert_eq!(ended.counted("blk0", "written-bytes"), size);
+    let read = ended.counted("blk0", "read-bytes");
+    assert!((2 * size..3 * size).contains(&read), "{read}");
+    assert!(ended.counted("blk0", "flushes") >= 1);
+    assert_eq!(ended.counted("blk0", "errors"), 0);
+    let requests = ended.counted("blk0", "reads");
+    assert!(read / requests > 64 << 10, "{requests} requests for {read} bytes: they have one segment each");
+}
+
+#[test]
+fn disks_come_in_order_each_with_its_own_ways() {
+    let images = Images::new();
+    let first = images.add("first", &noise(8 * MIB));
+    let second = images.add("second", &noise(4 * MIB));
+    // Not a multiple of anything but sectors.
+    let odd = images.add("odd", &noise(10 * MIB + 7 * 512));
+    let read_only = sha256(&fs::read(&second).unwrap());
+    let script = r#"
+        for disk in vda vdb vdc; do
+            echo size=$(blockdev --getsize64 /dev/$disk)
+            echo read-only=$(blockdev --getro /dev/$disk)
+            echo serial=$(cat /sys/block/$disk/serial)
+        done
+        echo second=$(sha256sum </dev/vdb)
+        dd if=/dev/zero of=/dev/vdb bs=4k count=1 && exit 1
+        echo odd=$(dd if=/dev/vdc bs=3584 iflag=direct status=none | sha256sum)
+        dd if=/dev/vdc of=/dev/vda bs=1M count=8 iflag=direct oflag=direct
+        dd if=/dev/vda of=/dev/vdc bs=2560 seek=3 count=77 iflag=direct oflag=direct
+        sync
+    "#;
+    let ended = Guest::new(Kernel::Debian61)
+        .disk(format!("path={},id=first", first.display()))
+        .disk(format!("{},readonly=on,id=twenty-characters-no", second.display()))
+        .disk(format!("path={},cache=unsafe", odd.display()))
+        .script(script);
+    let mut expected = fs::read(&odd).unwrap();
+    let before = sha256(&expected);
+    let ended = ended.run().succeeded();
+
+    let values = |name| ended.values(name).collect::<Vec<_>>();
+    assert_eq!(values("size"), [8 * MIB, 4 * MIB, 10 * MIB + 7 * 512].map(|size| size.to_string()));
+    assert_eq!(values("read-only"), ["0", "1", "0"]);
+    assert_eq!(values("serial")[..2], ["first", "twenty-characters-no"]);
+    assert!(ended.value("second").starts_with(&read_only));
+    assert!(ended.value("odd").starts_with(&before));
+
+    assert_eq!(sha256(&fs::read(&second).unwrap()), read_only, "the guest must not write it");
+    assert!(fs::read(&first).unwrap() == expected[..8 * MIB]);
+    expected.copy_within(..77 * 2560, 3 * 2560);
+    assert!(fs::read(&odd).unwrap() == expected);
+}
+
+#[test]
+fn what_was_flushed_is_there_after_a_kill() {
+    let images = Images::new();
+    let disk = images.add("disk", &vec![0; 8 * MIB]);
+    let script = "
+        dd if=/dev/urandom of=/block bs=1M count=3 status=none
+        echo hash=$(sha256sum </block | cut -c -64).
+        dd if=/block of=/dev/vda bs=4k conv=fsync
+        echo flushed
+        sleep 1000
+    ";
+    let guest = Guest::new(Kernel::Tiny).disk(disk.display()).script(script).start();
+    guest.wait_for("flushed\r\n");
+    guest.signal(Signal::KILL);
+    let ended = guest.wait();
+    assert_eq!(ended.status, 128 + 9);
+    let hash = sha256(&fs::read(&disk).unwrap()[..3 * MIB]);
+    assert_eq!(ended.value("hash"), hash + ".");
+}
+
+#[test]
+fn discarded_blocks_are_given_back_and_zeroed_ones_read_zero() {
+    let images = Images::new();
+    let mut content = noise(16 * MIB);
+    let disk = images.add("disk", &content);
+    let before = fs::metadata(&disk).unwrap().blocks();
+    let script = "
+        blkdiscard -o 4M -l 8M /dev/vda
+        program blkdiscard --zeroout --offset 1048576 --length 1050624 /dev/vda
+        echo hash=$(sha256sum </dev/vda)
+    ";
+    let guest = Guest::new(Kernel::Debian61).disk(disk.display());
+    let ended = guest.program("blkdiscard").script(script).run().succeeded();
+    content[4 * MIB..12 * MIB].fill(0);
+    content[MIB..2 * MIB + 2048].fill(0);
+    assert!(fs::read(&disk).unwrap() == content);
+    assert!(ended.value("hash").starts_with(&sha256(&content)));
+    let freed = (before - fs::metadata(&disk).unwrap().blocks()) * 512;
+    assert!(freed >= 8 * MIB as u64, "{freed} bytes freed");
+    assert_eq!(ended.counted("blk0", "written-bytes"), 0);
+    assert!(ended.counted("blk0", "discards") >= 1);
+    assert!(ended.counted("blk0", "write-zeroes") >= 1);
+}

@@ -1,0 +1,157 @@
+//! Networks: a guest and the host talk through a tap, in a network namespace of their own.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::{self, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::support::{Ended, Guest, Kernel, noise, sha256};
+
+/// A network namespace with a tap, `tap0`, whose address is 10.0.0.1/24.
+pub struct Network {
+    name: String,
+}
+
+impl Network {
+    pub fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let network = Self { name: format!("bantam-{}-{}", process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)) };
+        ip(&["netns", "add", &network.name]);
+        network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
+        network.ip(&["address", "add", "10.0.0.1/24", "dev", "tap0"]);
+        network.ip(&["link", "set", "tap0", "up"]);
+        network
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn ip(&self, arguments: &[&str]) {
+        ip(&[&["-n", &self.name], arguments].concat());
+    }
+
+    /// Does something on a thread that is inside.
+    fn inside<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        let entered = || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            what()
+        };
+        thread::scope(|scope| scope.spawn(entered).join().unwrap())
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        ip(&["netns", "delete", &self.name]);
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let status = Command::new("ip").args(arguments).status().expect("ip of iproute2: resources/test.sh installs it");
+    assert!(status.success() || thread::panicking(), "ip {arguments:?}: {status}");
+}
+
+/// Sends `size` bytes to the guest by TCP, and has them sent back.
+fn exchange(guest: Guest, network: &Network, size: usize) -> Ended {
+    let script = "
+        ip address add 10.0.0.2/24 dev eth0
+        ip link set eth0 up
+        ping -c 3 -w 30 10.0.0.1
+        mount -t tmpfs tmpfs /mnt
+        nc -l -p 5000 >/mnt/data &
+        until netstat -ltn | grep -q :5000; do sleep 0.1; done
+        echo listening
+        wait $!
+        echo received=$(sha256sum </mnt/data)
+        nc 10.0.0.1 5001 </mnt/data
+    ";
+    let data = noise(size);
+    let (guest, returned) = network.inside(|| {
+        let listener = TcpListener::bind("10.0.0.1:5001").unwrap();
+        let guest = guest.inside(network.name()).script(script).start();
+        guest.wait_for("listening\r\n");
+        let ping = Command::new("ping").args(["-c", "3", "-w", "30", "10.0.0.2"]).output().unwrap();
+        assert!(ping.status.success(), "{ping:?}");
+        let mut stream = TcpStream::connect("10.0.0.2:5000").unwrap();
+        stream.write_all(&data).unwrap();
+        drop(stream);
+        guest.wait_for("received=");
+        let mut returned = vec![];
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.read_to_end(&mut returned).unwrap();
+        (guest, returned)
+    });
+    let ended = guest.wait().succeeded();
+    assert!(ended.value("received").starts_with(&sha256(&data)));
+    assert!(returned == data, "{} bytes came back, or others", returned.len());
+
+    let size = size as u64;
+    for direction in ["rx", "tx"] {
+        let bytes = ended.counted("net0", &format!("{direction}-bytes"));
+        assert!((size..size + size / 5).contains(&bytes), "{direction} {bytes}");
+        assert_eq!(ended.counted("net0", &format!("{direction}-errors")), 0);
+        assert_eq!(ended.counted("net0", &format!("{direction}-drops")), 0);
+    }
+    ended
+}
+
+/// The mean size of the packets that carried `size` bytes of data, and of those that only acknowledged.
+fn packet_size(ended: &Ended, direction: &str) -> u64 {
+    let count = |what| ended.counted("net0", &format!("{direction}-{what}"));
+    count("bytes") / count("packets")
+}
+
+#[test]
+fn tcp_goes_both_ways_in_large_packets() {
+    let network = Network::new();
+    let guest = Guest::new(Kernel::Debian612).memory("512M").net("tap0");
+    let ended = exchange(guest, &network, 100 << 20);
+    for direction in ["rx", "tx"] {
+        let size = packet_size(&ended, direction);
+        assert!(size > 2000, "{direction}: {size} bytes a packet");
+    }
+}
+
+#[test]
+fn tcp_goes_both_ways_without_offloads() {
+    let network = Network::new();
+    network.ip(&["link", "set", "tap0", "gso_max_segs", "1"]);
+    let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap=tap0");
+    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network, 32 << 20);
+    for direction in ["rx", "tx"] {
+        let size = packet_size(&ended, direction);
+        assert!(size <= 1514, "{direction}: {size} bytes a packet");
+    }
+}
+
+#[test]
+fn the_guest_has_the_address_and_mtu_that_were_asked_for() {
+    let network = Network::new();
+    let guest = Guest::new(Kernel::Debian61).net("tap=tap0,mac=52:54:00:ab:cd:ef,mtu=1400").net("tap=tap1,mtu=9000");
+    let script = "
+        for card in eth0 eth1; do
+            echo mac=$(cat /sys/class/net/$card/address)
+            echo mtu=$(cat /sys/class/net/$card/mtu)
+        done
+        ip address add 10.0.0.2/24 dev eth0
+        ip link set eth0 up
+        echo carrier=$(cat /sys/class/net/eth0/carrier)
+        ping -c 1 -w 20 -s 1300 10.0.0.1
+        cat /proc/net/arp
+    ";
+    let ended = guest.inside(network.name()).script(script).run().succeeded();
+    let values = |name| ended.values(name).collect::<Vec<_>>();
+    assert_eq!(values("mac")[0], "52:54:00:ab:cd:ef");
+    assert_ne!(values("mac")[1], values("mac")[0]);
+    assert_eq!(values("mtu"), ["1400", "9000"]);
+    assert_eq!(ended.value("carrier"), "1");
+}
