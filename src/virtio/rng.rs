@@ -25,6 +25,7 @@ pub struct Rng {
 
 /// What the device has done.
 #[derive(Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct Counts {
     requests: Counter,
     bytes: Counter,

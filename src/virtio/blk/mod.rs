@@ -106,6 +106,7 @@ pub struct Blk {
 
 /// What the device has done.
 #[derive(Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct Counts {
     reads: Counter,
     read_bytes: Counter,

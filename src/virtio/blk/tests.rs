@@ -132,8 +132,8 @@ fn sectors_are_read_and_written_in_place() {
     assert_eq!(
         disk.metrics.to_json(),
         serde_json::json!({
-            "reads": 1, "read_bytes": 1024, "writes": 1, "written_bytes": 512,
-            "flushes": 1, "discards": 0, "write_zeroes": 0, "errors": 0
+            "reads": 1, "read-bytes": 1024, "writes": 1, "written-bytes": 512,
+            "flushes": 1, "discards": 0, "write-zeroes": 0, "errors": 0
         })
     );
 }
@@ -254,7 +254,7 @@ fn zeroes_are_written_with_and_without_their_blocks() {
         assert_eq!(disk.host(first * 512, 512 * 512), vec![0; 512 * 512]);
         assert_eq!(disk.host((first + 512) * 512, 512), sector(first + 512));
     }
-    assert_eq!(disk.count("write_zeroes"), 2);
+    assert_eq!(disk.count("write-zeroes"), 2);
 }
 
 #[test]

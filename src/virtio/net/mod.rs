@@ -114,6 +114,7 @@ impl Spec {
 
 /// What a network device did.
 #[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Statistics {
     /// Packets given to the guest.
     pub rx_packets: Counter,

@@ -733,8 +733,8 @@ fn a_driver_and_the_host_talk_through_registers_and_rings() {
     assert_eq!(driver.finish(TX, 1), [(0, 0)]);
     let mut data = [0; 100];
     assert_eq!(host.recv(&mut data).unwrap(), 5);
-    assert_eq!(statistics.to_json()["rx_packets"], 2);
-    assert_eq!(statistics.to_json()["tx_packets"], 1);
+    assert_eq!(statistics.to_json()["rx-packets"], 2);
+    assert_eq!(statistics.to_json()["tx-packets"], 1);
 }
 
 #[test]
