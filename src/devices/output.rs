@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::transcript::{Sight, Transcript};
 
 /// Bytes that may wait for the writer.
-const CAPACITY: usize = 64 << 10;
+const CAPACITY: usize = 16 << 10;
 /// How long the first byte of a batch waits for company: less than a person notices.
 const LINGER: Duration = Duration::from_millis(2);
 /// A batch of this many bytes does not wait.
