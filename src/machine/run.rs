@@ -29,6 +29,9 @@ const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How long the console's reader is waited for when the machine did not end by itself.
 const DRAIN: Duration = Duration::from_secs(1);
 
+/// Where a processor starts after a reset, in its code segment.
+const RESET_VECTOR: u64 = 0xfff0;
+
 /// What the run loop knows about the guest.
 #[derive(Default)]
 pub(super) struct Watch {
@@ -175,6 +178,7 @@ impl Machine {
             Sight::ShutDown => (self.watch.panic, self.watch.panic_end) = (None, None),
             Sight::Alive => self.watch.panic_end = None,
             Sight::Halted => {
+                (self.watch.panic, self.watch.panic_end) = (None, None);
                 self.watch.halt =
                     Some(HaltWatch { next_look: now, looks_left: HALT_LOOKS, answers: 0, all_stopped: true });
             }
@@ -343,7 +347,12 @@ fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
     let mut crash =
         Crash { vcpu, kind: CrashKind::Unhandled, rip, cpl, instruction: Vec::new(), details: String::new() };
     match exit {
-        Exit::Shutdown => crash.kind = CrashKind::TripleFault,
+        Exit::Shutdown => {
+            crash.kind = CrashKind::TripleFault;
+            if rip == RESET_VECTOR {
+                crash.details = "the vCPU was reset, and where it was is lost: KVM does so on AMD".into();
+            }
+        }
         Exit::FailEntry(reason) => {
             crash.kind = CrashKind::FailEntry;
             crash.details = format!("hardware entry failure reason {reason:#x}");
