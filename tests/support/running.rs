@@ -60,6 +60,11 @@ impl Running {
         &mut self.child.stdin
     }
 
+    /// Takes what it prints from `output`, where its command's standard output was led to by hand.
+    pub fn read_from(&mut self, output: impl Read + Send + 'static) {
+        self.stdout = Some(Output::collect(output));
+    }
+
     /// What it printed so far.
     pub fn stdout(&self) -> String {
         self.stdout.as_ref().map_or(String::new(), Output::text)

@@ -1,0 +1,139 @@
+//! bantam on a terminal: the keys, and that the terminal is as it was before, whatever the ending.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::tcgetattr;
+use serde_json::json;
+
+use crate::support::{Ended, Guest, Kernel, Running};
+use crate::{eventually, started_by};
+
+/// The user's side of a terminal.
+struct Terminal {
+    user: File,
+    before: String,
+}
+
+impl Terminal {
+    /// Starts bantam in a session of its own, with a new terminal that controls it, by `setsid` and these arguments.
+    fn start(guest: Guest, arguments: &[&str]) -> (Self, Running) {
+        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        grantpt(&user).unwrap();
+        unlockpt(&user).unwrap();
+        let name = ptsname(&user, Vec::new()).unwrap();
+        let programs =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(name.to_str().unwrap());
+        let programs = programs.unwrap();
+        let terminal = Terminal { before: settings(&programs), user: user.into() };
+
+        let mut guest = started_by(guest, "setsid", &[&["--ctty"], arguments].concat());
+        guest.command().stdin(programs.try_clone().unwrap()).stdout(programs);
+        let mut running = guest.start();
+        running.read_from(terminal.user.try_clone().unwrap());
+        (terminal, running)
+    }
+
+    fn write(&mut self, keys: &str) {
+        self.user.write_all(keys.as_bytes()).unwrap();
+    }
+
+    fn is_as_before(&self) -> bool {
+        settings(&self.user) == self.before
+    }
+
+    /// Waits until bantam has ended, and checks the terminal.
+    #[track_caller]
+    fn end(self, running: Running, status: i32) -> Ended {
+        let ended = running.wait();
+        ended.require(ended.status == status, &format!("expected status {status}"));
+        assert!(self.is_as_before(), "{} before, {} after", self.before, settings(&self.user));
+        ended
+    }
+}
+
+fn settings(terminal: &File) -> String {
+    format!("{:?}", tcgetattr(terminal).unwrap())
+}
+
+fn tiny(script: &str) -> Guest {
+    Guest::new(Kernel::Tiny).script(script)
+}
+
+#[test]
+fn keys_reach_the_guest_except_those_for_bantam() {
+    let (mut terminal, running) = Terminal::start(tiny("setsid cttyhack sh"), &[]);
+    // What is typed is seen, too: the quotes tell it from what is printed.
+    terminal.write("echo slee''ping; sleep 1000\r");
+    running.wait_for("sleeping");
+    assert!(!terminal.is_as_before(), "raw");
+    terminal.write("\x03");
+    terminal.write("echo st''atus $?\r");
+    running.wait_for("status 130");
+
+    terminal.write("\x01h");
+    eventually(|| running.stderr().contains("Ctrl-A x"));
+    terminal.write("echo lis''tening; read -r x; echo $(echo $x | od -An -tx1)\r");
+    running.wait_for("listening");
+    terminal.write("\x01\x01A\r");
+    running.wait_for("01 41 0a");
+    terminal.write("exit 0\r");
+    terminal.end(running, 0).succeeded();
+}
+
+#[test]
+fn ctrl_a_x_ends_it() {
+    let (mut terminal, running) = Terminal::start(tiny("echo ready; sleep 1000"), &[]);
+    running.wait_for("ready");
+    terminal.write("\x01x");
+    let ended = terminal.end(running, 0);
+    assert_eq!((&ended.report["outcome"], ended.stderr.as_str()), (&json!("stopped"), ""));
+}
+
+#[test]
+fn signals_end_it() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let (terminal, running) = Terminal::start(tiny("echo ready; sleep 1000"), &[]);
+        running.wait_for("ready");
+        assert!(!terminal.is_as_before(), "raw");
+        running.signal(signal);
+        let number = signal.as_raw();
+        let ended = terminal.end(running, 128 + number);
+        assert_eq!(ended.stderr, format!("bantam: the machine was ended by signal {number}\n"));
+        assert_eq!((&ended.report["outcome"], &ended.report["signal"]), (&json!("signaled"), &json!(number)));
+    }
+}
+
+#[test]
+fn its_time_ends() {
+    let (terminal, running) = Terminal::start(tiny("sleep 1000").option("--timeout", "4s"), &[]);
+    let ended = terminal.end(running, 124);
+    assert_eq!(ended.stderr, "bantam: the guest was still running after 4s\n");
+    assert_eq!((&ended.report["outcome"], &ended.report["limit-seconds"]), (&json!("timed-out"), &json!(4.0)));
+}
+
+#[test]
+fn its_kernel_panics() {
+    let (terminal, running) = Terminal::start(tiny("echo c > /proc/sysrq-trigger"), &[]);
+    let ended = terminal.end(running, 121);
+    ended.require(ended.stderr.contains("sysrq triggered crash"), "expected the panic");
+}
+
+#[test]
+fn it_cannot_start() {
+    let (terminal, running) = Terminal::start(Guest::with_image(Kernel::Tiny, Path::new("/dev/null")), &[]);
+    terminal.end(running, 125);
+}
+
+#[test]
+fn in_the_background_it_runs_without_input() {
+    // With job control (-m) bash starts it in a process group that is not the terminal's.
+    let (terminal, running) =
+        Terminal::start(tiny("echo from the guest"), &["bash", "-mc", "\"$@\" & wait $!", "bash"]);
+    let ended = terminal.end(running, 0);
+    ended.require(ended.stdout.contains("from the guest"), "expected the guest's words");
+}
