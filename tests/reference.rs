@@ -117,6 +117,28 @@ fn every_key_of_the_configuration_is_explained() {
     }
 }
 
+#[test]
+fn every_field_of_the_report_is_explained() {
+    use bantam::virtio::device::VirtioDevice;
+    use bantam::virtio::{blk, net, rng};
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(512).unwrap();
+    let disk = blk::Blk::open(&blk::Spec::new(image.path())).unwrap();
+    let mut found = BTreeSet::new();
+    keys(&disk.metrics().to_json(), &mut found);
+    keys(&rng::Rng::new().metrics().to_json(), &mut found);
+    keys(&serde_json::to_value(net::Statistics::default()).unwrap(), &mut found);
+    keys(&serde_json::to_value(bantam::vcpu::Metrics::default()).unwrap(), &mut found);
+    keys(&serde_json::to_value(bantam::machine::Report::default()).unwrap(), &mut found);
+    assert!(found.len() > 25, "{found:?}");
+    let text = read("docs/config.md");
+    let (_, text) = text.split_once("\n## The report\n").unwrap();
+    for key in found {
+        let explained = text.contains(&format!("`{key}`")) || text.contains(&format!("`durations.{key}`"));
+        assert!(explained, "docs/config.md does not explain `{key}`");
+    }
+}
+
 /// The anchor of a heading, as GitHub makes it.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim().to_lowercase().replace(' ', "-");
