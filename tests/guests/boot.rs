@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use bantam::boot::inspect::inspect;
 use memchr::memmem;
 use tempfile::NamedTempFile;
 
@@ -67,6 +68,7 @@ fn vmlinux_without_pvh_is_entered_in_64_bits() {
             assert_eq!(notes.len(), 1);
             bytes[notes[0]] = 0xff;
         });
+        assert!(!inspect(image.path()).unwrap().pvh);
         boots(kernel, image.path(), "6.");
     }
 }
@@ -81,5 +83,6 @@ fn bzimage_of_unknown_compression_is_unpacked_by_the_guest() {
             bytes[field..field + 4].copy_from_slice(&(value + change).to_le_bytes());
         }
     });
+    assert!(inspect(image.path()).unwrap().packed);
     boots(Kernel::Debian612, image.path(), "6.12.");
 }

@@ -94,7 +94,7 @@ impl Guest {
         command.arg("run").arg("--kernel").arg(image);
         command.arg("--initrd").arg(folder.path().join("initramfs.cpio"));
         command.arg("--report").arg(folder.path().join("report.json"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        capture(&mut command);
         Self { command, cmdline: "quiet".into(), folder, limit: LIMIT }.script("")
     }
 
@@ -166,11 +166,12 @@ impl Guest {
         })
     }
 
-    /// Runs bantam in a network namespace that `ip netns` knows by this name.
+    /// Runs bantam in a network namespace that `ip netns` knows by this name. What [`Guest::command`] changed before is
+    /// lost.
     pub fn inside(mut self, namespace: &str) -> Self {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", namespace]).arg(self.command.get_program()).args(self.command.get_args());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        capture(&mut command);
         self.command = command;
         self
     }
@@ -207,6 +208,11 @@ impl Guest {
         self.command.arg("--cmdline").arg(&self.cmdline);
         Running::start(&mut self.command, self.folder, self.limit)
     }
+}
+
+/// No input, and output to be looked at.
+fn capture(command: &mut Command) {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
 }
 
 /// Bytes that no two pages of are the same, and that compress badly.
