@@ -39,12 +39,12 @@ fn debian_has_one_cpu() {
 
 #[test]
 fn debian_has_two_cpus() {
-    has_cpus(Kernel::Debian612, 2);
+    has_cpus(Kernel::Debian61, 2);
 }
 
 #[test]
 fn debian_has_four_cpus() {
-    has_cpus(Kernel::Debian61, 4);
+    has_cpus(Kernel::Debian612, 4);
 }
 
 #[test]
