@@ -81,6 +81,8 @@ impl Vm {
             }
         };
         let vm = Vm { fd, ram, cpuid, tsc_deadline };
+        // First: it waits for an SRCU grace period, which takes a timer tick once the others have begun one.
+        vm.map_memory()?;
         vm.fd
             .set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Error::ioctl("place the identity map (KVM_SET_IDENTITY_MAP_ADDR)"))?;
@@ -89,7 +91,6 @@ impl Vm {
         vm.fd.create_irq_chip().map_err(Error::ioctl("create the interrupt controllers (KVM_CREATE_IRQCHIP)"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.fd.create_pit2(pit).map_err(Error::ioctl("create the timer (KVM_CREATE_PIT2)"))?;
-        vm.map_memory()?;
         Ok(vm)
     }
 
