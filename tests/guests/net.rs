@@ -129,7 +129,7 @@ fn tcp_goes_both_ways_without_offloads() {
     let network = Network::new();
     network.ip(&["link", "set", "tap0", "gso_max_segs", "1"]);
     let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap=tap0");
-    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network, 32 << 20);
+    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network, 100 << 20);
     for direction in ["rx", "tx"] {
         let size = packet_size(&ended, direction);
         assert!(size <= 1514, "{direction}: {size} bytes a packet");
