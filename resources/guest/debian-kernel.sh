@@ -14,6 +14,8 @@ if [[ ! -e $folder/vmlinuz ]]; then
         awk '/Depends: linux-image-/ && !found++ { print $2 }')
     echo "==> Fetching $package" >&2
     "$here/private-apt.sh" "$suite" download "$package" "$folder/package.deb"
+    # Its configuration too, config-VERSION, for `bantam check --kernel`.
+    dpkg --fsys-tarfile "$folder/package.deb" | tar -x -C "$folder" --strip-components 2 --wildcards './boot/config-*'
     dpkg --fsys-tarfile "$folder/package.deb" | tar -xO --wildcards './boot/vmlinuz-*' >"$folder/vmlinuz.partial"
     mv "$folder/vmlinuz.partial" "$folder/vmlinuz"
 fi

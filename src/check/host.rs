@@ -169,7 +169,7 @@ fn io_uring() -> Row {
         Err(error) => {
             let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
             let cure = if matches!(sysctl.trim(), "1" | "2") { ": sudo sysctl kernel.io_uring_disabled=0" } else { "" };
-            Row::absent(name, format!("no asynchronous disk I/O: {}{cure}", reason(&error)))
+            Row::absent(name, format!("not needed yet: {}{cure}", reason(&error)))
         }
     }
 }
@@ -179,7 +179,7 @@ fn userfaultfd() -> Row {
     let result = syscall::userfaultfd().or_else(|error| File::open("/dev/userfaultfd").map(drop).map_err(|_| error));
     match result {
         Ok(()) => Row::ok(name, ""),
-        Err(error) => Row::absent(name, format!("no restoring of memory on demand: {}", reason(&error))),
+        Err(error) => Row::absent(name, format!("not needed yet: {}", reason(&error))),
     }
 }
 
@@ -187,9 +187,7 @@ fn landlock() -> Row {
     let name = "Landlock";
     match syscall::landlock_abi() {
         Ok(version) => Row::ok(name, format!("ABI {version}")),
-        Err(error) => {
-            Row::absent(name, format!("bantam cannot shut itself off from the host's files: {}", reason(&error)))
-        }
+        Err(error) => Row::absent(name, format!("not needed yet: {}", reason(&error))),
     }
 }
 

@@ -15,15 +15,14 @@ const OPTIONS: [(&str, &str); 6] = [
     ("HW_RANDOM_VIRTIO", "no randomness from the host"),
 ];
 
-/// Looks into the kernel at `path`, without booting it. If it has no configuration in it, that of
-/// `config-VERSION` beside `vmlinuz-VERSION` is taken.
+/// Looks into the kernel at `path`, without booting it. If it has no configuration in it, `config-VERSION` beside it is
+/// taken.
 ///
 /// # Errors
 /// When the file is no kernel that could be booted.
 pub fn kernel(path: &Path) -> Result<Table, Error> {
     let found = inspect::inspect(path)?;
-    let beside = || std::fs::read_to_string(config_beside(path)?).ok();
-    let config = found.config.clone().or_else(beside);
+    let config = found.config.clone().or_else(|| config_beside(path, found.version.as_deref()));
     Ok(Table(rows(&found, config.as_deref())))
 }
 
@@ -71,10 +70,13 @@ fn option(config: &str, name: &str, loss: &str) -> Row {
     }
 }
 
-/// `config-VERSION` for `vmlinuz-VERSION`, in the same folder.
-fn config_beside(path: &Path) -> Option<std::path::PathBuf> {
-    let (_, version) = path.file_name()?.to_str()?.split_once('-')?;
-    Some(path.with_file_name(format!("config-{version}")))
+/// The configuration in the same folder: `config-VERSION`, the version as the kernel tells it, or as its name does:
+/// `vmlinuz-VERSION`.
+fn config_beside(path: &Path, version: Option<&str>) -> Option<String> {
+    let told = version.and_then(|version| version.split(' ').next());
+    let named = path.file_name()?.to_str()?.split_once('-').map(|(_, version)| version);
+    let mut candidates = [told, named].into_iter().flatten().map(|v| path.with_file_name(format!("config-{v}")));
+    candidates.find_map(|config| std::fs::read_to_string(config).ok())
 }
 
 #[cfg(test)]
@@ -98,8 +100,11 @@ mod tests {
 
     #[test]
     fn a_configuration_lies_beside_its_kernel() {
-        let beside = |path: &str| config_beside(Path::new(path));
-        assert_eq!(beside("/boot/vmlinuz-6.1.0-42-amd64"), Some("/boot/config-6.1.0-42-amd64".into()));
-        assert_eq!(beside("/boot/vmlinux"), None);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config-6.1.0-42-amd64"), CONFIG).unwrap();
+        let beside = |name: &str, version| config_beside(&folder.path().join(name), version);
+        assert_eq!(beside("vmlinuz-6.1.0-42-amd64", None).as_deref(), Some(CONFIG));
+        assert_eq!(beside("vmlinuz", Some("6.1.0-42-amd64 (builder) #1")).as_deref(), Some(CONFIG));
+        assert_eq!(beside("vmlinuz-6.1", Some("6.1")), None);
     }
 }
