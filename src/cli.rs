@@ -171,7 +171,6 @@ impl Run {
             Some(path) => path.clone(),
             None => running_kernel()?,
         };
-        let rootfs = self.rootfs.iter().map(blk::Spec::new);
         Ok(Config {
             kernel: Some(kernel),
             initrd: self.initrd.clone(),
@@ -179,7 +178,8 @@ impl Run {
             cmdline_only: self.cmdline_only,
             cpus: self.cpus,
             memory: self.memory,
-            disks: rootfs.chain(self.disks.iter().cloned()).collect(),
+            rootfs: self.rootfs.clone(),
+            disks: self.disks.clone(),
             nets: self.nets.clone(),
             rng: !self.no_rng,
             serial: self.serial.clone(),
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn a_root_disk_comes_first() {
         let config = config(&["--disk", "data", "--cmdline", "quiet", "root.img"]);
-        assert_eq!(config.disks, [blk::Spec::new("root.img"), blk::Spec::new("data")]);
+        assert_eq!(config.all_disks().collect::<Vec<_>>(), [blk::Spec::new("root.img"), blk::Spec::new("data")]);
     }
 
     #[test]

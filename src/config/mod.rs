@@ -65,7 +65,9 @@ pub struct Config {
     pub cpus: u32,
     /// The guest's memory.
     pub memory: Size,
-    /// The disks, in the order of /dev/vda, vdb, ...
+    /// The disk with the root file system, a raw image or a block device. It comes before the others.
+    pub rootfs: Option<PathBuf>,
+    /// The other disks.
     pub disks: Vec<blk::Spec>,
     /// The network cards.
     pub nets: Vec<net::Spec>,
@@ -90,6 +92,7 @@ impl Default for Config {
             cmdline_only: false,
             cpus: 1,
             memory: Size::mib(256),
+            rootfs: None,
             disks: vec![],
             nets: vec![],
             rng: true,
@@ -140,6 +143,22 @@ impl Config {
     pub fn memory(mut self, memory: Size) -> Self {
         self.memory = memory;
         self
+    }
+
+    /// Sets the disk with the root file system.
+    pub fn rootfs(mut self, path: impl Into<PathBuf>) -> Self {
+        self.rootfs = Some(path.into());
+        self
+    }
+
+    /// All disks, in the order of /dev/vda, vdb, ...
+    pub fn all_disks(&self) -> impl Iterator<Item = blk::Spec> {
+        self.rootfs.iter().map(blk::Spec::new).chain(self.disks.iter().cloned())
+    }
+
+    /// Whether the first disk is the kernel's root: it is said to be, or there is nothing else that could be.
+    pub fn has_root_disk(&self) -> bool {
+        self.rootfs.is_some() || (self.initrd.is_none() && !self.disks.is_empty())
     }
 
     /// Adds a disk, after those that are there.

@@ -101,8 +101,8 @@ impl Builder {
 /// Opens what stands behind the virtio devices, in the order in which the guest finds them.
 fn open_devices(config: &Config) -> Result<Vec<NamedDevice>, Error> {
     let mut devices: Vec<NamedDevice> = Vec::new();
-    for (i, spec) in config.disks.iter().enumerate() {
-        devices.push((format!("blk{i}"), Box::new(blk::Blk::open(spec)?)));
+    for (i, spec) in config.all_disks().enumerate() {
+        devices.push((format!("blk{i}"), Box::new(blk::Blk::open(&spec)?)));
     }
     for (i, spec) in config.nets.iter().enumerate() {
         devices.push((format!("net{i}"), Box::new(spec.open()?)));
@@ -145,7 +145,7 @@ fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> R
     }
     let mut cmdline = Cmdline::default();
     cmdline.push(cmdline::DEFAULT)?;
-    if let Some(root) = config.disks.first() {
+    if let Some(root) = config.all_disks().next().filter(|_| config.has_root_disk()) {
         cmdline.push(if root.readonly { "root=/dev/vda ro" } else { "root=/dev/vda rw" })?;
     }
     if !acpi {
