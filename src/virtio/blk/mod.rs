@@ -42,6 +42,8 @@ const WRITE_ZEROES_SECTORS_MAX: u32 = 128 << 10;
 const DISCARD_SEG_MAX: u32 = 16;
 /// Segments in one write-zeroes.
 const WRITE_ZEROES_SEG_MAX: u32 = 1;
+/// `struct virtio_blk_discard_write_zeroes`.
+const SEGMENT_BYTES: usize = 16;
 const CONFIG_SIZE: usize = 60;
 /// log2 of the sectors in the blocks that file systems and page cache use: smaller writes read first.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
@@ -284,7 +286,7 @@ impl Blk {
     }
 
     /// Reads the segments of a discard or write-zeroes request (5.2.6) into `room`, and checks all before any is done.
-    /// Empty ones are left out.
+    /// Empty ones count, but are left out.
     fn take_segments<'a>(
         &mut self,
         ram: &GuestRam,
@@ -293,9 +295,13 @@ impl Blk {
         flags_known: u32,
     ) -> Result<&'a [Segment], Failure> {
         self.check_writable()?;
+        // Before any is read: a driver could send millions.
+        if self.layout.readable.len() > (SEGMENT_BYTES * room.len()) as u64 {
+            return Err(Failure::Driver("too many segments"));
+        }
         let mut count = 0;
         while self.layout.readable.len() > 0 {
-            let mut raw = [0; 16];
+            let mut raw = [0; SEGMENT_BYTES];
             if !self.layout.readable.take(ram, &mut raw) {
                 return Err(Failure::Driver("half a segment"));
             }
@@ -309,8 +315,7 @@ impl Blk {
             let len = sectors * SECTOR;
             let offset = self.offset(sector, len)?;
             if len > 0 {
-                let slot = room.get_mut(count).ok_or(Failure::Driver("too many segments"))?;
-                *slot = Segment { offset, len, flags };
+                room[count] = Segment { offset, len, flags };
                 count += 1;
             }
         }

@@ -267,6 +267,8 @@ fn bad_segments_change_nothing() {
         (VIRTIO_BLK_T_DISCARD, &[(0, 8, 0), (u64::MAX, 1, 0)], IOERR),
         (VIRTIO_BLK_T_DISCARD, &[(0, 8, 0), (0, u32::MAX, 0)], IOERR),
         (VIRTIO_BLK_T_DISCARD, &[(0, 8, 0); 17], IOERR),
+        // Not even of those that do nothing.
+        (VIRTIO_BLK_T_DISCARD, &[(0, 0, 0); 17], IOERR),
         (VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 2)], UNSUPP),
         (VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 8, 0), (8, 8, 0)], IOERR),
         (VIRTIO_BLK_T_WRITE_ZEROES, &[(SECTORS - 1, 2, 0)], IOERR),
@@ -278,7 +280,7 @@ fn bad_segments_change_nothing() {
     let (addr, ..) = disk.segments(&[(0, 8, 0), (8, 8, 0)]);
     assert_eq!(disk.request(VIRTIO_BLK_T_DISCARD, 0, &[(addr, 24, false)]), (IOERR, 1));
     assert_eq!(disk.host(0, 512 * 64), before);
-    assert_eq!(disk.count("errors"), 9);
+    assert_eq!(disk.count("errors"), 10);
 }
 
 #[test]
