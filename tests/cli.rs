@@ -257,6 +257,7 @@ fn a_memory_that_boots_nothing_is_refused() {
     folder.refuses(&["--memory", "12X"], &["--memory", "`12X`", "512M"]);
     folder.refuses(&["--memory", "99999999999T"], &["--memory", "too large"]);
     folder.refuses(&["--memory", "1M"], &["1M of memory", "8M"]);
+    folder.refuses(&["--memory", "134217729"], &["134217729", "4096"]);
     folder.refuses(&["--memory", "100T"], &["100T of memory", "the host has", "MiB"]);
 }
 

@@ -4,6 +4,7 @@ pub mod duration;
 pub mod kv;
 mod size;
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ use crate::virtio::{blk, net};
 
 /// The least guest memory that a Linux kernel boots in.
 pub const MIN_MEMORY: Size = Size::mib(8);
+
+/// Guest memory comes in pages of 4 KiB.
+const PAGE: u64 = 4096;
 
 /// Why a [`Config`] makes no machine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -37,9 +41,18 @@ pub enum Error {
         /// The host's physical memory.
         host: Size,
     },
+    /// Memory that ends within a page.
+    #[error("cannot build a machine with {asked} of memory: it is not a multiple of {PAGE} bytes")]
+    PartOfPage {
+        /// What was asked for.
+        asked: Size,
+    },
     /// Two network cards on one tap.
     #[error("cannot put two network cards on the tap `{0}`: it is given twice")]
     SameTap(String),
+    /// Two network cards on one descriptor.
+    #[error("cannot put two network cards on the descriptor fd={0}: it is given twice")]
+    SameDescriptor(RawFd),
 }
 
 /// A machine to be built. Paths are the host's.
@@ -211,18 +224,22 @@ impl Config {
             Err(Error::LittleMemory { asked })
         } else if asked > host {
             Err(Error::MuchMemory { asked, host })
-        } else if let Some(tap) = self.tap_given_twice() {
+        } else if !asked.get().is_multiple_of(PAGE) {
+            Err(Error::PartOfPage { asked })
+        } else if let Some(tap) = given_twice(self.nets.iter().filter_map(|net| net.tap.as_deref())) {
             Err(Error::SameTap(tap.to_owned()))
+        } else if let Some(fd) = given_twice(self.nets.iter().filter_map(|net| net.fd)) {
+            Err(Error::SameDescriptor(fd))
         } else {
             Ok(())
         }
     }
+}
 
-    fn tap_given_twice(&self) -> Option<&str> {
-        let mut taps: Vec<&str> = self.nets.iter().filter_map(|net| net.tap.as_deref()).collect();
-        taps.sort_unstable();
-        taps.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
-    }
+fn given_twice<T: Ord + Copy>(all: impl Iterator<Item = T>) -> Option<T> {
+    let mut all: Vec<T> = all.collect();
+    all.sort_unstable();
+    all.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
 }
 
 #[cfg(test)]
@@ -239,6 +256,12 @@ mod tests {
         );
         assert!(refused(Config::new().memory(Size::gib(4))).contains("with 4G of memory: the host has 2048 MiB"));
         assert_eq!(Config::new().memory(host).validate_on(host), Ok(()));
+        assert!(refused(Config::new().memory(Size::bytes((64 << 20) + 1))).contains("not a multiple of 4096 bytes"));
+        let card = |tap: Option<&str>, fd| net::Spec { tap: tap.map(Into::into), fd, ..Default::default() };
+        let cards = |one: net::Spec, other: net::Spec| Config::new().net(one).net(other);
+        assert!(refused(cards(card(Some("t"), None), card(Some("t"), None))).contains("tap `t`"));
+        assert!(refused(cards(card(None, Some(5)), card(None, Some(5)))).contains("fd=5"));
+        assert_eq!(cards(card(None, Some(5)), card(None, Some(6))).validate_on(host), Ok(()));
     }
 
     #[test]
