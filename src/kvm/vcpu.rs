@@ -15,6 +15,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::Error;
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::bus::Bus;
+use crate::memory::GuestRam;
 
 /// Why a vCPU came back, when it was not for a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,10 +45,18 @@ pub struct Vcpu {
     index: u32,
     run: RunPage,
     run_size: usize,
+    /// Stays mapped while the guest may run, whoever goes first. Dropped after `fd`.
+    _ram: GuestRam,
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, index: u32, cpuid: &[kvm_cpuid_entry2], run_size: usize) -> Result<Self, Error> {
+    pub(super) fn new(
+        fd: VcpuFd,
+        index: u32,
+        cpuid: &[kvm_cpuid_entry2],
+        run_size: usize,
+        ram: GuestRam,
+    ) -> Result<Self, Error> {
         let run = RunPage::map(&fd, run_size)
             .map_err(|source| Error::Ioctl { what: format!("map the run page of vCPU {index}"), source })?;
         let cpuid = CpuId::from_entries(cpuid).map_err(|_| Error::Ioctl {
@@ -57,7 +66,7 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(Error::ioctl(format!("set the CPUID of vCPU {index} (KVM_SET_CPUID2)")))?;
         let msrs = Msrs::from_entries(&regs::msrs()).expect("two MSRs fit");
         fd.set_msrs(&msrs).map_err(Error::ioctl(format!("set the MSRs of vCPU {index} (KVM_SET_MSRS)")))?;
-        Ok(Vcpu { fd, index, run, run_size })
+        Ok(Vcpu { fd, index, run, run_size, _ram: ram })
     }
 
     /// Has the boot vCPU start at `entry`. The others wait for it to send INIT and SIPI.

@@ -105,8 +105,8 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: host as u64,
             };
-            // SAFETY: the slot covers a whole region of `self.ram`, which is mapped as long as `self` keeps it, and
-            // `self.fd` goes first.
+            // SAFETY: the slot covers a whole region of `self.ram`. The virtual machine lives as long as a descriptor of
+            // it or of a vCPU is open; `self` and each `Vcpu` keep the memory mapped until theirs is closed.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(Error::ioctl(format!(
                 "map {} MiB of guest memory at {:#x} (KVM_SET_USER_MEMORY_REGION)",
                 region.len() >> 20,
@@ -123,7 +123,7 @@ impl Vm {
             .create_vcpu(index.into())
             .map_err(Error::ioctl(format!("create vCPU {index} (KVM_CREATE_VCPU)")))?;
         let cpuid = crate::arch::x86_64::cpuid::for_vcpu(&self.cpuid, index, cpus, self.tsc_deadline);
-        Vcpu::new(fd, index, &cpuid, self.fd.run_size())
+        Vcpu::new(fd, index, &cpuid, self.fd.run_size(), self.ram.clone())
     }
 
     /// Has KVM raise interrupt `gsi` whenever `line` is written (`KVM_IRQFD`).
