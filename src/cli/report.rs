@@ -2,9 +2,10 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD};
+use rustix::fs::{Access, AtFlags, CWD, OFlags};
 
 /// Why there is no report.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +64,10 @@ impl ReportFile {
         let mut json = serde_json::to_vec_pretty(report)?;
         json.push(b'\n');
         if self.stream {
-            return OpenOptions::new().append(true).open(&self.path)?.write_all(&json);
+            // A pipe that nobody reads is not waited for: the signals that would end that are blocked.
+            let mut file = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
+            rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
+            return file.write_all(&json);
         }
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = folder(&self.path).join(format!(".{name}.{}", std::process::id()));
@@ -108,6 +112,18 @@ mod tests {
         ReportFile::new(&link).unwrap().write(&1).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "1\n");
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        rustix::fs::mknodat(CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        let report = ReportFile::new(&path).unwrap();
+        assert!(report.write(&1).is_err());
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        report.write(&1).unwrap();
+        assert_eq!(io::read_to_string(&mut reader).unwrap(), "1\n");
     }
 
     #[test]

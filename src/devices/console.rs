@@ -1,16 +1,17 @@
 //! The host's end of the serial console.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
 use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 
@@ -137,7 +138,7 @@ impl Console {
             Spec::Stdio => Self::stdio().map_err(Error::Stdio),
             Spec::None => Ok(Self::to(io::sink())),
             Spec::File(path) => {
-                let file = File::create(path).map_err(|error| Error::File(path.clone(), error))?;
+                let file = create(path).map_err(|error| Error::File(path.clone(), error))?;
                 Ok(Self::to(file))
             }
             Spec::Socket(path) => Socket::listen(path).map_err(|error| Error::Socket(path.clone(), error)),
@@ -153,6 +154,16 @@ impl Console {
             if background { None } else { Some(Box::new(Stdin { raw, escapes: Escapes::default() })) };
         Ok(Console { output: Box::new(output), input })
     }
+}
+
+/// Creates or empties the file at `path`. A pipe without a reader is refused: waiting for one could not be ended, as
+/// the signals that would end it are blocked.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    // Clears O_NONBLOCK: writing may wait, on the console's own thread.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+    Ok(file)
 }
 
 /// Standard output, which another program that has it too may have made non-blocking.
@@ -297,6 +308,17 @@ impl Write for SocketOutput {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_without_a_reader_is_refused_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        assert!(matches!(Console::open(&Spec::File(path.clone())), Err(Error::File(..))));
+        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let file = create(&path).unwrap();
+        assert!(!rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK), "a full pipe is waited for");
+    }
 
     #[test]
     fn a_socket_serves_one_client_after_another() {
