@@ -25,9 +25,14 @@ pub fn restore() {
 pub struct Raw(());
 
 impl Raw {
-    /// Switches standard input to raw mode, if it is a terminal and this process is in its foreground.
+    /// Switches standard input to raw mode, if it is a terminal, this process is in its foreground, and nobody else in
+    /// the process has it.
     pub fn enter() -> io::Result<Option<Self>> {
         if !isatty(stdin()) || !in_foreground() {
+            return Ok(None);
+        }
+        let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
+        if saved.is_some() {
             return Ok(None);
         }
         let before = tcgetattr(stdin())?;
@@ -35,7 +40,8 @@ impl Raw {
         raw.make_raw();
         // Our own lines, and those of a guest that sends no carriage returns, still start at the left.
         raw.output_modes |= OutputModes::OPOST;
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        *saved = Some(before);
+        drop(saved);
         let raw_guard = Raw(());
         tcsetattr(stdin(), OptionalActions::Now, &raw)?;
         Ok(Some(raw_guard))
