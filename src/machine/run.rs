@@ -1,6 +1,6 @@
 //! The run loop: one thread, one inbox, and what becomes of the machine.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::sync::TryLockError;
@@ -46,8 +46,15 @@ pub(super) struct Watch {
 struct HaltWatch {
     next_look: Instant,
     looks_left: u32,
-    answers: usize,
+    /// Those that have answered: a late answer to the last look may come before that to this one.
+    answered: BTreeSet<u32>,
     all_stopped: bool,
+}
+
+impl HaltWatch {
+    fn new(next_look: Instant, looks_left: u32) -> Self {
+        Self { next_look, looks_left, answered: BTreeSet::new(), all_stopped: true }
+    }
 }
 
 /// How the loop goes on.
@@ -138,11 +145,11 @@ impl Machine {
                 return Some(Ok(Outcome::Crashed(crash(vcpu, exit, rip, cpl))));
             }
             Event::Vcpu(_, vcpu::Report::Failed(error)) => return Some(Err(Error::Kvm(error))),
-            Event::Vcpu(_, vcpu::Report::Stopped(stopped)) => {
+            Event::Vcpu(vcpu, vcpu::Report::Stopped(stopped)) => {
                 if let Some(halt) = &mut self.watch.halt {
-                    halt.answers += 1;
+                    halt.answered.insert(vcpu);
                     halt.all_stopped &= stopped;
-                    if halt.answers == self.threads.len() && halt.all_stopped {
+                    if halt.answered.len() == self.threads.len() && halt.all_stopped {
                         return Some(Ok(Outcome::Halted));
                     }
                 }
@@ -179,8 +186,7 @@ impl Machine {
             Sight::Alive => self.watch.panic_end = None,
             Sight::Halted => {
                 (self.watch.panic, self.watch.panic_end) = (None, None);
-                self.watch.halt =
-                    Some(HaltWatch { next_look: now, looks_left: HALT_LOOKS, answers: 0, all_stopped: true });
+                self.watch.halt = Some(HaltWatch::new(now, HALT_LOOKS));
             }
         }
     }
@@ -191,8 +197,7 @@ impl Machine {
             self.watch.halt = None;
             return;
         }
-        *halt =
-            HaltWatch { next_look: now + HALT_LOOK, looks_left: halt.looks_left - 1, answers: 0, all_stopped: true };
+        *halt = HaltWatch::new(now + HALT_LOOK, halt.looks_left - 1);
         self.threads.iter().for_each(vcpu::Thread::ask_stopped);
     }
 
