@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
+# the other in turn, and prints a table of medians. docs/BENCHMARKS.md says what is measured and how.
+#     run.sh [--quick] [ITEM...]
+# Items: start, memory, boot, disk, net; all without any. `start` uses the machine's own KVM, if there is one, even where
+# that cannot run a guest's kernel; the others need VT-x or SVM, or run in the emulated KVM host.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+step() { echo "==> [${SECONDS}s] $*" >&2; }
+
+quick=
+where=
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+    --quick) quick=yes ;;
+    --figures) # for its own use: no table, and the items run here
+        where=$2
+        shift
+        ;;
+    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net]..." >&2 && exit 2 ;;
+    esac
+    shift
+done
+items=("$@")
+(($#)) || items=(start memory boot disk net)
+
+built=$PWD/target/bench
+bantam=$(realpath -m "${CARGO_TARGET_DIR:-target}")/release/bantam
+tiny=$PWD/target/guest/tiny/vmlinux
+debian=$PWD/target/guest/debian-6.1/vmlinuz
+
+# Builds all that is measured, and measured with. An initramfs of the kernel's own comes first, then what is added to it.
+build() {
+    step "Building"
+    cargo build --release --locked --quiet
+    rm -rf "$built"
+    mkdir -p "$built"
+    gcc -O2 -o "$built/measure" resources/bench/measure.c
+    local root=$built/root library
+    mkdir -p "$root"/{bin,tmp}
+    cp resources/bench/guest-init "$root/bench"
+    archive "$root" "$built/base.cpio"
+    cat target/guest/tiny/initramfs.cpio "$built/base.cpio" >"$built/boot.cpio"
+    gcc -O2 -static -pthread -o "$root/bin/disk" resources/bench/disk.c
+    cp "$(command -v iperf3)" "$root/bin/"
+    for library in $(ldd "$root/bin/iperf3" | grep -o '/[^ ]*'); do
+        install -D "$library" "$root$library"
+    done
+    archive "$root" "$built/all.cpio"
+    cat target/guest/tiny/initramfs.cpio "$built/all.cpio" >"$built/io.cpio"
+}
+
+archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$2"; }
+
+# machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU, 128 MiB, a serial
+# console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
+# kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
+# bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by.
+machine() {
+    local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on
+    shift 4
+    if [[ $vmm == bantam ]]; then
+        command=("$bantam" run --memory 128M --kernel "$kernel" --initrd "$initrd" --cmdline "$text")
+        for device in "$@"; do
+            case $device in
+            disk=*) command+=(--disk "${device#*=}") ;;
+            tap=*) command+=(--net "$device") ;;
+            esac
+        done
+        return
+    fi
+    [[ $kernel != "$tiny" ]] || acpi=off # it has none, and finds its devices by the command line
+    command=(qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -nographic -serial stdio
+        -M "microvm,accel=kvm,acpi=$acpi,pit=off,pic=off,rtc=on,isa-serial=on"
+        # kvm_pvm refuses the MSR of that feature.
+        -cpu "host,arch-capabilities=off" -smp 1 -m 128M -device virtio-rng-device
+        -kernel "$kernel" -initrd "$initrd" -append "console=ttyS0 reboot=t panic=-1 pci=off $text")
+    for device in "$@"; do
+        case $device in
+        disk=*) command+=(-device "virtio-blk-device,drive=disk"
+            -drive "if=none,id=disk,format=raw,cache=writeback,file=${device#*=}") ;;
+        tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=off"
+            -device "virtio-net-device,netdev=net") ;;
+        esac
+    done
+}
+
+# in_turn ROUNDS QUICK_ROUNDS FUNCTION [ARGUMENT...] calls it for each VMM, round after round.
+in_turn() {
+    local round vmm rounds=${quick:+$2}
+    for ((round = 1; round <= ${rounds:-$1}; round++)); do
+        for vmm in bantam qemu; do
+            "$3" "$vmm" "${@:4}" || { echo "run.sh: $vmm failed: $3 ${*:4}" && tail -n 5 "$built/log"; } >&2
+        done
+    done
+}
+
+figure() { printf '%s\t%s\t%s\t%s\n' "$where" "$2" "$1" "$3"; }
+
+# measured SECONDS MARKER... runs `command` with measure(1), and keeps what the guest says in the log.
+measured() { "$built/measure" "$@" -- "${command[@]}" </dev/null 2>"$built/log"; }
+
+start() {
+    step "exec to the first KVM_RUN"
+    figure bantam "release binary, MiB (budget 3)" "$(stat -L -c %s "$bantam" | awk '{ print $1 / 2 ^ 20 }')"
+    figure qemu "release binary, MiB (budget 3)" \
+        "$(stat -L -c %s "$(command -v qemu-system-x86_64)" | awk '{ print $1 / 2 ^ 20 }')"
+    in_turn 1 1 start_calls
+    in_turn 31 11 start_time "$tiny" "17 MB ELF kernel (budget 5)"
+    in_turn 7 3 start_time "$debian" "14 MB bzImage"
+}
+
+start_calls() {
+    machine "$1" "$tiny" "$built/boot.cpio" ""
+    command=(strace -f -o "$built/calls" "${command[@]}")
+    measured -r 20 >/dev/null
+    figure "$1" "system calls before the first KVM_RUN (budget 200)" \
+        "$(awk '/KVM_RUN/ { exit } !/resumed>|---|\+\+\+/ { calls++ } END { print calls }' "$built/calls")"
+}
+
+start_time() {
+    machine "$1" "$2" "$built/boot.cpio" ""
+    [[ $1 != bantam ]] || command+=(--report "$built/report.json")
+    figure "$1" "exec to first KVM_RUN, $3, ms" "$(measured -r 20 | awk '{ print $2 * 1000 }')"
+}
+
+memory() {
+    step "Private memory beside the guest's"
+    in_turn 3 1 memory_once
+}
+
+memory_once() {
+    local pid tries
+    machine "$1" "$tiny" "$built/boot.cpio" "quiet bench=idle rdinit=/bench"
+    "${command[@]}" </dev/null >"$built/log" 2>&1 &
+    pid=$!
+    for ((tries = 0; tries < 600; tries++)); do
+        ! grep -q bench-idle "$built/log" || break
+        sleep 0.1
+    done
+    sleep 1 # for the guest to become idle
+    cp "/proc/$pid/smaps" "$built/smaps-$1"
+    kill "$pid"
+    wait "$pid" || true
+    ((tries < 600)) || return 1
+    figure "$1" "private memory, guest idle, MiB (budget 2)" \
+        "$(awk -v guest_kib=131072 -f resources/bench/private.awk "$built/smaps-$1")"
+    figure "$1" "of it written, MiB" \
+        "$(awk -v guest_kib=131072 -v dirty=1 -f resources/bench/private.awk "$built/smaps-$1")"
+}
+
+boot() {
+    step "exec to user space, and reboot to exit"
+    in_turn 9 3 boot_once "$tiny" "6.1 without modules, ELF"
+    in_turn 5 2 boot_once "$debian" "Debian 6.1, bzImage"
+}
+
+boot_once() {
+    local user_space reboot exit
+    machine "$1" "$2" "$built/boot.cpio" "quiet rdinit=/bench"
+    measured 60 bench-user-space bench-reboot >"$built/times" || return 1
+    { read -r _ user_space && read -r _ reboot && read -r _ exit; } <"$built/times"
+    figure "$1" "exec to user space, $3, s" "$user_space"
+    figure "$1" "reboot -f to exit, $3, s (budget 0.1)" "$(awk "BEGIN { print $exit - $reboot }")"
+}
+
+disk() {
+    step "Disk"
+    local image
+    # On tmpfs, and whole before it is measured.
+    image=$(mktemp /dev/shm/bantam-bench.XXXXXX)
+    dd if=/dev/zero of="$image" bs=1M count=256 status=none
+    in_turn 5 2 guest_figures disk "disk=$image"
+    rm "$image"
+}
+
+net() {
+    step "Network"
+    ip tuntap add dev bench mode tap
+    ip address add 10.0.0.1/24 dev bench
+    ip link set bench up
+    iperf3 -s >/dev/null &
+    local server=$!
+    in_turn 5 2 guest_figures net tap=bench
+    kill "$server"
+}
+
+# guest_figures VMM WHAT DEVICE: figures that the guest itself prints.
+guest_figures() {
+    local value what seconds=${quick:+0.5}
+    [[ $2 != net ]] || seconds=${quick:+2}
+    machine "$1" "$tiny" "$built/io.cpio" "quiet rdinit=/bench bench=$2 seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
+    measured 120 bench-reboot >/dev/null
+    tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do
+        figure "$1" "$what" "$value"
+    done
+}
+
+if [[ -n $where ]]; then
+    for item in "${items[@]}"; do "$item"; done
+    exit
+fi
+
+build
+own=(resources/bench/run.sh ${quick:+--quick} --figures)
+hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
+for item in "${items[@]}"; do
+    case $item in
+    start) "${own[@]}" own start ;;
+    net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
+    *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
+    esac
+done >"$built/figures.own"
+guests=()
+for item in "${items[@]}"; do [[ $item == start || -n $hardware ]] || guests+=("$item"); done
+if ((${#guests[@]})); then
+    step "In the emulated KVM host: ${guests[*]}"
+    KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
+fi
+cat "$built"/figures.* | awk -f resources/bench/table.awk
+step "Done"

@@ -1,0 +1,46 @@
+# Turns lines "KVM <tab> WHAT <tab> VMM <tab> VALUE" into a table of medians, with the best of the runs in brackets.
+BEGIN { FS = "\t" }
+!(($1, $2) in known) { known[$1, $2] = ++rows; where[rows] = $1; what[rows] = $2 }
+{ row = known[$1, $2]; values[row, $3, ++count[row, $3]] = $4 }
+
+# Sorts the values of a row and VMM, the best first.
+function sort(row, vmm,    i, j, value) {
+    for (i = 2; i <= count[row, vmm]; i++) {
+        value = values[row, vmm, i]
+        for (j = i; j > 1 && (more[row] ? values[row, vmm, j - 1] < value : values[row, vmm, j - 1] > value); j--)
+            values[row, vmm, j] = values[row, vmm, j - 1]
+        values[row, vmm, j] = value
+    }
+}
+
+function median(row, vmm,    n) {
+    n = count[row, vmm]
+    return n % 2 ? values[row, vmm, (n + 1) / 2] : (values[row, vmm, n / 2] + values[row, vmm, n / 2 + 1]) / 2
+}
+
+function short(value) { return sprintf(value < 10 ? "%.2f" : value < 100 ? "%.1f" : "%.0f", value) }
+
+function show(row, vmm,    n) {
+    n = count[row, vmm]
+    return !n ? "-" : short(median(row, vmm)) (n > 1 ? " (" short(values[row, vmm, 1]) ")" : "")
+}
+
+END {
+    print "| KVM | measured: median (best) | bantam | QEMU microvm | bantam / QEMU | runs | bantam is |"
+    print "| --- | --- | ---: | ---: | ---: | ---: | --- |"
+    for (row = 1; row <= rows; row++) {
+        more[row] = what[row] ~ /\/s$/
+        sort(row, "bantam")
+        sort(row, "qemu")
+        ratio = "-"
+        verdict = ""
+        if (count[row, "bantam"] && count[row, "qemu"] && median(row, "bantam") > 0 && median(row, "qemu") > 0) {
+            ratio = median(row, "bantam") / median(row, "qemu")
+            better = more[row] ? ratio : 1 / ratio
+            verdict = better > 1.05 ? "better" : better < 0.95 ? "worse" : "even"
+            ratio = sprintf("%.2f", ratio)
+        }
+        printf "| %s | %s | %s | %s | %s | %d | %s |\n", where[row], what[row], show(row, "bantam"), show(row, "qemu"),
+            ratio, count[row, "bantam"], verdict
+    }
+}
