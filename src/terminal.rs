@@ -1,7 +1,6 @@
 //! The user's terminal: raw while a guest has it, and as it was before on every way out.
 
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -108,22 +107,6 @@ impl Escapes {
             }
         }
         (kept, None)
-    }
-}
-
-/// Standard input, unbuffered.
-#[derive(Debug)]
-pub struct Stdin;
-
-impl Read for Stdin {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(stdin(), buffer)?)
-    }
-}
-
-impl AsFd for Stdin {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        stdin()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -150,10 +150,18 @@ impl Console {
         let raw = Raw::enter()?;
         // A background process that reads its terminal is stopped; without it the guest just has no input.
         let background = raw.is_none() && rustix::termios::isatty(rustix::stdio::stdin());
-        let input: Option<Box<dyn Input>> =
-            if background { None } else { Some(Box::new(Stdin { raw, escapes: Escapes::default() })) };
+        let terminal = raw.as_ref().and_then(|_| reopen(rustix::stdio::stdin()));
+        let stdin = Stdin { raw, terminal, escapes: Escapes::default() };
+        let input: Option<Box<dyn Input>> = if background { None } else { Some(Box::new(stdin)) };
         Ok(Console { output: Box::new(output), input })
     }
+}
+
+/// The terminal that is open as `fd` once more, so as not to wait in a read when another program (a pager, say) has taken
+/// what there was. Others share `fd` itself, which has to stay as it is for them.
+fn reopen(fd: BorrowedFd<'_>) -> Option<File> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()
 }
 
 /// Creates or empties the file at `path`. A pipe without a reader is refused: waiting for one could not be ended, as
@@ -190,16 +198,18 @@ impl Write for Stdout {
 /// Standard input. If it is a terminal, it is raw and has escape sequences.
 struct Stdin {
     raw: Option<Raw>,
+    /// Where a terminal is read, if it could be opened again.
+    terminal: Option<File>,
     escapes: Escapes,
 }
 
 impl Input for Stdin {
     fn fd(&self) -> BorrowedFd<'_> {
-        rustix::stdio::stdin()
+        self.terminal.as_ref().map_or(rustix::stdio::stdin(), AsFd::as_fd)
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<Incoming> {
-        let count = terminal::Stdin.read(buffer)?;
+        let count = rustix::io::read(self.fd(), &mut *buffer)?;
         if count == 0 {
             return Ok(Incoming::End);
         }
@@ -318,6 +328,23 @@ mod tests {
         let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         let file = create(&path).unwrap();
         assert!(!rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK), "a full pipe is waited for");
+    }
+
+    #[test]
+    fn a_terminal_whose_input_another_took_is_not_waited_for() {
+        use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&user).unwrap();
+        unlockpt(&user).unwrap();
+        let name = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
+        let shared = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(name).unwrap();
+        let terminal = reopen(shared.as_fd());
+        assert!(!rustix::fs::fcntl_getfl(&shared).unwrap().contains(OFlags::NONBLOCK));
+        let mut stdin = Stdin { raw: None, terminal, escapes: Escapes::default() };
+        let error = stdin.read(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        rustix::io::write(&user, b"x\n").unwrap();
+        assert_eq!(stdin.read(&mut [0; 8]).unwrap(), Incoming::Bytes(2));
     }
 
     #[test]
