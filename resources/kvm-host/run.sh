@@ -43,10 +43,13 @@ echo "$project" >"$run/project"
 
 # QEMU's SVM lets a guest's XSETBV through to the host: no XSAVE, and nothing that builds on it.
 cpu=max,xsave=off,avx=off,avx2=off,pku=off,mpx=off
+# One thread for all CPUs: with one for each, QEMU 7.2 now and then goes on running what it translated while the kernel
+# was patching its own code, an int3, for ever. The kernel does that whenever the first virtual machine comes and the
+# last one goes.
 machine=(
     timeout --foreground "${KVM_HOST_TIMEOUT:-1800}"
     qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
-    -machine "q35,memory-backend=memory" -accel "tcg,thread=multi" -cpu "$cpu" -smp "${KVM_HOST_CPUS:-2}"
+    -machine "q35,memory-backend=memory" -accel "tcg,thread=single" -cpu "$cpu" -smp "${KVM_HOST_CPUS:-2}"
     -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
     -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
