@@ -77,6 +77,12 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     );
     let mut machine = Builder::new(config).started(started).signals(signals).build()?;
     log::info!("running {what}");
+    if !check::hardware_virtualization() {
+        log::warn!(
+            "this machine's CPU has no VT-x or SVM: KVM only emulates a guest's kernel, and a stock one may show nothing \
+             for minutes (`bantam check` tells what to do)"
+        );
+    }
     let ended = machine.run();
     if let Some(file) = report {
         let mut report = machine.report();
