@@ -56,7 +56,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// Another process writes it.
-    #[error("cannot lock disk image {path}: it is being written by another machine or program")]
+    #[error("cannot lock disk image {path}: it is being written by another machine or program, or given twice")]
     Written {
         /// The image.
         path: PathBuf,
@@ -126,6 +126,12 @@ impl Image {
                 _ => "special file",
             };
             return Err(Error::Type { path: path.into(), kind });
+        }
+        if let Some(format) = foreign_format(&file) {
+            log::warn!(
+                "disk image {} looks like {format}, and is used as a raw image: convert it first",
+                path.display()
+            );
         }
         // The size in a block device's metadata is zero.
         let bytes = if block_device {
@@ -243,6 +249,21 @@ impl Image {
     }
 }
 
+/// The format other than raw that the image's first bytes are a sign of.
+fn foreign_format(image: &File) -> Option<&'static str> {
+    const FORMATS: [(&[u8], &str); 6] = [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"\x1f\x8b", "a file compressed with gzip"),
+        (b"\xfd7zXZ\0", "a file compressed with xz"),
+        (b"\x28\xb5\x2f\xfd", "a file compressed with zstd"),
+    ];
+    let mut start = [0; 8];
+    let len = image.read_at(&mut start, 0).ok()?;
+    FORMATS.iter().find(|(magic, _)| start[..len].starts_with(magic)).map(|(_, format)| *format)
+}
+
 fn open(path: &Path, readonly: bool) -> Result<File, Error> {
     // Opening a pipe would otherwise wait for its other end.
     let options = |write| OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).clone();
@@ -315,6 +336,19 @@ mod tests {
         let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
         assert!(status.success());
         assert!(error(&path, false).contains("a pipe"));
+    }
+
+    #[test]
+    fn other_formats_are_known_by_their_first_bytes() {
+        let format = |start: &[u8]| {
+            let file = image(512);
+            file.as_file().write_all_at(start, 0).unwrap();
+            foreign_format(file.as_file())
+        };
+        assert_eq!(format(b"QFI\xfb\0\0\0\x03"), Some("qcow2"));
+        assert_eq!(format(b"\x1f\x8b\x08"), Some("a file compressed with gzip"));
+        assert_eq!(format(b"QFI"), None);
+        assert_eq!(foreign_format(image(0).as_file()), None);
     }
 
     #[test]
