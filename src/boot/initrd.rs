@@ -35,7 +35,10 @@ pub enum Error {
         source: io::Error,
     },
     /// There is no room for it.
-    #[error("initrd {path} is {size} bytes large and does not fit: {room} are free between the kernel and {limit:#x}")]
+    #[error(
+        "initrd {path} is {size} bytes large and does not fit: {room} are free between the kernel and {limit:#x} \
+         (a larger --memory may help)"
+    )]
     TooBig {
         /// The initrd's file.
         path: PathBuf,

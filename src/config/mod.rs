@@ -28,7 +28,10 @@ pub enum Error {
     #[error("cannot build a machine with 0 cpus: it needs at least 1")]
     NoCpus,
     /// Less memory than any kernel boots in.
-    #[error("cannot build a machine with {asked} of memory: no kernel boots in less than {}", MIN_MEMORY)]
+    #[error(
+        "cannot build a machine with {asked} of memory: no kernel boots in less than {}{}", MIN_MEMORY,
+        if .asked.get() < 1 << 20 { " (without a unit it is in bytes)" } else { "" }
+    )]
     LittleMemory {
         /// What was asked for.
         asked: Size,
@@ -254,6 +257,7 @@ mod tests {
         assert!(
             refused(Config::new().memory(Size::mib(1))).contains("with 1M of memory: no kernel boots in less than 8M")
         );
+        assert!(refused(Config::new().memory(Size::bytes(512))).contains("without a unit it is in bytes"));
         assert!(refused(Config::new().memory(Size::gib(4))).contains("with 4G of memory: the host has 2048 MiB"));
         assert_eq!(Config::new().memory(host).validate_on(host), Ok(()));
         assert!(refused(Config::new().memory(Size::bytes((64 << 20) + 1))).contains("not a multiple of 4096 bytes"));

@@ -60,7 +60,10 @@ pub enum Error {
         name: String,
     },
     /// `/dev/net/tun` cannot be opened.
-    #[error("cannot open /dev/net/tun (if it is missing, `modprobe tun` makes it)")]
+    #[error(
+        "cannot open /dev/net/tun{}",
+        if .0.kind() == io::ErrorKind::NotFound { " (`sudo modprobe tun` makes it)" } else { "" }
+    )]
     Tun(#[source] io::Error),
     /// There is no such tap, and no privilege to create one.
     #[error(
@@ -83,7 +86,7 @@ pub enum Error {
         name: String,
     },
     /// The interface exists, but is of another kind.
-    #[error("the interface {name} is not a tap with a single queue")]
+    #[error("cannot use the interface {name} as a tap: it is something else, or a tap with several queues")]
     NotATap {
         /// The interface's name.
         name: String,
