@@ -27,5 +27,5 @@ if ! grep -qwE 'vmx|svm' /proc/cpuinfo; then
     step "This machine has neither VT-x (vmx) nor SVM (svm): starting the emulated KVM host, which is slow"
     command=(resources/kvm-host/run.sh "${command[@]}")
 fi
-step "Booting Debian's Linux 6.1 ('exit' or Ctrl-A x ends it)"
+step "Booting Debian's Linux 6.1 ('exit' or Ctrl-A x ends it; 'PCI: Fatal' is harmless)"
 "${command[@]}"
