@@ -39,7 +39,7 @@ build() {
     gcc -O2 -o "$built/measure" resources/bench/measure.c
     local root=$built/root library
     mkdir -p "$root"/{bin,tmp}
-    cp resources/bench/guest-init "$root/bench"
+    cp resources/bench/init "$root/bench"
     archive "$root" "$built/base.cpio"
     cat target/guest/tiny/initramfs.cpio "$built/base.cpio" >"$built/boot.cpio"
     gcc -O2 -static -pthread -o "$root/bin/disk" resources/bench/disk.c
@@ -191,7 +191,7 @@ guest_figures() {
     local value what seconds=${quick:+0.5}
     [[ $2 != net ]] || seconds=${quick:+2}
     machine "$1" "$tiny" "$built/io.cpio" "quiet rdinit=/bench bench=$2 seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
-    measured 120 bench-reboot >/dev/null
+    measured 120 bench-reboot >/dev/null || return 1
     tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do
         figure "$1" "$what" "$value"
     done
@@ -212,11 +212,12 @@ for item in "${items[@]}"; do
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
+: >"$built/figures.emulated"
 guests=()
 for item in "${items[@]}"; do [[ $item == start || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
     KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
-cat "$built"/figures.* | awk -f resources/bench/table.awk
+cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
 step "Done"
