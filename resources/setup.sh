@@ -53,4 +53,5 @@ if [[ $purpose == test ]]; then
 fi
 if [[ -z $hardware_kvm || $purpose == test ]]; then
     kernel target/kvm-host bookworm linux-image-amd64 resources/kvm-host/init "${host_modules[@]}"
+    resources/kvm-host/qemu.sh target/kvm-host/qemu
 fi

@@ -27,8 +27,9 @@ options=(
 if [[ ! -e $state/updated ]]; then
     mkdir -p "$state/lists/partial" "$state/cache/archives/partial"
     type="deb [arch=amd64 target=Packages signed-by=$keyring]"
-    printf '%s\n' "$type $(mirror debian) $suite main" \
-        "$type $(mirror debian-security) $suite-security main" >"$state/sources.list"
+    echo "$type $(mirror debian) $suite main" >"$state/sources.list"
+    [[ $suite == *-backports ]] ||
+        echo "$type $(mirror debian-security) $suite-security main" >>"$state/sources.list"
     apt-get "${options[@]}" -q update >&2
     touch "$state/updated"
 fi

@@ -6,9 +6,6 @@
 # gone afterwards. /tmp is empty. Its output and exit status are ours: status 124 at the time limit, 125 when the
 # host itself fails. With a terminal on standard input and output the command gets a terminal, else no input.
 # Environment: KVM_HOST_TIMEOUT, in seconds (1800); KVM_HOST_MEMORY (7G); KVM_HOST_CPUS (2).
-# KVM_HOST_THREADS: multi, a thread for each CPU, or single. With multi, QEMU 7.2 now and then goes on running what it
-# translated while the kernel was patching its own code, an int3, for ever; the kernel does that whenever the first virtual
-# machine comes and the last one goes. With single, each CPU waits out the other's time slice.
 set -euo pipefail
 
 fail() { echo "kvm-host: $1" >&2 && exit 125; }
@@ -46,10 +43,15 @@ echo "$project" >"$run/project"
 
 # QEMU's SVM lets a guest's XSETBV through to the host: no XSAVE, and nothing that builds on it.
 cpu=max,xsave=off,avx=off,avx2=off,pku=off,mpx=off
+emulator=(qemu-system-x86_64)
+if [[ -e $files/qemu/complete ]]; then
+    share=$files/qemu/usr/share
+    emulator=("$files/qemu/usr/bin/qemu-system-x86_64" -L "$share/qemu" -L "$share/seabios" -L /usr/share/qemu)
+fi
 machine=(
     timeout --foreground "${KVM_HOST_TIMEOUT:-1800}"
-    qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
-    -machine "q35,memory-backend=memory" -accel "tcg,thread=${KVM_HOST_THREADS:-multi}" -cpu "$cpu" -smp "${KVM_HOST_CPUS:-2}"
+    "${emulator[@]}" -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
+    -machine "q35,memory-backend=memory" -accel "tcg,thread=multi" -cpu "$cpu" -smp "${KVM_HOST_CPUS:-2}"
     -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
     -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
