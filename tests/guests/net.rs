@@ -14,7 +14,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use crate::support::{Ended, Guest, Kernel, noise, sha256};
 
 /// How long a guest may take to receive and send what the tests give it.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// A network namespace with a tap, `tap0`, whose address is 10.0.0.1/24.
 pub struct Network {
