@@ -18,7 +18,7 @@ if [[ ${KVM_HOST:-} != always && -r /dev/kvm && -w /dev/kvm ]] && grep -qwE 'vmx
     exec "$@"
 fi
 export RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}
-# A host that is stuck is started anew, twice: no test has a hand in that, as each has a time limit of its own.
+# A host that is stuck is started anew, twice.
 export KVM_HOST_TIMEOUT=${KVM_HOST_TIMEOUT:-1500}
 for try in 1 2 3; do
     status=0
