@@ -3,14 +3,40 @@
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 const BANTAM: &str = env!("CARGO_BIN_EXE_bantam");
+
+/// How long bantam may take for anything here.
+const LIMIT: Duration = Duration::from_secs(100);
+
+/// Runs a command to its end. If that does not come in time the command is killed, and the test fails.
+#[track_caller]
+fn output(command: &mut Command) -> Output {
+    let child = command.spawn().unwrap();
+    let pid = Pid::from_child(&child);
+    within_limit(move || child.wait_with_output()).unwrap_or_else(|| {
+        let _ = kill_process(pid, Signal::KILL);
+        panic!("{command:?} did not end")
+    })
+}
+
+/// What `wait` returns, if it does so in time.
+fn within_limit<T: Send + 'static>(wait: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Option<T> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(wait()));
+    Some(receiver.recv_timeout(LIMIT).ok()?.unwrap())
+}
 
 /// A folder with a kernel, an initrd and a disk in it, where bantam runs.
 struct Folder(TempDir);
@@ -48,7 +74,7 @@ impl Folder {
 
     /// Runs bantam with these flags.
     fn bantam(&self, flags: &[&str]) -> Output {
-        self.command(BANTAM, flags).output().unwrap()
+        output(&mut self.command(BANTAM, flags))
     }
 
     /// Runs a machine with the kernel of the folder, and with no console unless `flags` have one.
@@ -151,7 +177,7 @@ fn unprivileged(folder: &Folder, flags: &[&str]) -> Output {
         folder.mode("", 0o755);
         command.uid(65534).gid(65534);
     }
-    command.output().unwrap()
+    output(&mut command)
 }
 
 // What bantam prints.
@@ -174,7 +200,7 @@ fn a_reader_that_goes_away_is_no_failure() {
     for flags in [&["run", "--help"][..], &["completions", "bash"], &["man"], &["check"]] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let output = folder.command(BANTAM, flags).stdout(writer).output().unwrap();
+        let output = output(folder.command(BANTAM, flags).stdout(writer));
         assert_ne!(output.status.code(), Some(125), "{flags:?}");
         assert_eq!(text(&output.stderr), "", "{flags:?}");
     }
@@ -184,7 +210,7 @@ fn a_reader_that_goes_away_is_no_failure() {
 fn a_full_disk_is_a_failure() {
     let folder = Folder::new();
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
-    let output = folder.command(BANTAM, &["man"]).stdout(full).output().unwrap();
+    let output = output(folder.command(BANTAM, &["man"]).stdout(full));
     refused(&output, &["cannot write to standard output: No space left"]);
 }
 
@@ -420,9 +446,8 @@ fn a_disk_that_another_machine_writes_is_refused() {
     let flags = ["run", "--kernel", "hang", "--serial", "none", "--disk", "disk", "-v"];
     let mut running = Running(folder.command(BANTAM, &flags).spawn().unwrap());
     // It holds the disk once it says that it runs.
-    let mut line = String::new();
-    let stderr = running.0.stderr.take().unwrap();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).unwrap();
+    let mut lines = BufReader::new(running.0.stderr.take().unwrap()).lines();
+    let line = within_limit(move || lines.next().unwrap()).expect("bantam says that it runs");
     assert!(line.starts_with("bantam: running "), "{line}");
     folder.refuses(&["--disk", "disk"], &["cannot lock disk image disk"]);
     folder.refuses(&["--disk", "disk,readonly=on"], &["cannot lock disk image disk"]);
@@ -478,7 +503,7 @@ fn in_mount_namespace(folder: &Folder, script: &str) -> Option<Output> {
         eprintln!("SKIPPED: this takes root, to hide or close /dev/kvm in a mount namespace");
         return None;
     }
-    Some(folder.command("unshare", &["-m", "sh", "-ec", script, BANTAM]).output().unwrap())
+    Some(output(&mut folder.command("unshare", &["-m", "sh", "-ec", script, BANTAM])))
 }
 
 #[test]
