@@ -260,7 +260,24 @@ fn check_looks_into_a_kernel() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let format = report["kernel"].as_array().unwrap().iter().find(|row| row["name"] == "format").unwrap();
     assert_eq!(format["detail"], "ELF, entered by its PVH note at 0x100000");
-    refused(&folder.bantam(&["check", "--kernel", "disk"]), &["disk"]);
+}
+
+#[test]
+fn check_tells_of_a_file_that_is_no_kernel() {
+    let folder = Folder::new();
+    for (file, words) in [("disk", "cannot load kernel disk: "), ("missing", "missing: No such file or directory")] {
+        let table = folder.bantam(&["check", "--kernel", file]);
+        let lines = text(&table.stdout);
+        assert!(lines.starts_with("Host:\n"), "{lines}");
+        let row = lines.lines().skip_while(|line| *line != "Kernel:").nth(1).unwrap();
+        assert!(row.starts_with("  format  MISSING  ") && row.contains(words), "{row}");
+        let json = folder.bantam(&["check", "--json", "--kernel", file]);
+        let report: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!((&report["ready"], &report["kernel"][0]["status"]), (&false.into(), &"missing".into()));
+        for output in [table, json] {
+            assert_eq!((output.status.code(), text(&output.stderr)), (Some(1), String::new()));
+        }
+    }
 }
 
 // Mistakes in the flags.

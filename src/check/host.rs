@@ -8,7 +8,7 @@ use std::path::Path;
 use kvm_ioctls::{Cap, Kvm};
 use rustix::process::{getegid, geteuid, getgroups};
 
-use super::{Row, Table, syscall};
+use super::{Row, Table, syscall, without_number};
 
 const KVM: &str = "/dev/kvm";
 
@@ -193,8 +193,7 @@ fn landlock() -> Row {
 
 /// An error's text without the number.
 fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+    without_number(&error.to_string())
 }
 
 #[cfg(test)]

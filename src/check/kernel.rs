@@ -1,9 +1,10 @@
 //! What a kernel has.
 
+use std::error::Error;
 use std::path::Path;
 
-use super::{Row, Table};
-use crate::boot::inspect::{self, Error, Inspection};
+use super::{Row, Table, without_number};
+use crate::boot::inspect::{self, Inspection};
 
 /// The options of a kernel's configuration that bantam's devices need, and what does not work without.
 const OPTIONS: [(&str, &str); 6] = [
@@ -16,14 +17,21 @@ const OPTIONS: [(&str, &str); 6] = [
 ];
 
 /// Looks into the kernel at `path`, without booting it. If it has no configuration in it, `config-VERSION` beside it is
-/// taken.
-///
-/// # Errors
-/// When the file is no kernel that could be booted.
-pub fn kernel(path: &Path) -> Result<Table, Error> {
-    let found = inspect::inspect(path)?;
+/// taken. Of a file that is no kernel that could be booted the one row says why.
+pub fn kernel(path: &Path) -> Table {
+    let found = match inspect::inspect(path) {
+        Ok(found) => found,
+        Err(error) => return Table(vec![Row::missing("format", reason(&error))]),
+    };
     let config = found.config.clone().or_else(|| config_beside(path, found.version.as_deref()));
-    Ok(Table(rows(&found, config.as_deref())))
+    Table(rows(&found, config.as_deref()))
+}
+
+/// An error with its causes.
+fn reason(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let texts: Vec<_> = causes.map(|error| without_number(&error.to_string())).collect();
+    texts.join(": ")
 }
 
 fn rows(found: &Inspection, config: Option<&str>) -> Vec<Row> {
@@ -86,6 +94,15 @@ mod tests {
 
     const CONFIG: &str = "CONFIG_VIRTIO_BLK=m\n# CONFIG_VIRTIO_NET is not set\nCONFIG_VIRTIO_MMIO=y\n\
                           CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES=y\n";
+
+    #[test]
+    fn what_is_no_kernel_is_missing_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = kernel(&folder.path().join("none"));
+        assert!(!table.is_ready());
+        let detail = format!("cannot load kernel {}/none: No such file or directory", folder.path().display());
+        assert_eq!(table, Table(vec![Row::missing("format", detail)]));
+    }
 
     #[test]
     fn options_are_told() {

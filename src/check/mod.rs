@@ -75,6 +75,11 @@ impl fmt::Display for Table {
     }
 }
 
+/// An error's text without the number at its end, which says nothing that the words before it do not.
+fn without_number(text: &str) -> String {
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
