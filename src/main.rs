@@ -8,12 +8,13 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use bantam::machine::Builder;
+use bantam::config::Config;
+use bantam::machine::{Builder, Machine};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, terminal};
 use clap::Parser;
-use cli::report::ReportFile;
+use cli::report::{Failed, ReportFile};
 use cli::{Cli, Command};
 
 /// The guest kernel panicked.
@@ -58,15 +59,38 @@ fn main() -> ExitCode {
 /// Runs a machine to its end.
 fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let config = run.config()?;
-    config.validate()?;
     if run.print_config {
+        config.validate()?;
         let mut json = serde_json::to_vec_pretty(&config)?;
         json.push(b'\n');
         return print(&json);
     }
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
-    cli::log::start(run.verbose, run.log_file.as_deref())?;
+    let mut machine = None;
+    let ended = build(run, config, started).and_then(|built| Ok(machine.insert(built).run()?));
+    if let Some(file) = report {
+        let mut report = machine.as_ref().map(Machine::report).unwrap_or_default();
+        report.durations.end.get_or_insert_with(|| started.elapsed());
+        let written = match &ended {
+            Ok(_) => file.write(&report),
+            Err(error) => file.write(&Failed::new(report, chain(&**error))),
+        };
+        match written {
+            Err(error) if ended.is_err() => say(&chain(&error)),
+            written => written?,
+        }
+    }
+    let outcome = ended?;
+    // The terminal is the user's again before anything is said.
+    drop(machine);
+    tell(&outcome);
+    Ok(status(&outcome))
+}
 
+/// Builds the machine that the flags ask for.
+fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
+    config.validate()?;
+    cli::log::start(run.verbose, run.log_file.as_deref())?;
     let signals =
         SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
     let what = format!(
@@ -75,7 +99,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         config.cpus,
         config.memory
     );
-    let mut machine = Builder::new(config).started(started).signals(signals).build()?;
+    let machine = Builder::new(config).started(started).signals(signals).build()?;
     log::info!("running {what}");
     if !check::hardware_virtualization() {
         log::warn!(
@@ -83,19 +107,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
              for minutes (`bantam check` tells what to do)"
         );
     }
-    let ended = machine.run();
-    if let Some(file) = report {
-        let mut report = machine.report();
-        if let Err(error) = &ended {
-            report.cause = chain(error);
-        }
-        file.write(&report)?;
-    }
-    let outcome = ended?;
-    // The terminal is the user's again before anything is said.
-    drop(machine);
-    tell(&outcome);
-    Ok(status(&outcome))
+    Ok(machine)
 }
 
 /// Looks at the host, and at a kernel if there is one to look at.

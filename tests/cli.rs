@@ -504,10 +504,19 @@ fn a_report_tells_how_it_ended() {
 }
 
 #[test]
-fn a_mistake_leaves_the_report_alone() {
+fn a_report_tells_why_nothing_ran() {
     let folder = Folder::new();
-    folder.write("report.json", b"old");
-    folder.refuses(&["--report", "report.json", "--initrd", "missing"], &["missing"]);
+    for (flags, cause) in [
+        (&["--initrd", "missing"][..], "cannot load initrd missing: No such file or directory"),
+        (&["--cpus", "0"], "cannot build a machine with 0 cpus: it needs at least 1"),
+        (&["--log-file", "none/log"], "cannot open the log file none/log: No such file or directory"),
+    ] {
+        let output = folder.run(&[flags, &["--report", "report.json"]].concat());
+        refused(&output, &[cause]);
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(folder.path("report.json")).unwrap()).unwrap();
+        assert_eq!((&report["outcome"], &report["cause"]), (&"failed".into(), &cause.into()));
+        assert!(report["durations"]["end"].is_number() && report["durations"]["first-kvm-run"].is_null());
+    }
 }
 
 // KVM that cannot be used.

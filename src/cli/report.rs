@@ -1,11 +1,13 @@
 //! The `--report` file: whole or not there.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use bantam::machine::Report;
 use rustix::fs::{Access, AtFlags, CWD, OFlags};
+use serde::Serialize;
 
 /// Why there is no report.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +16,21 @@ pub struct Error {
     path: PathBuf,
     #[source]
     source: io::Error,
+}
+
+/// The report of a machine that has no outcome, as it could not be built or run.
+#[derive(Serialize)]
+#[serde(tag = "outcome", rename = "failed")]
+pub struct Failed {
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl Failed {
+    /// As `report`, if there was a machine, and because of `cause`.
+    pub fn new(report: Report, cause: String) -> Self {
+        Self { report: Report { outcome: None, cause, ..report } }
+    }
 }
 
 /// Where a report will be written.
@@ -56,11 +73,11 @@ impl ReportFile {
     }
 
     /// Writes `report` as JSON.
-    pub fn write(&self, report: &impl serde::Serialize) -> Result<(), Error> {
+    pub fn write(&self, report: &impl Serialize) -> Result<(), Error> {
         self.try_write(report).map_err(|source| Error { path: self.path.clone(), source })
     }
 
-    fn try_write(&self, report: &impl serde::Serialize) -> io::Result<()> {
+    fn try_write(&self, report: &impl Serialize) -> io::Result<()> {
         let mut json = serde_json::to_vec_pretty(report)?;
         json.push(b'\n');
         if self.stream {
@@ -69,18 +86,27 @@ impl ReportFile {
             rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
             return file.write_all(&json);
         }
-        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = folder(&self.path).join(format!(".{name}.{}", std::process::id()));
-        let written = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&temporary)
-            .and_then(|mut file| file.write_all(&json))
-            .and_then(|()| fs::rename(&temporary, &self.path));
+        let (mut file, temporary) = create_beside(&self.path)?;
+        // On the disk first: after a power failure there is the old report or the new one.
+        let written =
+            file.write_all(&json).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, &self.path));
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
         }
         written
+    }
+}
+
+/// Creates a file in the folder of `path`. Others may have been left there by a process of the same number that was
+/// killed, or be in use by one of another container.
+fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
+    let mut number = 0;
+    loop {
+        let path = folder(path).join(format!(".bantam-report-{}-{number}", std::process::id()));
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
+            opened => return Ok((opened?, path)),
+        }
     }
 }
 
@@ -101,6 +127,24 @@ mod tests {
         ReportFile::new(&path).unwrap().write(&[1]).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "[\n  1\n]\n");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn files_that_were_left_are_not_in_the_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x".repeat(255));
+        let left = [create_beside(&path).unwrap().1, create_beside(&path).unwrap().1];
+        ReportFile::new(&path).unwrap().write(&1).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");
+        assert!(left.iter().all(|path| fs::read(path).unwrap().is_empty()));
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_failure_is_an_outcome_in_the_report() {
+        let report = serde_json::to_value(Failed::new(Report::default(), "why".into())).unwrap();
+        assert_eq!((&report["outcome"], &report["cause"]), (&"failed".into(), &"why".into()));
+        assert!(report["durations"].is_object());
     }
 
     #[test]

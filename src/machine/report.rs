@@ -11,7 +11,7 @@ use crate::outcome::Outcome;
 #[derive(Debug, Clone, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Report {
-    /// How it ended; absent if it could not be run.
+    /// How it ended; absent if it has not, or could not be run.
     #[serde(flatten)]
     pub outcome: Option<Outcome>,
     /// The outcome in words.
