@@ -71,12 +71,9 @@ impl<'a> Board<'a> {
         Ok(self.buses.pio.attach(port.into(), len, device)?)
     }
 
-    /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order.
+    /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order. There are no
+    /// more of them than [`virtio_windows`].
     pub fn attach_virtio(&mut self, ram: &GuestRam, devices: Vec<NamedDevice>) -> Result<(), Error> {
-        let (asked, max) = (devices.len(), layout::VIRTIO_GSIS.count());
-        if asked > max {
-            return Err(Error::TooManyDevices { asked, max });
-        }
         for (VirtioWindow { base, gsi }, (name, device)) in virtio_windows().zip(devices) {
             let line = event_fd("a virtio device")?;
             self.vm.attach_irqfd(&line, gsi)?;

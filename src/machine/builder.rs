@@ -17,7 +17,7 @@ use crate::devices::output::Output;
 use crate::kvm::Vm;
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
-use crate::virtio::{blk, rng};
+use crate::virtio::{blk, net, rng};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
 #[must_use]
@@ -57,23 +57,30 @@ impl Builder {
         let Builder { config, console, signals, started } = self;
         config.validate()?;
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
-        let devices = open_devices(&config)?;
+        let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.count());
+        if asked > max {
+            return Err(Error::TooManyDevices { asked, max });
+        }
+        // First, before a number that is not open becomes that of something opened here.
+        let handed_over = handed_over(&config)?;
+        let disks = open_disks(&config)?;
 
         let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
         let vm = Vm::new(ram.clone(), config.cpus)?;
         let kernel = kernel::load(&ram, path).map_err(boot::Error::from)?;
-        let entry = load_parameters(&config, &ram, &kernel, devices.len())?;
+        let entry = load_parameters(&config, &ram, &kernel)?;
+        let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
+        vcpus[0].set_entry(entry)?;
 
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
         let output = Output::default();
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender)?;
+        // What changes the host comes last, when nothing else can be refused: taps are created,
+        let devices = disks.into_iter().chain(open_nets(&config, handed_over)?).chain(rng(&config)).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, metrics, .. } = board;
-        let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
-        vcpus[0].set_entry(entry)?;
-
-        // Last, because opening it may switch the user's terminal to raw mode.
+        // a file is emptied, or the user's terminal switched to raw mode.
         let console = console.map_or_else(|| Console::open(&config.serial), Ok)?;
         Ok(Machine {
             config,
@@ -98,24 +105,38 @@ impl Builder {
     }
 }
 
-/// Opens what stands behind the virtio devices, in the order in which the guest finds them.
-fn open_devices(config: &Config) -> Result<Vec<NamedDevice>, Error> {
-    let mut devices: Vec<NamedDevice> = Vec::new();
-    for (i, spec) in config.all_disks().enumerate() {
-        devices.push((format!("blk{i}"), Box::new(blk::Blk::open(&spec)?)));
-    }
-    for (i, spec) in config.nets.iter().enumerate() {
-        devices.push((format!("net{i}"), Box::new(spec.open()?)));
-    }
-    if config.rng {
-        devices.push(("rng".into(), Box::new(rng::Rng::new())));
-    }
-    Ok(devices)
+/// How many virtio devices the machine has. The guest finds disks, then network cards, then rng.
+fn count_devices(config: &Config) -> usize {
+    config.all_disks().count() + config.nets.len() + usize::from(config.rng)
+}
+
+/// The network cards on descriptors, each at its place.
+fn handed_over(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
+    config.nets.iter().try_for_each(net::Spec::validate)?;
+    config.nets.iter().map(|spec| spec.fd.map(|_| spec.open()).transpose()).collect()
+}
+
+fn open_disks(config: &Config) -> Result<Vec<NamedDevice>, blk::Error> {
+    let open = |(i, spec): (usize, _)| Ok((format!("blk{i}"), Box::new(blk::Blk::open(&spec)?) as _));
+    config.all_disks().enumerate().map(open).collect()
+}
+
+/// Opens the other network cards.
+fn open_nets(config: &Config, handed_over: Vec<Option<net::Net>>) -> Result<Vec<NamedDevice>, net::Error> {
+    let open = |(i, (spec, card)): (usize, (&net::Spec, Option<net::Net>))| {
+        let card = card.map_or_else(|| spec.open(), Ok)?;
+        Ok((format!("net{i}"), Box::new(card) as _))
+    };
+    config.nets.iter().zip(handed_over).enumerate().map(open).collect()
+}
+
+fn rng(config: &Config) -> Option<NamedDevice> {
+    config.rng.then(|| ("rng".into(), Box::new(rng::Rng::new()) as _))
 }
 
 /// Loads the initrd, writes the command line and the tables, and says how the boot vCPU enters the kernel.
-fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel, devices: usize) -> Result<Entry, Error> {
-    let windows: Vec<_> = virtio_windows().take(devices).collect();
+fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel) -> Result<Entry, Error> {
+    let windows: Vec<_> = virtio_windows().take(count_devices(config)).collect();
     let (cmdline, acpi) = command_line(config, kernel, &windows).map_err(boot::Error::from)?;
     cmdline.write(ram).map_err(boot::Error::from)?;
     let initrd = match &config.initrd {
