@@ -3,7 +3,8 @@
 pub mod log;
 pub mod report;
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bantam::config::{Config, Size, duration, kv};
@@ -11,6 +12,7 @@ use bantam::devices::console;
 use bantam::virtio::{blk, net};
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use rustix::fs::{Access, AtFlags, CWD};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Yellow.on_default().bold())
@@ -158,7 +160,7 @@ pub enum Error {
     NoKernel {
         path: String,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
@@ -192,7 +194,7 @@ impl Run {
 /// The kernel that this host runs, where distributions put it.
 fn running_kernel() -> Result<PathBuf, Error> {
     let path = format!("/boot/vmlinuz-{}", rustix::system::uname().release().to_string_lossy());
-    match rustix::fs::access(&path, rustix::fs::Access::READ_OK) {
+    match rustix::fs::access(&path, Access::READ_OK) {
         Ok(()) => Ok(path.into()),
         Err(source) => Err(Error::NoKernel { path, source: source.into() }),
     }
@@ -218,6 +220,17 @@ pub fn man(name: Option<&str>) -> Result<Vec<u8>, Error> {
     let rendered = clap_mangen::Man::new(command).title(title.to_uppercase()).render(&mut page);
     rendered.expect("writing to memory does not fail");
     Ok(page)
+}
+
+/// The folder that `path` is in.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Checks that a file could be created at `path`, and touches nothing.
+fn may_create(path: &Path) -> io::Result<()> {
+    let access = Access::WRITE_OK | Access::EXEC_OK;
+    Ok(rustix::fs::accessat(CWD, folder(path), access, AtFlags::EACCESS)?)
 }
 
 #[cfg(test)]

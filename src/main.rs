@@ -90,7 +90,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
     config.validate()?;
-    cli::log::start(run.verbose, run.log_file.as_deref())?;
+    let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let signals =
         SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
     let what = format!(
@@ -100,6 +100,7 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         config.memory
     );
     let machine = Builder::new(config).started(started).signals(signals).build()?;
+    log.create()?;
     log::info!("running {what}");
     if !check::hardware_virtualization() {
         log::warn!(

@@ -519,6 +519,43 @@ fn a_report_tells_why_nothing_ran() {
     }
 }
 
+#[test]
+fn what_is_refused_changes_nothing() {
+    let folder = Folder::new();
+    folder.write("taken", b"as it was");
+    // A name that no tap can have stands for the tap: it is refused when it is to be created.
+    let flags = ["--net", "a-name-that-is-too-long", "--log-file", "log", "--serial", "file=taken", "-vvv"];
+    let with = |other: &[&'static str]| [&flags, other].concat();
+    folder.refuses(&with(&["--initrd", "missing"]), &["cannot load initrd missing"]);
+    folder.refuses(&with(&["--disk", "missing"]), &["cannot open disk image missing"]);
+    folder.refuses(&with(&["--cpus", "1000000"]), &["1000000"]);
+    folder.refuses(&with(&[]), &["a-name-that-is-too-long"]);
+    folder.write("kernel", b"no kernel");
+    folder.refuses(&with(&[]), &["cannot load kernel"]);
+}
+
+#[test]
+fn a_log_file_has_what_was_logged_from_the_start() {
+    let folder = Folder::new();
+    folder.write("log", b"before\n");
+    folder.write("disk", &[&b"QFI\xfb"[..], &[0; 508]].concat());
+    let output = folder.run(&["--log-file", "log", "-v", "--disk", "disk"]);
+    assert_eq!((text(&output.stderr), output.status.code()), (String::new(), Some(0)));
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    let lines: Vec<_> = log.lines().collect();
+    assert_eq!(lines[0], "before", "{log}");
+    assert!(lines[1].contains("qcow2") && lines[2].starts_with("bantam: running "), "{log}");
+}
+
+#[test]
+fn a_descriptor_that_bantam_opened_itself_is_no_tap() {
+    let folder = Folder::new();
+    for fd in 3..30 {
+        let card = format!("fd={fd}");
+        folder.refuses(&["--net", "bantam-none", "--net", &card], &[&format!("{card} is not ")]);
+    }
+}
+
 // KVM that cannot be used.
 
 /// Runs a shell script, with bantam as its `$0`, in a mount namespace of its own. `None`, and loud, where that is not

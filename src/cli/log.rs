@@ -1,10 +1,13 @@
 //! bantam's own words: log lines on standard error, or in a file.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use super::may_create;
 
 /// The log file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -15,35 +18,82 @@ pub struct Error {
     source: io::Error,
 }
 
-/// Starts to log, for the rest of the process: warnings, and with `verbose` 1, 2, 3 what is less and less important;
-/// to the end of `file`, or to standard error.
-pub fn start(verbose: u8, file: Option<&Path>) -> Result<(), Error> {
+/// Where log lines go.
+enum Target {
+    StandardError,
+    /// A file, once it may be created; until then the lines are kept.
+    Later(PathBuf, Vec<u8>),
+    File(File),
+}
+
+/// The log, which lasts for the rest of the process.
+#[must_use]
+pub struct Started(Arc<Mutex<Target>>);
+
+/// Starts to log: warnings, and with `verbose` 1, 2, 3 what is less and less important; to the end of `file`, or to
+/// standard error. Nothing is touched before [`Started::create`].
+pub fn start(verbose: u8, file: Option<&Path>) -> Result<Started, Error> {
     let level = match verbose {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
         2 => LevelFilter::Debug,
         _ => LevelFilter::Trace,
     };
-    let file = match file {
-        Some(path) => Some(
-            OpenOptions::new()
-                .append(true)
-                .create(true)
-                .open(path)
-                .map_err(|source| Error { path: path.to_owned(), source })?,
-        ),
-        None => None,
+    let target = match file {
+        Some(path) => {
+            check(path).map_err(|source| Error { path: path.to_owned(), source })?;
+            Target::Later(path.to_owned(), Vec::new())
+        }
+        None => Target::StandardError,
     };
-    let logger = Box::new(Logger { level, file });
-    if log::set_boxed_logger(logger).is_ok() {
+    let target = Arc::new(Mutex::new(target));
+    if log::set_boxed_logger(Box::new(Logger { level, target: Arc::clone(&target) })).is_ok() {
         log::set_max_level(level);
     }
-    Ok(())
+    Ok(Started(target))
+}
+
+/// Checks that lines could be appended to the file at `path`.
+fn check(path: &Path) -> io::Result<()> {
+    match OpenOptions::new().append(true).open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => may_create(path),
+        opened => opened.map(drop),
+    }
+}
+
+impl Started {
+    /// Creates the log file, if there is to be one, and writes what was logged so far.
+    pub fn create(self) -> Result<(), Error> {
+        let mut target = lock(&self.0);
+        if let Target::Later(path, lines) = &*target {
+            let opened = OpenOptions::new().append(true).create(true).open(path);
+            let mut file = opened.map_err(|source| Error { path: path.clone(), source })?;
+            // As in `Logger::log`.
+            let _ = file.write_all(lines);
+            *target = Target::File(file);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Started {
+    /// Nothing runs, so there is no log: what was logged is told nevertheless.
+    fn drop(&mut self) {
+        let mut target = lock(&self.0);
+        if let Target::Later(_, lines) = &*target {
+            let _ = io::stderr().write_all(lines);
+            *target = Target::StandardError;
+        }
+    }
+}
+
+fn lock(target: &Mutex<Target>) -> MutexGuard<'_, Target> {
+    target.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Logger {
     level: LevelFilter,
-    file: Option<File>,
+    target: Arc<Mutex<Target>>,
 }
 
 impl Log for Logger {
@@ -58,9 +108,10 @@ impl Log for Logger {
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
             let line = line(record.level(), &record.args().to_string());
-            let _ = match &self.file {
-                Some(file) => (&mut &*file).write_all(line.as_bytes()),
-                None => io::stderr().write_all(line.as_bytes()),
+            let _ = match &mut *lock(&self.target) {
+                Target::StandardError => io::stderr().write_all(line.as_bytes()),
+                Target::Later(_, lines) => lines.write_all(line.as_bytes()),
+                Target::File(file) => file.write_all(line.as_bytes()),
             };
         }
     }
@@ -90,9 +141,23 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_created_only_when_it_is_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        check(&path).unwrap();
+        assert!(check(folder.path()).is_err() && check(&path.join("log")).is_err());
+        let started = || Started(Arc::new(Mutex::new(Target::Later(path.clone(), b"early\n".to_vec()))));
+        drop(started());
+        assert!(!path.exists());
+        started().create().unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "early\n");
+    }
+
+    #[test]
     fn other_crates_are_heard_only_at_the_last_level() {
-        let heard = |level, target, at| {
-            Logger { level, file: None }.enabled(&Metadata::builder().target(target).level(at).build())
+        let heard = |level, source, at| {
+            let target = Arc::new(Mutex::new(Target::StandardError));
+            Logger { level, target }.enabled(&Metadata::builder().target(source).level(at).build())
         };
         assert!(heard(LevelFilter::Warn, "bantam::machine", Level::Warn));
         assert!(!heard(LevelFilter::Warn, "bantam::machine", Level::Info));

@@ -6,8 +6,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bantam::machine::Report;
-use rustix::fs::{Access, AtFlags, CWD, OFlags};
+use rustix::fs::OFlags;
 use serde::Serialize;
+
+use super::{folder, may_create};
 
 /// Why there is no report.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +68,7 @@ impl ReportFile {
             if path.file_name().is_none() {
                 return Err(io::ErrorKind::InvalidFilename.into());
             }
-            let access = Access::WRITE_OK | Access::EXEC_OK;
-            rustix::fs::accessat(CWD, folder(&path), access, AtFlags::EACCESS)?;
+            may_create(&path)?;
         }
         Ok(Self { path, stream })
     }
@@ -108,11 +109,6 @@ fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
             opened => return Ok((opened?, path)),
         }
     }
-}
-
-/// The folder that `path` is in.
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -162,7 +158,7 @@ mod tests {
     fn a_pipe_that_nobody_reads_is_not_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pipe");
-        rustix::fs::mknodat(CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
         let report = ReportFile::new(&path).unwrap();
         assert!(report.write(&1).is_err());
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
