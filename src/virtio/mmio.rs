@@ -58,6 +58,22 @@ pub struct Mmio {
     queues: Vec<QueueRegisters>,
 }
 
+/// What the report has of a device.
+struct Counts {
+    device: Arc<dyn Metrics>,
+    interrupt: Arc<InterruptState>,
+}
+
+impl Metrics for Counts {
+    fn to_json(&self) -> serde_json::Value {
+        let mut counts = self.device.to_json();
+        if let Some(counts) = counts.as_object_mut() {
+            counts.insert("interrupts".into(), self.interrupt.raised.get().into());
+        }
+        counts
+    }
+}
+
 /// Who has the device.
 enum Owner {
     Transport(Box<dyn VirtioDevice>),
@@ -143,9 +159,9 @@ impl Mmio {
         (0..).zip(self.kicks.iter().map(|kick| &**kick))
     }
 
-    /// The device's counters.
+    /// The device's counters, and one for its interrupts.
     pub fn metrics(&self) -> Arc<dyn Metrics> {
-        self.metrics.clone()
+        Arc::new(Counts { device: self.metrics.clone(), interrupt: self.interrupt.clone() })
     }
 
     fn read_register(&self, offset: u32) -> u32 {

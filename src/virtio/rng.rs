@@ -127,7 +127,10 @@ mod tests {
             assert!(tail.iter().any(|byte| *byte != 0));
         }
         assert_eq!(driver.get(END / 2 + 5000, 8), [0; 8]);
-        assert_eq!(metrics.to_json(), serde_json::json!({"requests": 1, "bytes": 10_016, "errors": 0}));
+        assert_eq!(
+            metrics.to_json(),
+            serde_json::json!({"requests": 1, "bytes": 10_016, "errors": 0, "interrupts": 1})
+        );
     }
 
     #[test]

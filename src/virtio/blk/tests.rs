@@ -133,7 +133,7 @@ fn sectors_are_read_and_written_in_place() {
         disk.metrics.to_json(),
         serde_json::json!({
             "reads": 1, "read-bytes": 1024, "writes": 1, "written-bytes": 512,
-            "flushes": 1, "discards": 0, "write-zeroes": 0, "errors": 0
+            "flushes": 1, "discards": 0, "write-zeroes": 0, "errors": 0, "interrupts": 3
         })
     );
 }
