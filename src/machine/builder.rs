@@ -57,7 +57,7 @@ impl Builder {
         let Builder { config, console, signals, started } = self;
         config.validate()?;
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
-        let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.count());
+        let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.len());
         if asked > max {
             return Err(Error::TooManyDevices { asked, max });
         }

@@ -21,6 +21,27 @@ fn rng_gives_bytes() {
     assert!(ended.counted("rng", "bytes") >= 1024);
 }
 
+/// As many as there are interrupts for, with a kernel whose other drivers claim theirs by number.
+#[test]
+fn seventeen_devices_interrupt() {
+    let disks: Vec<_> = (0..16).map(|_| NamedTempFile::new().unwrap()).collect();
+    let mut guest = Guest::new(Kernel::Tiny);
+    for (number, disk) in disks.iter().enumerate() {
+        fs::write(disk.path(), format!("{number:<512}")).unwrap();
+        guest = guest.disk(disk.path().display());
+    }
+    let script = "
+        for disk in /dev/vd[a-p]; do echo disk=$(cat $disk); done
+        dd if=/dev/hwrng of=/bytes bs=64 count=1
+        cat /proc/interrupts
+        echo claimed=$(grep -c virtio /proc/interrupts)
+    ";
+    let ended = guest.script(script).run().succeeded();
+    let numbers: Vec<_> = (0..16).map(|number| number.to_string()).collect();
+    assert_eq!(ended.values("disk").collect::<Vec<_>>(), numbers);
+    assert_eq!(ended.number("claimed"), 17);
+}
+
 #[test]
 fn devices_work_again_after_their_driver_was_unbound() {
     let script = r#"

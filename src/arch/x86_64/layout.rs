@@ -8,7 +8,7 @@
 //! 4 GiB        the rest of memory
 //! ```
 
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 
 /// The boot vCPU's global descriptor table.
 pub const GDT: u64 = 0x500;
@@ -50,8 +50,10 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// KVM's task state segment, three pages (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// The global system interrupts of virtio devices, one each.
-pub const VIRTIO_GSIS: RangeInclusive<u32> = 5..=23;
+/// The global system interrupts of virtio devices, one each, in this order: first those that no driver for an old device
+/// looks for, then COM2's, the parallel port's, the disk controllers' and the floppy's. Those of devices that kernels
+/// take to be there, or that they find here, are left out: timer, keyboard, cascade, COM1, clock, mouse and coprocessor.
+pub const VIRTIO_GSIS: [u32; 17] = [5, 9, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23, 3, 7, 14, 15, 6];
 /// Pins of the IOAPIC, and so global system interrupts.
 pub const IOAPIC_PINS: u32 = 24;
 /// The first serial port, COM1: eight I/O ports.
@@ -89,6 +91,14 @@ pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn virtio_devices_share_no_interrupt() {
+        let mut gsis = VIRTIO_GSIS.to_vec();
+        gsis.extend([0, 1, 2, COM1_IRQ, 8, 12, 13]);
+        gsis.sort_unstable();
+        assert!(gsis.into_iter().eq(0..IOAPIC_PINS));
+    }
 
     proptest! {
         #[test]
