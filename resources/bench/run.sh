@@ -217,7 +217,7 @@ guests=()
 for item in "${items[@]}"; do [[ $item == start || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
-    KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
+    KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
 cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
 step "Done"
