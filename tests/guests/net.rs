@@ -16,6 +16,9 @@ use crate::support::{Ended, Guest, Kernel, noise, sha256};
 /// How long a guest may take to receive and send what the tests give it.
 const LIMIT: Duration = Duration::from_secs(900);
 
+/// How much they give it, in bytes.
+const SIZE: usize = 100 << 20;
+
 /// A network namespace with a tap, `tap0`, whose address is 10.0.0.1/24.
 pub struct Network {
     name: String,
@@ -62,8 +65,8 @@ fn ip(arguments: &[&str]) {
     assert!(status.success() || thread::panicking(), "ip {arguments:?}: {status}");
 }
 
-/// Sends `size` bytes to the guest by TCP, and has them sent back.
-fn exchange(guest: Guest, network: &Network, size: usize) -> Ended {
+/// Sends `SIZE` bytes to the guest by TCP, and has them sent back.
+fn exchange(guest: Guest, network: &Network) -> Ended {
     let script = "
         ip address add 10.0.0.2/24 dev eth0
         ip link set eth0 up
@@ -73,10 +76,13 @@ fn exchange(guest: Guest, network: &Network, size: usize) -> Ended {
         until netstat -ltn | grep -q :5000; do sleep 0.1; done
         echo listening
         wait $!
+        echo rx-packets=$(cat /sys/class/net/eth0/statistics/rx_packets)
+        acknowledgements=$(cat /sys/class/net/eth0/statistics/tx_packets)
         echo received=$(sha256sum </mnt/data)
         nc 10.0.0.1 5001 </mnt/data
+        echo tx-packets=$(($(cat /sys/class/net/eth0/statistics/tx_packets) - acknowledgements))
     ";
-    let data = noise(size);
+    let data = noise(SIZE);
     let (guest, returned) = network.inside(|| {
         let listener = TcpListener::bind("10.0.0.1:5001").unwrap();
         let guest = guest.inside(network.name()).limit(LIMIT).script(script).start();
@@ -97,7 +103,7 @@ fn exchange(guest: Guest, network: &Network, size: usize) -> Ended {
     assert!(ended.value("received").starts_with(&sha256(&data)));
     assert!(returned == data, "{} bytes came back, or others", returned.len());
 
-    let size = size as u64;
+    let size = SIZE as u64;
     for direction in ["rx", "tx"] {
         let bytes = ended.counted("net0", &format!("{direction}-bytes"));
         assert!((size..size + size / 5).contains(&bytes), "{direction} {bytes}");
@@ -107,17 +113,16 @@ fn exchange(guest: Guest, network: &Network, size: usize) -> Ended {
     ended
 }
 
-/// The mean size of the packets that carried `size` bytes of data, and of those that only acknowledged.
-fn packet_size(ended: &Ended, direction: &str) -> u64 {
-    let count = |what| ended.counted("net0", &format!("{direction}-{what}"));
-    count("bytes") / count("packets")
+/// The mean size of the packets, as the guest counts them, that brought `SIZE` bytes in one direction.
+fn packet_size(ended: &Ended, direction: &str) -> usize {
+    SIZE / ended.value(&format!("{direction}-packets")).parse::<usize>().unwrap()
 }
 
 #[test]
 fn tcp_goes_both_ways_in_large_packets() {
     let network = Network::new();
     let guest = Guest::new(Kernel::Debian612).memory("512M").net("tap0");
-    let ended = exchange(guest, &network, 100 << 20);
+    let ended = exchange(guest, &network);
     for direction in ["rx", "tx"] {
         let size = packet_size(&ended, direction);
         assert!(size > 2000, "{direction}: {size} bytes a packet");
@@ -129,7 +134,7 @@ fn tcp_goes_both_ways_without_offloads() {
     let network = Network::new();
     network.ip(&["link", "set", "tap0", "gso_max_segs", "1"]);
     let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap=tap0");
-    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network, 100 << 20);
+    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network);
     for direction in ["rx", "tx"] {
         let size = packet_size(&ended, direction);
         assert!(size <= 1514, "{direction}: {size} bytes a packet");
