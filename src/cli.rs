@@ -101,6 +101,7 @@ pub struct Run {
 
     /// The number of virtual CPUs.
     #[arg(long, value_name = "N", default_value_t = Config::default().cpus, help_heading = "Machine")]
+    #[arg(value_parser = cpus, allow_negative_numbers = true)]
     cpus: u32,
     /// The guest's memory: 512M, 4G, ...
     #[arg(long, value_name = "SIZE", default_value_t = Config::default().memory, help_heading = "Machine")]
@@ -129,7 +130,7 @@ pub struct Run {
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
 
-    /// Write the outcome, durations and counters to FILE, as JSON.
+    /// Write the outcome, durations and counters to FILE, as JSON; - is standard output.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
     /// Print the machine as JSON, and do not run it.
@@ -164,6 +165,10 @@ pub enum Error {
     },
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
+}
+
+fn cpus(text: &str) -> Result<u32, &'static str> {
+    text.parse().map_err(|_| "expected a whole number, such as 4")
 }
 
 impl Run {

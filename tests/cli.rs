@@ -308,7 +308,9 @@ fn a_memory_that_boots_nothing_is_refused() {
 fn a_number_of_cpus_that_cannot_be_is_refused() {
     let folder = Folder::new();
     folder.refuses(&["--cpus", "0"], &["0 cpus"]);
-    folder.refuses(&["--cpus", "-1"], &["-1"]);
+    for text in ["-1", "two", "1.5"] {
+        folder.refuses(&["--cpus", text], &["--cpus", &format!("'{text}'"), "expected a whole number"]);
+    }
     folder.refuses(&["--cpus", "1000000"], &["1000000", "at most"]);
 }
 
@@ -501,6 +503,15 @@ fn a_report_tells_how_it_ended() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let report: serde_json::Value = serde_json::from_slice(&fs::read(folder.path("report.json")).unwrap()).unwrap();
     assert_eq!(report["outcome"], "rebooted", "{report:#}");
+}
+
+#[test]
+fn a_report_may_go_to_standard_output() {
+    let folder = Folder::new();
+    let output = folder.run(&["--report", "-"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["outcome"], output.status.code()), (&"rebooted".into(), Some(0)));
+    assert!(!folder.path("-").exists());
 }
 
 #[test]

@@ -43,12 +43,13 @@ pub struct ReportFile {
 }
 
 impl ReportFile {
-    /// Checks that a report could be written to `path`, and touches nothing.
+    /// Checks that a report could be written to `path`, and touches nothing. `-` is standard output.
     pub fn new(path: &Path) -> Result<Self, Error> {
         Self::check(path).map_err(|source| Error { path: path.to_owned(), source })
     }
 
     fn check(path: &Path) -> io::Result<Self> {
+        let path = if path == Path::new("-") { Path::new("/proc/self/fd/1") } else { path };
         // `/dev/stdout` may lead to a file, which others write to at the same time.
         if path.starts_with("/dev") || path.starts_with("/proc") {
             OpenOptions::new().append(true).open(path)?;

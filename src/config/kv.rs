@@ -2,7 +2,7 @@
 //! device's options are stated once, by the struct that they fill in.
 //!
 //! A first value without a key belongs to the struct's first field. Booleans are `on` and `off`, or `true` and
-//! `false`. A comma within a value is written twice; a value may contain `=`.
+//! `false`; their key alone is `on`. A comma within a value is written twice; a value may contain `=`.
 
 use serde::de::value::StrDeserializer;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, Visitor};
@@ -100,20 +100,23 @@ fn split(text: &str) -> Vec<String> {
     items
 }
 
-/// The items of the text, each a `key=value`; the first may be a value alone.
+/// The items of the text, each a `key=value` or a key alone; the first may be a value alone.
 struct Options(Vec<String>);
+
+/// A key, and its value if it has one.
+type Pair = (String, Option<String>);
 
 impl Options {
     /// The keys and values; `first` is the key of a first value without one.
-    fn pairs(self, first: Option<&str>) -> Result<Vec<(String, String)>, Error> {
-        let mut pairs: Vec<(String, String)> = Vec::with_capacity(self.0.len());
+    fn pairs(self, first: Option<&str>) -> Result<Vec<Pair>, Error> {
+        let mut pairs: Vec<Pair> = Vec::with_capacity(self.0.len());
         for (i, item) in self.0.into_iter().enumerate() {
             let (key, value) = match (item.split_once('='), first) {
                 _ if item.is_empty() => return Err(Error::Gap),
-                (Some((key, value)), _) if !value.is_empty() => (key.to_owned(), value.to_owned()),
+                (Some((key, value)), _) if !value.is_empty() => (key.to_owned(), Some(value.to_owned())),
                 (Some((key, _)), _) => return Err(Error::NoValue { key: key.to_owned() }),
-                (None, Some(first)) if i == 0 => (first.to_owned(), item),
-                (None, _) => return Err(Error::NoValue { key: item }),
+                (None, Some(first)) if i == 0 => (first.to_owned(), Some(item)),
+                (None, _) => (item, None),
             };
             if pairs.iter().any(|(other, _)| *other == key) {
                 return Err(Error::Duplicate { key });
@@ -152,8 +155,8 @@ impl<'de> de::Deserializer<'de> for Options {
 
 /// The pairs not read yet, and the one whose key was.
 struct Pairs {
-    rest: std::vec::IntoIter<(String, String)>,
-    current: Option<(String, String)>,
+    rest: std::vec::IntoIter<Pair>,
+    current: Option<Pair>,
 }
 
 impl<'de> MapAccess<'de> for Pairs {
@@ -168,7 +171,32 @@ impl<'de> MapAccess<'de> for Pairs {
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
         let (key, value) = self.current.take().expect("serde asks for a value only after its key");
-        seed.deserialize(Value(&value)).map_err(|error| Error::Value { key, value, why: error.to_string() })
+        match value {
+            Some(value) => {
+                seed.deserialize(Value(&value)).map_err(|error| Error::Value { key, value, why: error.to_string() })
+            }
+            None => seed.deserialize(Alone).map_err(|_| Error::NoValue { key }),
+        }
+    }
+}
+
+/// What a key has that stands alone: of a boolean it is `true`, and nothing else can do without a value.
+struct Alone;
+
+impl<'de> de::Deserializer<'de> for Alone {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Error> {
+        Err(Error::Empty)
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_bool(true)
+    }
+
+    forward_to_deserialize_any! {
+        i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
     }
 }
 
@@ -272,6 +300,7 @@ mod tests {
     fn keys_fill_in_fields() {
         assert_eq!(from_str("a"), Ok(disk("a")));
         assert_eq!(from_str("path=a=b"), Ok(disk("a=b")));
+        assert_eq!(from_str("readonly,readonly"), Ok(Disk { readonly: true, ..disk("readonly") }));
         assert_eq!(from_str("a,,b,readonly=true"), Ok(Disk { readonly: true, ..disk("a,b") }));
         assert_eq!(
             from_str("id=x,cache=unsafe,mtu=9000,readonly=on,path=p"),
@@ -285,7 +314,10 @@ mod tests {
             ("", "no value is given"),
             ("a,", "a key=value is missing beside a comma (a comma within a value is written twice)"),
             (",a", "a key=value is missing beside a comma (a comma within a value is written twice)"),
-            ("a,readonly", "`readonly` has no value: write readonly=VALUE"),
+            ("a,id", "`id` has no value: write id=VALUE"),
+            ("a,cache", "`cache` has no value: write cache=VALUE"),
+            ("a,read", "`read` is not known here: expected path, readonly, id, cache, mtu"),
+            ("a,readonly,readonly=off", "`readonly` is given twice"),
             ("a,id=", "`id` has no value: write id=VALUE"),
             ("path=", "`path` has no value: write path=VALUE"),
             ("a,path=b", "`path` is given twice"),
@@ -308,7 +340,7 @@ mod tests {
             if let Some(id) = &id {
                 text += &format!(",id={}", id.replace(',', ",,"));
             }
-            text += if readonly { ",readonly=on" } else { ",readonly=off" };
+            text += if readonly { ",readonly" } else { ",readonly=off" };
             prop_assert_eq!(from_str(&text), Ok(Disk { readonly, id, ..disk(&path) }));
         }
 
