@@ -4,11 +4,13 @@ mod cli;
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use bantam::config::Config;
+use bantam::devices::console;
 use bantam::machine::{Builder, Machine};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
@@ -16,6 +18,8 @@ use bantam::{check, terminal};
 use clap::Parser;
 use cli::report::{Failed, ReportFile};
 use cli::{Cli, Command};
+use rustix::stdio::{stderr, stdout};
+use rustix::termios::isatty;
 
 /// The guest kernel panicked.
 const PANICKED: u8 = 121;
@@ -66,6 +70,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         return print(&json);
     }
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
+    let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let mut machine = None;
     let ended = build(run, config, started).and_then(|built| Ok(machine.insert(built).run()?));
     if let Some(file) = report {
@@ -83,7 +88,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let outcome = ended?;
     // The terminal is the user's again before anything is said.
     drop(machine);
-    tell(&outcome);
+    tell(&outcome, console_was_seen);
     Ok(status(&outcome))
 }
 
@@ -138,11 +143,17 @@ fn status(outcome: &Outcome) -> ExitCode {
     }
 }
 
+/// Whether what is written to the one is seen where what is written to the other is, at once.
+fn are_one_terminal(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+    let device = |fd| rustix::fs::fstat(fd).ok().filter(|_| isatty(fd)).map(|stat| stat.st_rdev);
+    device(one).is_some() && device(one) == device(other)
+}
+
 /// Says how the machine ended, if it was not by the guest's own will.
-fn tell(outcome: &Outcome) {
+fn tell(outcome: &Outcome, console_was_seen: bool) {
     match outcome {
         Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => log::info!("{outcome}"),
-        Outcome::Panicked(panic) => {
+        Outcome::Panicked(panic) if !console_was_seen => {
             let tail: String = panic.console_tail.iter().map(|line| format!("  {line}\n")).collect();
             say(&format!("{outcome}; the last lines of its console:\n{tail}"));
         }

@@ -124,6 +124,15 @@ fn its_kernel_panics() {
 }
 
 #[test]
+fn the_console_of_a_panic_is_not_repeated_below_itself() {
+    let arguments = ["sh", "-c", "exec \"$@\" 2>&1", "sh"];
+    let (terminal, running) = Terminal::start(tiny("echo c > /proc/sysrq-trigger"), &arguments);
+    let ended = terminal.end(running, 121);
+    let words = "\nbantam: the guest kernel panicked: Kernel panic - not syncing: sysrq triggered crash\r\n";
+    ended.require(ended.stdout.ends_with(words), "expected the panic once more, and nothing after it");
+}
+
+#[test]
 fn it_cannot_start() {
     let (terminal, running) = Terminal::start(Guest::with_image(Kernel::Tiny, Path::new("/dev/null")), &[]);
     terminal.end(running, 125);
