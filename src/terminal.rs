@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use rustix::process::getpgrp;
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+use vmm_sys_util::signal::{block_signal, unblock_signal};
 
 /// What standard input's terminal was like, while it is not.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
@@ -14,9 +15,19 @@ static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Makes standard input's terminal what it was before [`Raw::enter`]. For a panic hook; else [`Raw`]'s drop does it.
 pub fn restore() {
     if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        // TCSANOW: waiting for output to drain could wait for ever.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &saved);
+        let _ = set(&saved);
     }
+}
+
+fn set(settings: &Termios) -> io::Result<()> {
+    // A process that is in the background by now would be stopped for it, unless it blocks the signal.
+    let blocked = block_signal(libc::SIGTTOU).is_ok();
+    // TCSANOW: waiting for output to drain could wait for ever.
+    let result = tcsetattr(stdin(), OptionalActions::Now, settings);
+    if blocked {
+        let _ = unblock_signal(libc::SIGTTOU);
+    }
+    Ok(result?)
 }
 
 /// Standard input's terminal in raw mode; dropping it restores the terminal.
@@ -42,7 +53,7 @@ impl Raw {
         *saved = Some(before);
         drop(saved);
         let raw_guard = Raw(());
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
+        set(&raw)?;
         Ok(Some(raw_guard))
     }
 }

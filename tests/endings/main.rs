@@ -6,6 +6,7 @@
 mod support;
 
 mod console;
+mod embedded;
 mod guest;
 mod killed;
 mod terminal;

@@ -14,14 +14,14 @@ use crate::support::{Ended, Guest, Kernel, Running};
 use crate::{eventually, started_by};
 
 /// The user's side of a terminal.
-struct Terminal {
+pub struct Terminal {
     user: File,
     before: String,
 }
 
 impl Terminal {
     /// Starts bantam in a session of its own, with a new terminal that controls it, by `setsid` and these arguments.
-    fn start(guest: Guest, arguments: &[&str]) -> (Self, Running) {
+    pub fn start(guest: Guest, arguments: &[&str]) -> (Self, Running) {
         let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&user).unwrap();
         unlockpt(&user).unwrap();
@@ -48,7 +48,7 @@ impl Terminal {
 
     /// Waits until bantam has ended, and checks the terminal.
     #[track_caller]
-    fn end(self, running: Running, status: i32) -> Ended {
+    pub fn end(self, running: Running, status: i32) -> Ended {
         let ended = running.wait();
         ended.require(ended.status == status, &format!("expected status {status}"));
         assert!(self.is_as_before(), "{} before, {} after", self.before, settings(&self.user));
