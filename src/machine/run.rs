@@ -41,6 +41,8 @@ pub(super) struct Watch {
     user_space: bool,
     seen_console: bool,
     output_ended: bool,
+    /// When `--timeout` is over.
+    time_limit: Option<Instant>,
 }
 
 struct HaltWatch {
@@ -99,6 +101,7 @@ impl Machine {
         let until = |limit: Duration| Some((begin.checked_add(limit)?, limit));
         let limit = self.config.timeout.and_then(until);
         let boot_limit = self.config.boot_timeout.and_then(until);
+        self.watch.time_limit = limit.map(|limit| limit.0);
         loop {
             while let Some(event) = self.inbox.take() {
                 if let Event::Input(bytes) = &event {
@@ -296,8 +299,8 @@ impl Machine {
         }
     }
 
-    /// Waits until the console has been written. A guest that ended by itself is owed that; it takes a signal to give
-    /// it up. Otherwise the reader has a moment.
+    /// Waits until the console has been written. A guest that ended by itself is owed that; it takes a signal or the time
+    /// limit to give it up. Otherwise the reader has a moment.
     fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
         if self.writer.is_none() {
             return ended;
@@ -306,9 +309,7 @@ impl Machine {
             ended,
             Ok(Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Panicked(_) | Outcome::Crashed(_))
         );
-        let now = Instant::now();
-        let deadline =
-            if patient { self.config.timeout.and_then(|limit| now.checked_add(limit)) } else { Some(now + DRAIN) };
+        let deadline = drain_deadline(patient, self.watch.time_limit, Instant::now());
         // Input is of no use any more, except for the user's request to end.
         self.input = self.input.take().filter(|input| input.is_terminal());
         loop {
@@ -340,6 +341,13 @@ impl Machine {
             }
         }
     }
+}
+
+/// Until when the console may be written after the end, if that is limited: it has the rest of the time, and a moment in
+/// any case.
+fn drain_deadline(patient: bool, time_limit: Option<Instant>, now: Instant) -> Option<Instant> {
+    let moment = now + DRAIN;
+    if patient { time_limit.map(|limit| limit.max(moment)) } else { Some(moment) }
 }
 
 #[derive(Default)]
@@ -374,4 +382,21 @@ fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
         Exit::Served | Exit::Interrupted => {}
     }
     crash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draining_the_console_has_the_rest_of_the_time_and_a_moment_in_any_case() {
+        let now = Instant::now();
+        let limit = now + Duration::from_secs(60);
+        assert_eq!(drain_deadline(true, None, now), None);
+        assert_eq!(drain_deadline(true, Some(limit), now), Some(limit));
+        assert_eq!(drain_deadline(true, Some(now), now), Some(now + DRAIN));
+        for limit in [None, Some(limit)] {
+            assert_eq!(drain_deadline(false, limit, now), Some(now + DRAIN));
+        }
+    }
 }
