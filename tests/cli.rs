@@ -124,6 +124,10 @@ fn text(bytes: &[u8]) -> String {
 const REBOOT: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe];
 /// Code that goes on for ever: jmp $.
 const HANG: &[u8] = &[0xeb, 0xfe];
+/// Code that halts for good: cli; hlt; jmp to the hlt.
+const HALT: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
+/// Code that is idle, with interrupts on: sti; hlt; jmp to the hlt.
+const IDLE: &[u8] = &[0xfb, 0xf4, 0xeb, 0xfd];
 
 /// Where the parts of the [`elf`] start: the program headers, the note, the code.
 const ELF_PARTS: [usize; 3] = [64, 64 + 2 * 56, 64 + 2 * 56 + 20];
@@ -349,6 +353,27 @@ fn a_kernel_that_is_whole_runs() {
     let folder = Folder::new();
     let output = folder.run(&[]);
     assert_eq!((text(&output.stderr), output.status.code()), (String::new(), Some(0)));
+}
+
+#[test]
+fn a_kernel_that_halts_without_a_word_has_ended() {
+    let folder = Folder::new();
+    folder.write("kernel", &elf(HALT));
+    let output = folder.run(&["--cpus", "2", "--report", "-"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["outcome"], output.status.code()), (&"halted".into(), Some(0)));
+    assert!(text(&output.stderr).contains("no sign of user space"), "{}", text(&output.stderr));
+    // A limit for user space says more.
+    let output = folder.run(&["--boot-timeout", "3s"]);
+    assert_eq!(output.status.code(), Some(123), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_kernel_that_is_idle_has_not_halted() {
+    let folder = Folder::new();
+    folder.write("kernel", &elf(IDLE));
+    let output = folder.run(&["--timeout", "5s"]);
+    assert_eq!(output.status.code(), Some(124), "{}", text(&output.stderr));
 }
 
 #[test]

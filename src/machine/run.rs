@@ -21,9 +21,12 @@ const INPUT_BYTES: usize = 4096;
 /// How long the console must be silent after the end of a panic before it is believed: a kernel that is dead says
 /// nothing more, a user's program that prints such a line does.
 const SILENCE_AFTER_PANIC: Duration = Duration::from_secs(1);
-/// Between looks at the vCPUs after "System halted", and how many: they halt a moment later.
-const HALT_LOOK: Duration = Duration::from_millis(20);
-const HALT_LOOKS: u32 = 250;
+/// Until the vCPUs are first asked whether they have halted for good. Each time after that is twice as far from the last,
+/// up to a limit: a guest that halts is noticed after it has stood for as long as it had run, or a minute.
+const HALT_LOOK: Duration = Duration::from_secs(1);
+const LAST_HALT_LOOK: Duration = Duration::from_secs(60);
+/// The same, after "System halted": they halt a moment later.
+const ANNOUNCED_HALT_LOOK: Duration = Duration::from_millis(20);
 /// Until the next try to send input, when a vCPU has the serial port: it may be waiting for the console's reader.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 /// How long the console's reader is waited for when the machine did not end by itself.
@@ -45,17 +48,26 @@ pub(super) struct Watch {
     time_limit: Option<Instant>,
 }
 
+/// The next look at the vCPUs, and what came of the last.
 struct HaltWatch {
     next_look: Instant,
-    looks_left: u32,
+    /// From the next look to that after it.
+    interval: Duration,
+    /// The kernel said that it halts.
+    announced: bool,
     /// Those that have answered: a late answer to the last look may come before that to this one.
     answered: BTreeSet<u32>,
     all_stopped: bool,
 }
 
 impl HaltWatch {
-    fn new(next_look: Instant, looks_left: u32) -> Self {
-        Self { next_look, looks_left, answered: BTreeSet::new(), all_stopped: true }
+    fn new(next_look: Instant, interval: Duration, announced: bool) -> Self {
+        Self { next_look, interval, announced, answered: BTreeSet::new(), all_stopped: true }
+    }
+
+    /// The watch from a look at `now` on.
+    fn looked(&self, now: Instant) -> Self {
+        Self::new(now + self.interval, (2 * self.interval).min(LAST_HALT_LOOK), self.announced)
     }
 }
 
@@ -102,6 +114,7 @@ impl Machine {
         let limit = self.config.timeout.and_then(until);
         let boot_limit = self.config.boot_timeout.and_then(until);
         self.watch.time_limit = limit.map(|limit| limit.0);
+        self.watch.halt = Some(HaltWatch::new(begin + HALT_LOOK, HALT_LOOK, false));
         loop {
             while let Some(event) = self.inbox.take() {
                 if let Event::Input(bytes) = &event {
@@ -153,6 +166,9 @@ impl Machine {
                     halt.answered.insert(vcpu);
                     halt.all_stopped &= stopped;
                     if halt.answered.len() == self.threads.len() && halt.all_stopped {
+                        if !self.watch.user_space {
+                            log::warn!("no sign of user space was seen on the console before the guest halted");
+                        }
                         return Some(Ok(Outcome::Halted));
                     }
                 }
@@ -189,19 +205,19 @@ impl Machine {
             Sight::Alive => self.watch.panic_end = None,
             Sight::Halted => {
                 (self.watch.panic, self.watch.panic_end) = (None, None);
-                self.watch.halt = Some(HaltWatch::new(now, HALT_LOOKS));
+                self.watch.halt = Some(HaltWatch::new(now, ANNOUNCED_HALT_LOOK, true));
             }
         }
     }
 
     fn look_for_halt(&mut self, now: Instant) {
         let Some(halt) = self.watch.halt.as_mut().filter(|halt| halt.next_look <= now) else { return };
-        if halt.looks_left == 0 {
-            self.watch.halt = None;
-            return;
+        *halt = halt.looked(now);
+        // Of a kernel that stands still before user space a limit says more.
+        let boots = self.config.boot_timeout.is_some() && !self.watch.user_space;
+        if halt.announced || !boots {
+            self.threads.iter().for_each(vcpu::Thread::ask_stopped);
         }
-        *halt = HaltWatch::new(now + HALT_LOOK, halt.looks_left - 1);
-        self.threads.iter().for_each(vcpu::Thread::ask_stopped);
     }
 
     fn panicked(&self) -> Outcome {
@@ -387,6 +403,18 @@ fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn looks_for_a_halt_become_rare() {
+        let begin = Instant::now();
+        let mut watch = HaltWatch::new(begin + HALT_LOOK, HALT_LOOK, false);
+        let mut looks = vec![];
+        for _ in 0..9 {
+            looks.push((watch.next_look - begin).as_secs());
+            watch = watch.looked(watch.next_look);
+        }
+        assert_eq!(looks, [1, 2, 4, 8, 16, 32, 64, 124, 184]);
+    }
 
     #[test]
     fn draining_the_console_has_the_rest_of_the_time_and_a_moment_in_any_case() {

@@ -61,6 +61,15 @@ fn halts_two_vcpus() {
 }
 
 #[test]
+fn halts_without_a_word() {
+    // /dev/console leads nowhere, and the kernel keeps even its last words.
+    let guest = tiny("").file("silent", b"#!/bin/sh\nsleep 1\nhalt -f\n").cpus(2);
+    let guest = guest.flag("--cmdline-only").cmdline("console=ttyS1 loglevel=0 pci=off rdinit=/silent");
+    let ended = ends(guest, 0, "halted");
+    assert_eq!(ended.stdout, "");
+}
+
+#[test]
 fn a_vcpu_that_is_idle_has_not_halted() {
     // What a kernel says before it halts; and then it waits for a timer, time after time.
     let script = "echo 'reboot: System halted'; sleep 1; sleep 1; echo 'still here'; reboot -f";
