@@ -64,6 +64,7 @@ pub mod memory;
 pub mod metrics;
 pub mod outcome;
 pub mod signal;
+pub mod socket;
 pub mod terminal;
 pub mod vcpu;
 pub mod virtio;

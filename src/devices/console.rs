@@ -4,8 +4,8 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ use rustix::fs::OFlags;
 use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 
+use crate::socket::Listener;
 use crate::terminal::{self, Escapes, Raw, Request};
 
 /// Where the serial console is on the host: `stdio`, `none`, `file=PATH` or `socket=PATH`.
@@ -232,8 +233,7 @@ impl Input for Stdin {
 
 /// A listening socket and the one client it has at a time. What is written while there is none is dropped.
 struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
+    listener: Listener,
     client: Arc<Mutex<Option<UnixStream>>>,
     /// The client as this end reads it.
     reading: Option<UnixStream>,
@@ -241,26 +241,12 @@ struct Socket {
 
 impl Socket {
     fn listen(path: &Path) -> io::Result<Console> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-                std::fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            bound => bound?,
-        };
+        let listener = Listener::bind(path)?;
         let client = Arc::default();
         let output = SocketOutput(Arc::clone(&client));
-        let input = Socket { listener, path: path.to_owned(), client, reading: None };
+        let input = Socket { listener, client, reading: None };
         Ok(Console { output: Box::new(output), input: Some(Box::new(input)) })
     }
-}
-
-/// Whether `path` is a socket that nobody has open: its process was killed. One of another type finds out without
-/// being taken for a client.
-fn is_stale(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixDatagram::unbound().and_then(|probe| probe.connect(path)).is_err_and(refused)
 }
 
 fn lock(client: &Mutex<Option<UnixStream>>) -> MutexGuard<'_, Option<UnixStream>> {
@@ -287,12 +273,6 @@ impl Input for Socket {
             }
             Ok(count) => Ok(Incoming::Bytes(count)),
         }
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -376,7 +356,7 @@ mod tests {
     fn a_socket_that_nobody_listens_on_is_replaced_and_nothing_else_is() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("serial.sock");
-        drop(UnixListener::bind(&path).unwrap());
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "as a killed process leaves it");
         drop(Console::open(&Spec::Socket(path.clone())).unwrap());
         std::fs::write(&path, "mine").unwrap();
