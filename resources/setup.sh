@@ -39,7 +39,7 @@ mkdir -p target/guest
 exec {lock}>target/guest/lock
 flock "$lock"
 
-guest_modules=(virtio_mmio virtio_blk virtio_net virtio-rng)
+guest_modules=(virtio_mmio virtio_blk virtio_net virtio-rng vmw_vsock_virtio_transport)
 host_modules=(
     virtio_pci virtio_console 9p 9pnet_virtio overlay # its own needs
     kvm_amd tun bridge veth vhost_net vhost_vsock virtio_blk ext4
@@ -50,6 +50,7 @@ kernel target/guest/debian-6.1 bookworm linux-image-cloud-amd64 resources/guest/
 if [[ $purpose == test ]]; then
     kernel target/guest/debian-6.12 trixie linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
     resources/guest-kernel/build.sh
+    gcc -O2 -Wall -static -o target/guest/vsock resources/guest/vsock.c
 fi
 if [[ -z $hardware_kvm || $purpose == test ]]; then
     kernel target/kvm-host bookworm linux-image-amd64 resources/kvm-host/init "${host_modules[@]}"

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bantam::config::{Config, Size, duration, kv};
 use bantam::devices::console;
-use bantam::virtio::{blk, net};
+use bantam::virtio::{blk, net, vsock};
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use rustix::fs::{Access, AtFlags, CWD};
@@ -115,6 +115,14 @@ pub struct Run {
     #[arg(long = "net", value_name = "[tap=]NAME[,mac=ADDR][,mtu=N]")]
     #[arg(value_parser = kv::from_str::<net::Spec>, help_heading = "Devices")]
     nets: Vec<net::Spec>,
+
+    /// Add a socket device: Unix sockets of the host to and from the guest's vsock ports.
+    ///
+    /// A host program connects to PATH and writes `CONNECT PORT` and a newline. What the guest connects to, port PORT of
+    /// CID 2, is the Unix socket PATH_PORT.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    #[arg(value_parser = kv::from_str::<vsock::Spec>, help_heading = "Devices")]
+    vsock: Option<vsock::Spec>,
     /// Leave out the random number device.
     #[arg(long, help_heading = "Devices")]
     no_rng: bool,
@@ -188,6 +196,7 @@ impl Run {
             rootfs: self.rootfs.clone(),
             disks: self.disks.clone(),
             nets: self.nets.clone(),
+            vsock: self.vsock.clone(),
             rng: !self.no_rng,
             serial: self.serial.clone(),
             boot_timeout: self.boot_timeout,

@@ -333,6 +333,14 @@ fn mistaken_device_options_are_refused() {
     folder.refuses(&["--net", "tap0,mac=nonsense"], &["--net", "mac=nonsense"]);
     folder.refuses(&["--net", "tap0,mac=01:00:00:00:00:00"], &["--net", "mac=01:00:00:00:00:00"]);
     folder.refuses(&["--net", "tap0", "--net", "tap=tap0,mtu=1500"], &["tap0", "twice"]);
+    folder.refuses(&["--vsock", "cid=3"], &["--vsock", "socket"]);
+    folder.refuses(&["--vsock", "cid=x,socket=s"], &["--vsock", "cid=x"]);
+    folder.refuses(&["--vsock", "cid=3,socket=s,port=1"], &["--vsock", "`port` is not known", "cid"]);
+    folder.refuses(&["--vsock", "cid=3,socket=s", "--vsock", "cid=4,socket=t"], &["--vsock", "multiple times"]);
+    folder.refuses(&["--vsock", "cid=2,socket=s"], &["context ID 2"]);
+    folder.write("taken", b"");
+    folder.refuses(&["--vsock", "cid=3,socket=taken"], &["socket taken", "in use"]);
+    folder.refuses(&["--vsock", "cid=3,socket=missing/s"], &["socket missing/s", "No such file"]);
 }
 
 // Files that cannot be used.

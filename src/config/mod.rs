@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use size::{BadSize, Size};
 
 use crate::devices::console;
-use crate::virtio::{blk, net};
+use crate::virtio::{blk, net, vsock};
 
 /// The least guest memory that a Linux kernel boots in.
 pub const MIN_MEMORY: Size = Size::mib(8);
@@ -87,6 +87,8 @@ pub struct Config {
     pub disks: Vec<blk::Spec>,
     /// The network cards.
     pub nets: Vec<net::Spec>,
+    /// The socket device.
+    pub vsock: Option<vsock::Spec>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
     /// Where the serial console is.
@@ -111,6 +113,7 @@ impl Default for Config {
             rootfs: None,
             disks: vec![],
             nets: vec![],
+            vsock: None,
             rng: true,
             serial: console::Spec::default(),
             boot_timeout: None,
@@ -186,6 +189,12 @@ impl Config {
     /// Adds a network card, after those that are there.
     pub fn net(mut self, net: net::Spec) -> Self {
         self.nets.push(net);
+        self
+    }
+
+    /// Sets the socket device.
+    pub fn vsock(mut self, vsock: vsock::Spec) -> Self {
+        self.vsock = Some(vsock);
         self
     }
 

@@ -17,7 +17,7 @@ use crate::devices::output::Output;
 use crate::kvm::Vm;
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
-use crate::virtio::{blk, net, rng};
+use crate::virtio::{blk, net, rng, vsock};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
 #[must_use]
@@ -76,8 +76,9 @@ impl Builder {
         let output = Output::default();
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender)?;
-        // What changes the host comes last, when nothing else can be refused: taps are created,
-        let devices = disks.into_iter().chain(open_nets(&config, handed_over)?).chain(rng(&config)).collect();
+        // What changes the host comes last, when nothing else can be refused: taps and sockets are created,
+        let nets = open_nets(&config, handed_over)?;
+        let devices = disks.into_iter().chain(nets).chain(open_vsock(&config)?).chain(rng(&config)).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, metrics, .. } = board;
         // a file is emptied, or the user's terminal switched to raw mode.
@@ -105,9 +106,9 @@ impl Builder {
     }
 }
 
-/// How many virtio devices the machine has. The guest finds disks, then network cards, then rng.
+/// How many virtio devices the machine has. The guest finds disks, then network cards, vsock, rng.
 fn count_devices(config: &Config) -> usize {
-    config.all_disks().count() + config.nets.len() + usize::from(config.rng)
+    config.all_disks().count() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.rng)
 }
 
 /// The network cards on descriptors, each at its place.
@@ -128,6 +129,10 @@ fn open_nets(config: &Config, handed_over: Vec<Option<net::Net>>) -> Result<Vec<
         Ok((format!("net{i}"), Box::new(card) as _))
     };
     config.nets.iter().zip(handed_over).enumerate().map(open).collect()
+}
+
+fn open_vsock(config: &Config) -> Result<Option<NamedDevice>, vsock::Error> {
+    config.vsock.as_ref().map(|spec| Ok(("vsock".into(), Box::new(spec.open()?) as _))).transpose()
 }
 
 fn rng(config: &Config) -> Option<NamedDevice> {

@@ -95,6 +95,34 @@ impl Iovecs {
         }
     }
 
+    /// Keeps the first `bytes` bytes.
+    pub fn limit(&mut self, bytes: usize) {
+        let mut left = bytes;
+        let whole = self.list.iter().take_while(|iovec| {
+            let fits = iovec.iov_len <= left;
+            left -= if fits { iovec.iov_len } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        if let Some(last) = self.list.get_mut(whole).filter(|_| left > 0) {
+            self.bytes -= last.iov_len - left;
+            last.iov_len = left;
+            self.truncate(whole + 1);
+        } else {
+            self.truncate(whole);
+        }
+    }
+
+    /// Moves the first `bytes` bytes to the end of `front`, or all if there are fewer.
+    pub fn split_front(&mut self, bytes: usize, front: &mut Self) {
+        let before = front.list.len();
+        front.list.extend_from_slice(&self.list);
+        front.bytes += self.bytes;
+        let kept: usize = front.list[..before].iter().map(|iovec| iovec.iov_len).sum();
+        front.limit(kept + bytes);
+        self.advance(bytes);
+    }
+
     /// Adds the `len` bytes at `addr`; an empty buffer adds nothing. After an error some of them may have been
     /// added: [`truncate`](Self::truncate) takes those back.
     pub fn push(&mut self, addr: GuestAddress, len: u32) -> Result<(), Error> {
@@ -112,23 +140,33 @@ impl Iovecs {
 
     /// Copies `data` over the buffers from `offset` of their bytes on; what lies beyond their end is left out.
     pub fn write(&self, offset: usize, data: &[u8]) {
-        let (mut skip, mut data) = (offset, data);
-        for iovec in &self.list {
-            if data.is_empty() {
-                return;
-            }
-            if skip >= iovec.iov_len {
-                skip -= iovec.iov_len;
-                continue;
-            }
+        let mut data = data;
+        for target in self.slices_from(offset) {
+            let (now, later) = data.split_at(data.len().min(target.len()));
+            target.copy_from(now);
+            data = later;
+        }
+    }
+
+    /// Copies the buffers from `offset` of their bytes on to `data`, as much as there is.
+    pub fn read(&self, offset: usize, data: &mut [u8]) {
+        let mut data = data;
+        for source in self.slices_from(offset) {
+            let (now, later) = data.split_at_mut(data.len().min(source.len()));
+            source.copy_to(now);
+            data = later;
+        }
+    }
+
+    fn slices_from(&self, offset: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
+        let mut skip = offset;
+        self.list.iter().filter_map(move |iovec| {
+            let skipped = skip.min(iovec.iov_len);
+            skip -= skipped;
             // SAFETY: `push` took the buffer from `ram`, which is still mapped.
             let slice = unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) };
-            let target = slice.offset(skip).expect("skip is less than the buffer's length");
-            let length = data.len().min(target.len());
-            let (now, later) = data.split_at(length);
-            target.copy_from(now);
-            (skip, data) = (0, later);
-        }
+            slice.offset(skipped).ok().filter(|slice| !slice.is_empty())
+        })
     }
 
     /// readv(2) into the buffers and, when they are full, into `rest`.
@@ -260,6 +298,29 @@ mod tests {
             let mut text = String::new();
             file.read_to_string(&mut text).unwrap();
             assert_eq!(text, "abcdefghi"[9 - left..]);
+        }
+    }
+
+    #[test]
+    fn a_list_is_split_and_limited_at_any_byte() {
+        let ram = ram();
+        ram.write_slice(b"abcdefghi", GuestAddress(0)).unwrap();
+        for at in 0..12 {
+            let mut iovecs = Iovecs::new(&ram);
+            for addr in [0, 3, 6] {
+                iovecs.push(GuestAddress(addr), 3).unwrap();
+            }
+            let mut front = Iovecs::new(&ram);
+            iovecs.split_front(at, &mut front);
+            let text = |iovecs: &Iovecs| {
+                let mut data = [b'.'; 10];
+                iovecs.read(0, &mut data);
+                String::from_utf8(data[..iovecs.bytes()].to_vec()).unwrap()
+            };
+            let (first, second) = "abcdefghi".split_at(at.min(9));
+            assert_eq!((text(&front).as_str(), text(&iovecs).as_str()), (first, second));
+            front.limit(at / 2);
+            assert_eq!(text(&front), first[..(at / 2).min(first.len())]);
         }
     }
 

@@ -11,3 +11,4 @@ mod cpus;
 mod drivers;
 mod memory;
 mod net;
+mod vsock;
