@@ -18,6 +18,7 @@ use bantam::{check, terminal};
 use clap::Parser;
 use cli::report::{Failed, ReportFile};
 use cli::{Cli, Command};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use rustix::termios::isatty;
 
@@ -104,6 +105,7 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         config.cpus,
         config.memory
     );
+    allow_descriptors(config.cpus);
     let machine = Builder::new(config).started(started).signals(signals).build()?;
     log.create()?;
     log::info!("running {what}");
@@ -114,6 +116,19 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         );
     }
     Ok(machine)
+}
+
+/// Raises the soft limit of open files to what a machine of `cpus` vCPUs needs, as far as the hard one lets it. What is
+/// not allowed is told when a descriptor cannot be had.
+fn allow_descriptors(cpus: u32) {
+    /// Beside one for each vCPU.
+    const OTHERS: u64 = 256;
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = u64::from(cpus) + OTHERS;
+    if limit.current.is_some_and(|current| current < wanted) {
+        let current = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(current), maximum: limit.maximum });
+    }
 }
 
 /// Looks at the host, and at a kernel if there is one to look at.

@@ -3,6 +3,7 @@
 pub mod cmos;
 pub mod console;
 pub mod i8042;
+pub mod ioapic;
 pub mod output;
 pub mod power;
 pub mod pvpanic;

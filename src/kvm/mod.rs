@@ -7,4 +7,4 @@ mod vm;
 pub const INTERNAL_ERROR_EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 
 pub use vcpu::{Exit, Kicker, Vcpu};
-pub use vm::{Error, Vm};
+pub use vm::{Error, Routes, Vm};

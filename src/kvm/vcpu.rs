@@ -78,6 +78,14 @@ impl Vcpu {
         self.fd.set_regs(&entry.regs()).map_err(fail("set the registers (KVM_SET_REGS)"))
     }
 
+    /// Has the vCPU start in x2APIC mode.
+    pub fn enter_x2apic(&self) -> Result<(), Error> {
+        let fail = || Error::ioctl(format!("put the APIC of vCPU {} into x2APIC mode (KVM_SET_SREGS)", self.index));
+        let mut sregs = self.fd.get_sregs().map_err(fail())?;
+        regs::enter_x2apic(&mut sregs);
+        self.fd.set_sregs(&sregs).map_err(fail())
+    }
+
     /// What kicks this vCPU from another thread.
     pub fn kicker(&self) -> Result<Kicker, Error> {
         RunPage::map(&self.fd, self.run_size)

@@ -3,14 +3,19 @@
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION hands host memory to a guest")]
 
 use std::io;
+use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Vcpu;
-use crate::arch::x86_64::layout;
+use crate::arch::x86_64::{layout, needs_x2apic};
 use crate::memory::GuestRam;
 
 /// What KVM would not do.
@@ -50,7 +55,8 @@ impl Error {
 
 /// A virtual machine with in-kernel interrupt controllers, and the guest memory that its slots refer to.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
+    x2apic: bool,
     /// Keeps the mapped pages alive for as long as the slots point at them.
     ram: GuestRam,
     cpuid: CpuId,
@@ -80,7 +86,7 @@ impl Vm {
                 other => break other.map_err(Error::ioctl("create a virtual machine (KVM_CREATE_VM)"))?,
             }
         };
-        let vm = Vm { fd, ram, cpuid, tsc_deadline };
+        let vm = Vm { fd: Arc::new(fd), x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline };
         // First: it waits for an SRCU grace period, which takes a timer tick once the others have begun one.
         vm.map_memory()?;
         vm.fd
@@ -88,10 +94,32 @@ impl Vm {
             .map_err(Error::ioctl("place the identity map (KVM_SET_IDENTITY_MAP_ADDR)"))?;
         let tss = usize::try_from(layout::KVM_TSS).expect("the TSS lies below 4 GiB");
         vm.fd.set_tss_address(tss).map_err(Error::ioctl("place the TSS (KVM_SET_TSS_ADDR)"))?;
-        vm.fd.create_irq_chip().map_err(Error::ioctl("create the interrupt controllers (KVM_CREATE_IRQCHIP)"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd.create_pit2(pit).map_err(Error::ioctl("create the timer (KVM_CREATE_PIT2)"))?;
+        vm.create_interrupt_controllers()?;
         Ok(vm)
+    }
+
+    /// KVM's PIC, IOAPIC, PIT and local APICs; the latter only, with 32-bit IDs, where its IOAPIC does not reach all.
+    fn create_interrupt_controllers(&self) -> Result<(), Error> {
+        if self.x2apic {
+            let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+            self.enable(KVM_CAP_X2APIC_API, flags, "give local APICs 32-bit IDs (KVM_CAP_X2APIC_API)")?;
+            let pins = layout::IOAPIC_PINS;
+            return self.enable(KVM_CAP_SPLIT_IRQCHIP, pins, "create the local APICs (KVM_CAP_SPLIT_IRQCHIP)");
+        }
+        self.fd.create_irq_chip().map_err(Error::ioctl("create the interrupt controllers (KVM_CREATE_IRQCHIP)"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.fd.create_pit2(pit).map_err(Error::ioctl("create the timer (KVM_CREATE_PIT2)"))
+    }
+
+    fn enable(&self, cap: u32, argument: u32, what: &str) -> Result<(), Error> {
+        let mut enable = kvm_enable_cap { cap, ..Default::default() };
+        enable.args[0] = argument.into();
+        self.fd.enable_cap(&enable).map_err(Error::ioctl(what))
+    }
+
+    /// What an IOAPIC outside of KVM sets; `None` if KVM has its own.
+    pub fn routes(&self) -> Option<Routes> {
+        self.x2apic.then(|| Routes(Arc::clone(&self.fd)))
     }
 
     fn map_memory(&self) -> Result<(), Error> {
@@ -136,5 +164,27 @@ impl Vm {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(Error::ioctl(format!("attach an ioeventfd at {address:#x} (KVM_IOEVENTFD)")))
+    }
+}
+
+/// The interrupt messages that irqfds send.
+pub struct Routes(Arc<VmFd>);
+
+impl Routes {
+    /// From now on an irqfd of `gsi` sends the message `data` to `address`, for each of `routes` as (`gsi`, `address`,
+    /// `data`); the irqfds of other GSIs do nothing (`KVM_SET_GSI_ROUTING`).
+    pub fn set(&self, routes: impl Iterator<Item = (u32, u64, u32)>) -> Result<(), Error> {
+        let entries: Vec<_> = routes
+            .map(|(gsi, address, data)| {
+                let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+                let [low, high] = [address, address >> 32].map(|half| (half & 0xffff_ffff) as u32);
+                entry.u.msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, data, ..Default::default() };
+                entry
+            })
+            .collect();
+        let what = "route interrupts (KVM_SET_GSI_ROUTING)";
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| Error::Ioctl { what: what.into(), source: io::Error::other("more routes than KVM takes") })?;
+        self.0.set_gsi_routing(&routing).map_err(Error::ioctl(what))
     }
 }

@@ -10,6 +10,7 @@ use crate::arch::x86_64::{VirtioWindow, layout};
 use crate::bus::BusDevice;
 use crate::devices::cmos::Cmos;
 use crate::devices::i8042::I8042;
+use crate::devices::ioapic::{self, Ioapic};
 use crate::devices::output::Output;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::Pvpanic;
@@ -65,6 +66,19 @@ impl<'a> Board<'a> {
         self.attach_port(layout::CMOS, 2, Arc::new(Mutex::new(Cmos::default())))?;
         self.attach_port(layout::PVPANIC, 1, Arc::new(Mutex::new(Pvpanic::new(send(|| Event::Pvpanic)))))?;
         Ok(serial)
+    }
+
+    /// Attaches an IOAPIC, if KVM has none.
+    pub fn attach_ioapic(&mut self) -> Result<(), Error> {
+        let Some(routes) = self.vm.routes() else { return Ok(()) };
+        let ioapic = Ioapic::new(move |messages: [Option<ioapic::Message>; ioapic::PINS]| {
+            let pins = (0u32..).zip(messages);
+            let routed = pins.filter_map(|(pin, message)| message.map(|message| (pin, message.address, message.data)));
+            if let Err(error) = routes.set(routed) {
+                log::error!("IOAPIC: {error}");
+            }
+        });
+        Ok(self.buses.mmio.attach(layout::IOAPIC, ioapic::SIZE, Arc::new(Mutex::new(ioapic)))?)
     }
 
     fn attach_port(&mut self, port: u16, len: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {

@@ -7,14 +7,14 @@ use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::inbox::Inbox;
 use super::{Durations, Error, Machine};
 use crate::arch::x86_64::regs::Entry;
-use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, pvh};
+use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, initrd};
 use crate::config::Config;
 use crate::devices::console::Console;
 use crate::devices::output::Output;
-use crate::kvm::Vm;
+use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
 use crate::virtio::{blk, net, rng, vsock};
@@ -68,14 +68,19 @@ impl Builder {
         let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
         let vm = Vm::new(ram.clone(), config.cpus)?;
         let kernel = kernel::load(&ram, path).map_err(boot::Error::from)?;
-        let entry = load_parameters(&config, &ram, &kernel)?;
+        let (entry, acpi) = load_parameters(&config, &ram, &kernel)?;
         let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
         vcpus[0].set_entry(entry)?;
+        // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
+        if acpi && needs_x2apic(config.cpus) {
+            vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
+        }
 
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
         let output = Output::default();
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender)?;
+        board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: taps and sockets are created,
         let nets = open_nets(&config, handed_over)?;
         let devices = disks.into_iter().chain(nets).chain(open_vsock(&config)?).chain(rng(&config)).collect();
@@ -139,8 +144,9 @@ fn rng(config: &Config) -> Option<NamedDevice> {
     config.rng.then(|| ("rng".into(), Box::new(rng::Rng::new()) as _))
 }
 
-/// Loads the initrd, writes the command line and the tables, and says how the boot vCPU enters the kernel.
-fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel) -> Result<Entry, Error> {
+/// Loads the initrd, writes the command line and the tables, and says how the boot vCPU enters the kernel, and whether
+/// that will use ACPI.
+fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel) -> Result<(Entry, bool), Error> {
     let windows: Vec<_> = virtio_windows().take(count_devices(config)).collect();
     let (cmdline, acpi) = command_line(config, kernel, &windows).map_err(boot::Error::from)?;
     cmdline.write(ram).map_err(boot::Error::from)?;
@@ -158,7 +164,7 @@ fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel) -> Result<E
         Entry::Linux64 { .. } => boot_params::write(ram, kernel.setup_header, &info)?,
     }
     kernel.entry.write_tables(ram)?;
-    Ok(kernel.entry)
+    Ok((kernel.entry, acpi))
 }
 
 /// The kernel's command line, and whether the kernel will use ACPI.

@@ -51,3 +51,42 @@ fn debian_has_four_cpus() {
 fn a_kernel_without_acpi_has_four_cpus() {
     has_cpus(Kernel::Tiny, 4);
 }
+
+/// Most stay offline, as booting them all takes too long; one whose APIC ID has more than eight bits runs code and takes
+/// a disk's interrupts.
+#[test]
+fn more_cpus_than_xapic_has_ids() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let script = "
+        cd /sys/devices/system/cpu
+        echo present=$(cat present)
+        echo before=$(cat online)
+        echo 1 >cpu258/online
+        echo after=$(cat online)
+        echo ran=$(taskset -c 258 cut -d ' ' -f 39 /proc/self/stat)
+        irq=$(awk -F : '/virtio/ { print $1 + 0; exit }' /proc/interrupts)
+        echo 258 >/proc/irq/$irq/smp_affinity_list
+        cat /dev/vda >/dev/null
+        echo effective=$(cat /proc/irq/$irq/effective_affinity_list)
+        echo interrupts=$(awk -v irq=$irq: 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == \"CPU258\") at = i + 1 } $1 == irq { print $at }' /proc/interrupts)
+    ";
+    let guest = Guest::new(Kernel::Debian612).cpus(260).memory("512M").cmdline("maxcpus=2").disk(disk.path().display());
+    let ended = guest.script(script).run().succeeded();
+    assert_eq!(ended.value("present"), "0-259");
+    assert_eq!(ended.value("before"), "0-1");
+    assert_eq!(ended.value("after"), "0-1,258");
+    assert_eq!(ended.value("ran"), "258");
+    assert_eq!(ended.value("effective"), "258");
+    assert!(ended.number("interrupts") > 0);
+}
+
+/// The MP table tells of those that it can.
+#[test]
+fn a_kernel_without_acpi_starts_on_more_cpus_than_it_sees() {
+    let script =
+        "echo online=$(cat /sys/devices/system/cpu/online); sleep 0.1; dd if=/dev/hwrng bs=16 count=1 of=/bytes";
+    let ended = Guest::new(Kernel::Tiny).cpus(260).memory("512M").cmdline("maxcpus=2").script(script).run().succeeded();
+    assert_eq!(ended.value("online"), "0-1");
+    assert!(ended.counted("rng", "bytes") >= 16);
+}

@@ -19,7 +19,7 @@ use super::layout::{
     ACPI, ACPI_RESET, ACPI_RESET_VALUE, ACPI_S5, ACPI_SLEEP_CONTROL, ACPI_SLEEP_STATUS, COM1, COM1_IRQ, IOAPIC, LAPIC,
     PVPANIC, VIRTIO_MMIO_SIZE,
 };
-use super::{Error, Platform, VirtioWindow, no_memory};
+use super::{Error, FIRST_X2APIC_ID, Platform, VirtioWindow, needs_x2apic, no_memory};
 use crate::memory::GuestRam;
 
 const OEM_ID: [u8; 6] = *b"BANTAM";
@@ -36,9 +36,6 @@ const BOOT_ARCH: u16 = LEGACY_DEVICES | VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT;
 const LEGACY_DEVICES: u16 = 1 << 0;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
-
-/// APIC IDs from this one on only fit x2APIC structures (ACPI 6.4, 5.2.12.12).
-const FIRST_X2APIC_ID: u32 = 255;
 
 /// Writes the tables to [`ACPI`] and returns the address of the root pointer.
 ///
@@ -125,6 +122,7 @@ fn madt(cpus: u32) -> Vec<u8> {
     body.dword(address32(LAPIC));
     body.dword(0); // no 8259
     for id in 0..cpus {
+        // IDs that xAPIC mode does not have only fit x2APIC structures (ACPI 6.4, 5.2.12.12).
         match u8::try_from(id) {
             Ok(id) if u32::from(id) < FIRST_X2APIC_ID => {
                 ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
@@ -135,7 +133,7 @@ fn madt(cpus: u32) -> Vec<u8> {
     IoApic::new(0, address32(IOAPIC), 0).to_aml_bytes(&mut body);
     // LINT1 is the NMI of all processors (5.2.12.7 and 5.2.12.13), conforming to the bus.
     body.vec(&[4, 6, 0xff, 0, 0, 1]);
-    if cpus > FIRST_X2APIC_ID {
+    if needs_x2apic(cpus) {
         body.vec(&[10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]);
     }
     sdt(*b"APIC", MADT_REVISION, &body)

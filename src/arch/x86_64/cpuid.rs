@@ -1,5 +1,6 @@
 //! CPUID as a guest sees it: what KVM supports, with the topology of N cores in one socket, one thread each.
 
+use super::needs_x2apic;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// The CPUID of vCPU `index` of `cpus`, made from `supported` (`KVM_GET_SUPPORTED_CPUID`). The vCPU's index is its
@@ -33,6 +34,8 @@ pub fn for_vcpu(supported: &CpuId, index: u32, cpus: u32, tsc_deadline: bool) ->
                     entry.eax |= ((1 << core_bits) - 1u32).min(0x3f) << 26;
                 }
             }
+            // KVM's features: the IOAPIC takes destinations of 15 bits (KVM_FEATURE_MSI_EXT_DEST_ID), if it is ours.
+            0x4000_0001 => set_bit(&mut entry.eax, 15, needs_x2apic(cpus)),
             // AMD ECX: CmpLegacy, more than one core.
             0x8000_0001 if is_amd(supported) => set_bit(&mut entry.ecx, 1, cpus > 1),
             // AMD ECX: ApicIdSize, number of cores - 1.
@@ -85,6 +88,7 @@ mod tests {
             leaf(4, 3, 0x1c03_c163, 0),
             leaf(0xb, 0, 1, 2),
             leaf(0x1f, 0, 1, 2),
+            leaf(0x4000_0001, 0, 1, 0),
             leaf(0x8000_0008, 0, 0, 0),
         ];
         CpuId::from_entries(&leaves).unwrap()
@@ -107,6 +111,17 @@ mod tests {
         assert_eq!(find(&entries, 4, 3).eax >> 14 & 0xfff, 3, "level 3 is shared");
         assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 2 << 12 | 3);
         assert!(!entries.iter().any(|e| e.function == 0x1f));
+    }
+
+    #[test]
+    fn more_cores_than_xapic_ids_have_wider_ones() {
+        let entries = for_vcpu(&supported(), 256, 260, true);
+        let cores = find(&entries, 0xb, 1);
+        assert_eq!((cores.eax, cores.ebx, cores.edx), (9, 260, 256));
+        assert_eq!(find(&entries, 1, 0).ebx, 0xff << 16 | 8 << 8, "the low byte of the id, and as many as fit");
+        assert_eq!(find(&entries, 4, 3).eax >> 14 & 0xfff, 259);
+        assert_eq!(find(&entries, 0x4000_0001, 0).eax, 1 | 1 << 15);
+        assert_eq!(find(&for_vcpu(&supported(), 254, 255, true), 0x4000_0001, 0).eax, 1);
     }
 
     #[test]

@@ -13,6 +13,14 @@ pub mod mptable;
 pub mod pvh;
 pub mod regs;
 
+/// APIC IDs from this one on do not fit xAPIC mode, where it means all CPUs (Intel SDM volume 3, 11.12.9).
+pub const FIRST_X2APIC_ID: u32 = 255;
+
+/// Whether a machine of `cpus` CPUs starts in x2APIC mode.
+pub fn needs_x2apic(cpus: u32) -> bool {
+    cpus > FIRST_X2APIC_ID
+}
+
 /// Boot structures could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -126,6 +126,14 @@ impl Entry {
     }
 }
 
+/// Puts a vCPU's local APIC into x2APIC mode (Intel SDM volume 3, 11.12.1), as firmware does where xAPIC IDs do not
+/// suffice.
+pub fn enter_x2apic(sregs: &mut kvm_sregs) {
+    const ENABLED: u64 = 1 << 11;
+    const X2APIC: u64 = 1 << 10;
+    sregs.apic_base |= ENABLED | X2APIC;
+}
+
 /// MSRs that a kernel expects firmware to have set, the same on every vCPU.
 pub fn msrs() -> [kvm_msr_entry; 2] {
     const IA32_MISC_ENABLE: u32 = 0x1a0;
