@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::sync::TryLockError;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,7 +30,7 @@ const LAST_HALT_LOOK: Duration = Duration::from_secs(60);
 const ANNOUNCED_HALT_LOOK: Duration = Duration::from_millis(20);
 /// Until the next try to send input, when a vCPU has the serial port: it may be waiting for the console's reader.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
-/// How long the console's reader is waited for when the machine did not end by itself.
+/// How long devices and the console's reader are waited for when the machine did not end by itself.
 const DRAIN: Duration = Duration::from_secs(1);
 
 /// Where a processor starts after a reset, in its code segment.
@@ -77,6 +78,9 @@ type Step = Option<Result<Outcome, Error>>;
 impl Machine {
     /// Runs the machine until it ends, by itself or by a [`Handle`](super::Handle), a limit or a signal. It can be run
     /// once.
+    ///
+    /// A device that is in slow host I/O then is waited for if the guest ended by itself, until a signal or the time limit;
+    /// else for a second. It keeps its files open, and an image locked, until that I/O is done.
     pub fn run(&mut self) -> Result<Outcome, Error> {
         if self.vcpus.is_empty() {
             return Err(Error::RanBefore);
@@ -292,14 +296,7 @@ impl Machine {
     fn finish(&mut self, ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
         // A vCPU may be waiting for the console's reader.
         self.output.release();
-        self.threads.iter().for_each(vcpu::Thread::stop);
-        for (index, thread) in self.threads.drain(..).enumerate() {
-            let metrics = std::sync::Arc::clone(&thread.metrics);
-            self.metrics.push((format!("vcpu{index}"), metrics));
-            thread.join();
-        }
-        self.buses = std::sync::Arc::default();
-        self.output.close();
+        self.stop_threads();
         let ended = self.drain(ended);
         self.input = None;
         let console_tail = self.output.tail();
@@ -315,7 +312,29 @@ impl Machine {
         }
     }
 
-    /// Waits until the console has been written. A guest that ended by itself is owed that; it takes a signal or the time
+    /// Stops the vCPUs, and then the devices. A thread of its own waits for them, as a device may be in slow host I/O; the
+    /// console is closed when all have ended.
+    fn stop_threads(&mut self) {
+        self.threads.iter().for_each(vcpu::Thread::stop);
+        for (index, thread) in self.threads.iter().enumerate() {
+            let metrics = std::sync::Arc::clone(&thread.metrics);
+            self.metrics.push((format!("vcpu{index}"), metrics));
+        }
+        let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
+        let output = self.output.clone();
+        let wait = move || {
+            threads.into_iter().for_each(vcpu::Thread::join);
+            drop(buses);
+            output.close();
+        };
+        if let Err(error) = thread::Builder::new().name("bantam-end".into()).spawn(wait) {
+            // What it was given has been dropped: the last vCPU's thread ends the devices.
+            log::error!("cannot start the thread that waits for the others: {error}");
+            self.output.close();
+        }
+    }
+
+    /// Waits until all threads have ended and the console has been written. A guest that ended by itself is owed that; it takes a signal or the time
     /// limit to give it up. Otherwise the reader has a moment.
     fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
         if self.writer.is_none() {

@@ -9,6 +9,7 @@ mod console;
 mod embedded;
 mod guest;
 mod killed;
+mod stuck;
 mod terminal;
 
 use std::process::{Command, Stdio};
