@@ -17,6 +17,7 @@ cargo fmt --check
 
 step "Lints"
 cargo clippy --all-targets --locked -- -D warnings
+cargo clippy --features tls --locked -- -D warnings
 
 step "Dependencies"
 if [[ ! -x target/tools/bin/cargo-deny ]]; then

@@ -50,6 +50,7 @@
 //! | 2, what it runs on | [`kvm`]: all of KVM's ioctls; [`devices`]: serial port, clock, power; [`virtio`]: disks, network, randomness |
 //! | 1, the architecture as data | [`arch`]: addresses, registers, tables |
 //! | 0, the vocabulary | [`outcome`], [`memory`], [`bus`], [`interrupt`], [`metrics`], [`signal`], [`terminal`] |
+//! | beside them | [`image`]: root file systems of images, archives and directories |
 
 pub mod arch;
 pub mod boot;
@@ -57,6 +58,7 @@ pub mod bus;
 pub mod check;
 pub mod config;
 pub mod devices;
+pub mod image;
 pub mod interrupt;
 pub mod kvm;
 pub mod machine;

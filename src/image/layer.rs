@@ -1,0 +1,132 @@
+//! Unpacking one layer, or a plain archive, into the merged tree.
+
+use std::io::{self, Read};
+
+use super::archive::{Entry, Kind, Reader, invalid};
+use super::contents::Contents;
+use super::erofs;
+use super::tree::{Content, Tree};
+
+/// The name before the names of what a layer removes (OCI image specification, "Whiteouts").
+const WHITEOUT: &[u8] = b".wh.";
+/// Removes all that layers below have in the directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// Why an archive was not unpacked: the entry, where it is known, and the reason.
+pub(super) struct Refused {
+    pub entry: Option<Vec<u8>>,
+    pub source: io::Error,
+}
+
+impl From<io::Error> for Refused {
+    fn from(source: io::Error) -> Self {
+        Self { entry: None, source }
+    }
+}
+
+/// Puts what is in the archive `input` into the tree, as the layer above all before it. A layer of an image may have
+/// `whiteouts`. Gives back what it was read from, which may have more bytes behind the end-of-archive mark.
+pub(super) fn unpack<R: Read>(
+    input: R,
+    whiteouts: bool,
+    tree: &mut Tree,
+    contents: &mut Contents,
+) -> Result<R, Refused> {
+    tree.next_layer();
+    let mut reader = Reader::new(input);
+    let mut last: Option<Vec<u8>> = None;
+    loop {
+        let entry = reader.next().map_err(|source| match &last {
+            None => Refused::from(source),
+            // Headers tell no name before they are whole.
+            Some(last) => Refused { entry: None, source: after(last, source) },
+        })?;
+        let Some(entry) = entry else { break };
+        let path = entry.path.clone();
+        if let Err(source) = apply(entry, whiteouts, &mut reader, tree, contents) {
+            return Err(Refused { entry: Some(path), source });
+        }
+        for data in tree.take_freed() {
+            contents.free(data);
+        }
+        last = Some(path);
+    }
+    Ok(reader.into_inner())
+}
+
+fn after(entry: &[u8], source: io::Error) -> io::Error {
+    io::Error::new(source.kind(), format!("after entry {}: {source}", show(entry)))
+}
+
+/// A path of an archive, fit to be printed.
+pub(super) fn show(path: &[u8]) -> String {
+    let shown: String = String::from_utf8_lossy(path).chars().take(200).collect();
+    format!("{shown:?}")
+}
+
+fn apply(
+    entry: Entry,
+    whiteouts: bool,
+    reader: &mut Reader<impl Read>,
+    tree: &mut Tree,
+    contents: &mut Contents,
+) -> io::Result<()> {
+    erofs::check_xattrs(&entry.metadata)?;
+    if whiteouts && apply_whiteout(&entry.path, tree)? {
+        return Ok(());
+    }
+    let Some((parent, name)) = tree.parent(&entry.path)? else {
+        if entry.kind != Kind::Directory {
+            return Err(invalid("it is the root, and no directory"));
+        }
+        tree.set_root(entry.metadata);
+        return Ok(());
+    };
+    let content = match entry.kind {
+        Kind::HardLink(target) => {
+            let id = tree.find(&target)?;
+            let id =
+                id.ok_or_else(|| invalid(format!("it is a hard link to {}, which is not there", show(&target))))?;
+            if let Content::Directory(_) = tree.node(id).content {
+                return Err(invalid(format!("it is a hard link to {}, a directory", show(&target))));
+            }
+            return tree.link(parent, name, id);
+        }
+        Kind::File => {
+            let room = erofs::room(&entry.metadata);
+            Content::File(contents.add(entry.size, entry.pieces.as_deref(), room, reader)?)
+        }
+        Kind::Directory => Content::Directory(Default::default()),
+        Kind::Symlink(target) if target.is_empty() => return Err(invalid("it is a symlink to nothing")),
+        Kind::Symlink(target) => Content::Symlink(target),
+        Kind::CharDevice(major, minor) if is_device(major, minor) => Content::CharDevice(major, minor),
+        Kind::BlockDevice(major, minor) if is_device(major, minor) => Content::BlockDevice(major, minor),
+        Kind::CharDevice(..) | Kind::BlockDevice(..) => return Err(invalid("its device number is too large")),
+        Kind::Fifo => Content::Fifo,
+    };
+    tree.put(parent, name, entry.metadata, content).map(|_| ())
+}
+
+/// Removes what an entry says is to be removed; whether it says so.
+fn apply_whiteout(path: &[u8], tree: &mut Tree) -> io::Result<bool> {
+    let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    let Some(hidden) = name.strip_prefix(WHITEOUT) else { return Ok(false) };
+    if matches!(hidden, b"" | b"." | b"..") {
+        return Err(invalid("it is a whiteout of nothing"));
+    }
+    // Where the layer has put a file in place of the directory there is nothing left to remove.
+    if let Some((parent, _)) = tree.existing_parent(path)? {
+        match hidden {
+            _ if name == OPAQUE => tree.hide_children(parent),
+            // Of aufs: its own bookkeeping.
+            _ if hidden.starts_with(WHITEOUT) => {}
+            hidden => tree.hide(parent, hidden),
+        }
+    }
+    Ok(true)
+}
+
+/// Whether Linux has such a number: 12 bits and 20.
+fn is_device(major: u32, minor: u32) -> bool {
+    major < 1 << 12 && minor < 1 << 20
+}
