@@ -1,5 +1,6 @@
 //! The command line: flags in, a [`Config`] out.
 
+pub mod image;
 pub mod log;
 pub mod report;
 
@@ -67,6 +68,8 @@ pub enum Command {
     /// Tell whether this host, and a kernel, have what bantam needs.
     #[command(after_long_help = CHECK_EXAMPLES)]
     Check(Check),
+    /// List, fetch and remove the images in the cache.
+    Image(image::Image),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.

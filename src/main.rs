@@ -49,6 +49,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(run) => self::run(run, started),
         Command::Check(check) => self::check(check),
+        Command::Image(image) => image.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Completions { shell } => print(&cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
     };

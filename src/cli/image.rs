@@ -1,0 +1,118 @@
+//! `bantam image`: what is in the cache of images.
+
+use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bantam::config::duration;
+use bantam::image::{self, Cache, Listed, Options, Progress, Pull, Source};
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// The cache of images.
+#[derive(Debug, Args)]
+pub struct Image {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the images in the cache, the one used last first.
+    Ls {
+        /// Print JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch or unpack images into the cache, and print their paths.
+    Pull {
+        /// What `bantam run` takes: docker://HOST/NAME:TAG, oci:PATH, an archive or a directory.
+        #[arg(value_name = "ROOTFS", required = true)]
+        sources: Vec<String>,
+    },
+    /// Remove images from the cache.
+    Rm {
+        /// Their names, digests, or first digits of digests.
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+    },
+    /// Remove all images that no machine uses.
+    Prune {
+        /// Keep those that have been used within this time: 30s, 60m, 24h.
+        #[arg(long, value_name = "TIME", value_parser = duration::parse)]
+        unused_for: Option<Duration>,
+    },
+}
+
+impl Image {
+    /// Does what is asked for, and gives back what to print.
+    pub fn run(&self) -> Result<String, image::Error> {
+        let cache = Cache::of_user()?;
+        let removed = |listed: &Listed| format!("{} {}\n", listed.digest, size(listed.size));
+        match &self.command {
+            Command::Ls { json } => cache.list().map(|list| if *json { to_json(&list) } else { table(&list) }),
+            Command::Pull { sources } => sources.iter().map(|source| pull(&cache, source)).collect(),
+            Command::Rm { names } => names.iter().map(|name| cache.remove(name).map(|it| removed(&it))).collect(),
+            Command::Prune { unused_for } => {
+                let before = SystemTime::now().checked_sub(unused_for.unwrap_or_default());
+                let gone = cache.prune(before.unwrap_or(SystemTime::UNIX_EPOCH))?;
+                Ok(gone.iter().map(removed).collect())
+            }
+        }
+    }
+}
+
+fn pull(cache: &Cache, source: &str) -> Result<String, image::Error> {
+    let source: Source = source.parse()?;
+    let bars = Bars::default();
+    let options = Options { pull: Pull::Always, progress: Some(&bars), ..Options::default() };
+    let image = image::open(&source, cache, &options)?;
+    Ok(format!("{}\n", image.path().display()))
+}
+
+fn to_json(list: &[Listed]) -> String {
+    format!("{:#}\n", serde_json::json!(list))
+}
+
+fn table(list: &[Listed]) -> String {
+    let mut lines = String::from("DIGEST        SIZE      IN USE  NAME\n");
+    for listed in list {
+        let name = if listed.names.is_empty() { listed.source.clone() } else { listed.names.join(", ") };
+        let in_use = if listed.in_use { "yes" } else { "no" };
+        lines.push_str(&format!("{:.12}  {:<8}  {in_use:<6}  {name}\n", listed.digest.hex(), size(listed.size)));
+    }
+    lines
+}
+
+fn size(bytes: u64) -> String {
+    format!("{}M", bytes.div_ceil(1 << 20))
+}
+
+/// Progress bars on standard error, if that is a terminal.
+#[derive(Default)]
+pub struct Bars(Mutex<Option<ProgressBar>>);
+
+impl Progress for Bars {
+    fn begin(&self, what: &str, bytes: Option<u64>) {
+        if !std::io::stderr().is_terminal() {
+            return;
+        }
+        let bar = bytes.map_or_else(ProgressBar::no_length, ProgressBar::new);
+        let style = "{msg:40!} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        bar.set_style(ProgressStyle::with_template(style).expect("the template is right"));
+        bar.set_message(what.to_owned());
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar);
+    }
+
+    fn advance(&self, bytes: u64) {
+        if let Some(bar) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            bar.inc(bytes);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            bar.finish_and_clear();
+        }
+    }
+}
