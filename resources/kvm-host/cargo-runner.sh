@@ -4,7 +4,7 @@
 # KVM_HOST=always sends integration tests there on every machine.
 set -euo pipefail
 
-without_guests=(architecture reference)
+without_guests=(architecture image reference)
 
 here=$(realpath "$(dirname "$0")")
 name=$(basename "$1")
