@@ -40,7 +40,7 @@ mkdir -p target/guest
 exec {lock}>target/guest/lock
 flock "$lock"
 
-guest_modules=(virtio_mmio virtio_blk virtio_net virtio-rng vmw_vsock_virtio_transport)
+guest_modules=(virtio_mmio virtio_blk virtio_net virtio-rng vmw_vsock_virtio_transport virtiofs)
 host_modules=(
     virtio_pci virtio_console 9p 9pnet_virtio overlay # its own needs
     kvm_amd tun bridge veth vhost_net vhost_vsock virtio_blk ext4

@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bantam::config::{Config, Size, duration, kv};
+use bantam::config::{Config, Share, Size, duration, kv};
 use bantam::devices::console;
 use bantam::virtio::{blk, net, vsock};
 use clap::builder::styling::{AnsiColor, Styles};
@@ -119,6 +119,12 @@ pub struct Run {
     #[arg(value_parser = kv::from_str::<net::Spec>, help_heading = "Devices")]
     nets: Vec<net::Spec>,
 
+    /// Share a folder of the host with the guest.
+    ///
+    /// A guest mounts the first one with `mount -t virtiofs share0 GUEST`, the second one as share1, and so on.
+    #[arg(long = "share", value_name = "HOST:GUEST[:ro]", help_heading = "Devices")]
+    shares: Vec<Share>,
+
     /// Add a socket device: Unix sockets of the host to and from the guest's vsock ports.
     ///
     /// A host program connects to PATH and writes `CONNECT PORT` and a newline. What the guest connects to, port PORT of
@@ -199,6 +205,7 @@ impl Run {
             rootfs: self.rootfs.clone(),
             disks: self.disks.clone(),
             nets: self.nets.clone(),
+            shares: self.shares.clone(),
             vsock: self.vsock.clone(),
             rng: !self.no_rng,
             serial: self.serial.clone(),

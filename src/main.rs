@@ -94,9 +94,21 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     Ok(status(&outcome))
 }
 
+/// Allows this process as many open files as it may have: of a shared folder, each file that the guest knows is one.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        log::warn!("cannot raise the limit of open files: {error}");
+    }
+}
+
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
     config.validate()?;
+    if !config.shares.is_empty() {
+        raise_open_files();
+    }
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let signals =
         SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;

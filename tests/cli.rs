@@ -333,6 +333,10 @@ fn mistaken_device_options_are_refused() {
     folder.refuses(&["--net", "tap0,mac=nonsense"], &["--net", "mac=nonsense"]);
     folder.refuses(&["--net", "tap0,mac=01:00:00:00:00:00"], &["--net", "mac=01:00:00:00:00:00"]);
     folder.refuses(&["--net", "tap0", "--net", "tap=tap0,mtu=1500"], &["tap0", "twice"]);
+    folder.refuses(&["--share", "."], &["--share", "no folder of the guest"]);
+    folder.refuses(&["--share", ".:relative"], &["--share", "not an absolute path"]);
+    folder.refuses(&["--share", "missing:/src"], &["folder missing", "No such file"]);
+    folder.refuses(&["--share", "kernel:/src"], &["folder kernel", "Not a directory"]);
     folder.refuses(&["--vsock", "cid=3"], &["--vsock", "socket"]);
     folder.refuses(&["--vsock", "cid=x,socket=s"], &["--vsock", "cid=x"]);
     folder.refuses(&["--vsock", "cid=3,socket=s,port=1"], &["--vsock", "`port` is not known", "cid"]);

@@ -2,6 +2,7 @@
 
 pub mod duration;
 pub mod kv;
+mod share;
 mod size;
 
 use std::os::fd::RawFd;
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use share::{BadShare, Share};
 pub use size::{BadSize, Size};
 
 use crate::devices::console;
@@ -87,6 +89,8 @@ pub struct Config {
     pub disks: Vec<blk::Spec>,
     /// The network cards.
     pub nets: Vec<net::Spec>,
+    /// The folders that the guest sees.
+    pub shares: Vec<Share>,
     /// The socket device.
     pub vsock: Option<vsock::Spec>,
     /// Whether there is a virtio-rng device.
@@ -113,6 +117,7 @@ impl Default for Config {
             rootfs: None,
             disks: vec![],
             nets: vec![],
+            shares: vec![],
             vsock: None,
             rng: true,
             serial: console::Spec::default(),
@@ -189,6 +194,12 @@ impl Config {
     /// Adds a network card, after those that are there.
     pub fn net(mut self, net: net::Spec) -> Self {
         self.nets.push(net);
+        self
+    }
+
+    /// Adds a shared folder, after those that are there.
+    pub fn share(mut self, share: Share) -> Self {
+        self.shares.push(share);
         self
     }
 

@@ -11,13 +11,13 @@ use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, l
 use crate::boot::cmdline::{self, Cmdline};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, initrd};
-use crate::config::Config;
+use crate::config::{Config, Share};
 use crate::devices::console::Console;
 use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
-use crate::virtio::{blk, net, rng, vsock};
+use crate::virtio::{blk, fs, net, rng, vsock};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
 #[must_use]
@@ -64,6 +64,7 @@ impl Builder {
         // First, before a number that is not open becomes that of something opened here.
         let handed_over = handed_over(&config)?;
         let disks = open_disks(&config)?;
+        let shares = open_shares(&config)?;
 
         let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
         let vm = Vm::new(ram.clone(), config.cpus)?;
@@ -83,7 +84,8 @@ impl Builder {
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: taps and sockets are created,
         let nets = open_nets(&config, handed_over)?;
-        let devices = disks.into_iter().chain(nets).chain(open_vsock(&config)?).chain(rng(&config)).collect();
+        let vsock = open_vsock(&config)?;
+        let devices = disks.into_iter().chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, metrics, .. } = board;
         // a file is emptied, or the user's terminal switched to raw mode.
@@ -111,9 +113,13 @@ impl Builder {
     }
 }
 
-/// How many virtio devices the machine has. The guest finds disks, then network cards, vsock, rng.
+/// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng.
 fn count_devices(config: &Config) -> usize {
-    config.all_disks().count() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.rng)
+    config.all_disks().count()
+        + config.nets.len()
+        + config.shares.len()
+        + usize::from(config.vsock.is_some())
+        + usize::from(config.rng)
 }
 
 /// The network cards on descriptors, each at its place.
@@ -134,6 +140,15 @@ fn open_nets(config: &Config, handed_over: Vec<Option<net::Net>>) -> Result<Vec<
         Ok((format!("net{i}"), Box::new(card) as _))
     };
     config.nets.iter().zip(handed_over).enumerate().map(open).collect()
+}
+
+fn open_shares(config: &Config) -> Result<Vec<NamedDevice>, fs::Error> {
+    let open = |(i, share): (usize, &Share)| {
+        let tag = format!("share{i}");
+        let spec = fs::Spec { path: share.path.clone(), tag: tag.clone(), readonly: share.readonly };
+        Ok((tag, Box::new(spec.open()?) as _))
+    };
+    config.shares.iter().enumerate().map(open).collect()
 }
 
 fn open_vsock(config: &Config) -> Result<Option<NamedDevice>, vsock::Error> {

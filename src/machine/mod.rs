@@ -44,6 +44,9 @@ pub enum Error {
     /// A network device cannot be used.
     #[error(transparent)]
     Net(#[from] virtio::net::Error),
+    /// A folder cannot be shared.
+    #[error(transparent)]
+    Share(#[from] virtio::fs::Error),
     /// A socket device cannot be used.
     #[error(transparent)]
     Vsock(#[from] virtio::vsock::Error),

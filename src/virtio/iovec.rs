@@ -47,6 +47,11 @@ impl Iovecs {
         Self { ram: ram.clone(), list: Vec::with_capacity(MAX + 1), bytes: 0 }
     }
 
+    /// An empty list of buffers in the same memory, for a few of them.
+    pub fn same_memory(&self) -> Self {
+        Self { ram: self.ram.clone(), list: Vec::new(), bytes: 0 }
+    }
+
     /// Number of buffers.
     pub fn len(&self) -> usize {
         self.list.len()

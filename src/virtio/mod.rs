@@ -5,6 +5,7 @@
 
 pub mod blk;
 pub mod device;
+pub mod fs;
 pub mod iovec;
 pub mod mmio;
 pub mod net;

@@ -11,4 +11,5 @@ mod cpus;
 mod drivers;
 mod memory;
 mod net;
+mod share;
 mod vsock;
