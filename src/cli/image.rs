@@ -98,7 +98,7 @@ impl Progress for Bars {
             return;
         }
         let bar = bytes.map_or_else(ProgressBar::no_length, ProgressBar::new);
-        let style = "{msg:40!} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+        let style = "{msg:24!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
         bar.set_style(ProgressStyle::with_template(style).expect("the template is right"));
         bar.set_message(what.to_owned());
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar);

@@ -65,7 +65,7 @@ pub(super) fn show(path: &[u8]) -> String {
 }
 
 fn apply(
-    entry: Entry,
+    mut entry: Entry,
     whiteouts: bool,
     reader: &mut Reader<impl Read>,
     tree: &mut Tree,
@@ -98,7 +98,11 @@ fn apply(
         }
         Kind::Directory => Content::Directory(Default::default()),
         Kind::Symlink(target) if target.is_empty() => return Err(invalid("it is a symlink to nothing")),
-        Kind::Symlink(target) => Content::Symlink(target),
+        Kind::Symlink(target) => {
+            // Linux has no others, whatever an archive says.
+            entry.metadata.mode = 0o777;
+            Content::Symlink(target)
+        }
         Kind::CharDevice(major, minor) if is_device(major, minor) => Content::CharDevice(major, minor),
         Kind::BlockDevice(major, minor) if is_device(major, minor) => Content::BlockDevice(major, minor),
         Kind::CharDevice(..) | Kind::BlockDevice(..) => return Err(invalid("its device number is too large")),

@@ -63,11 +63,11 @@ pub(super) fn read_json(
         input.finish()?;
         Ok(bytes)
     };
-    read().map_err(|source| Error::Read { what: format!("{what} {name}"), source })
+    read().map_err(|source| Error::Read { what: what.to_owned(), source })
 }
 
-fn parse<'a, T: Deserialize<'a>>(what: &str, name: &str, bytes: &'a [u8]) -> Result<T, Error> {
-    serde_json::from_slice(bytes).map_err(|error| Error::Read { what: format!("{what} {name}"), source: error.into() })
+fn parse<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T, Error> {
+    serde_json::from_slice(bytes).map_err(|error| Error::Read { what: what.to_owned(), source: error.into() })
 }
 
 /// What SHA-256 digest and size a descriptor tells.
@@ -132,7 +132,7 @@ pub(super) fn select(
     let mut bytes = index.to_vec();
     let mut tag = tag;
     for _ in 0..INDEXES_MAX {
-        let index: ImageIndex = parse("the index of", what, &bytes)?;
+        let index: ImageIndex = parse(&format!("the index of {what}"), &bytes)?;
         let descriptor = choose(what, &index, tag)?;
         let (digest, expected) = expected(descriptor)?;
         if !descriptor.media_type().to_string().contains("index")
@@ -140,7 +140,7 @@ pub(super) fn select(
         {
             return Ok((digest, expected));
         }
-        bytes = read_json(blobs, "index", &digest.to_string(), expected, true)?;
+        bytes = read_json(blobs, &format!("index {digest} of {what}"), &digest.to_string(), expected, true)?;
         tag = None;
     }
     Err(unusable(what, format!("more than {INDEXES_MAX} indexes are in each other")))
@@ -153,7 +153,7 @@ pub(super) fn resolve(
     version: &str,
     digest: Option<Digest>,
 ) -> Result<(Digest, Expected), Error> {
-    let bytes = read_json(blobs, "manifest", version, Expected { digest, size: None }, true)?;
+    let bytes = read_json(blobs, &format!("the manifest of {what}"), version, Expected { digest, size: None }, true)?;
     if is_index(&bytes) {
         return select(blobs, what, &bytes, None);
     }
@@ -164,8 +164,8 @@ pub(super) fn resolve(
 /// Reads a manifest and the configuration that it names.
 pub(super) fn read(blobs: &dyn Blobs, manifest: Expected) -> Result<Found, Error> {
     let name = manifest.digest.map(|digest| digest.to_string()).unwrap_or_default();
-    let bytes = read_json(blobs, "manifest", &name, manifest, true)?;
-    let manifest: ImageManifest = parse("manifest", &name, &bytes)?;
+    let bytes = read_json(blobs, &format!("manifest {name}"), &name, manifest, true)?;
+    let manifest: ImageManifest = parse(&format!("manifest {name}"), &bytes)?;
     let kind = manifest.config().media_type().to_string();
     if !matches!(
         kind.as_str(),
@@ -174,7 +174,8 @@ pub(super) fn read(blobs: &dyn Blobs, manifest: Expected) -> Result<Found, Error
         return Err(unusable(&name, format!("it is no container image: its configuration has the media type {kind}")));
     }
     let (digest, config_expected) = expected(manifest.config())?;
-    let bytes = read_json(blobs, "configuration", &digest.to_string(), config_expected, false)?;
+    let what = format!("configuration {digest}");
+    let bytes = read_json(blobs, &what, &digest.to_string(), config_expected, false)?;
     let (config, diff_ids) = read_config(&digest.to_string(), &bytes)?;
     check_count(&name, manifest.layers().len(), diff_ids.len())?;
     let mut layers = vec![];
@@ -203,7 +204,7 @@ fn check_count(what: &str, layers: usize, diff_ids: usize) -> Result<(), Error> 
 
 /// What a configuration says, and the digests of the unpacked layers.
 fn read_config(name: &str, bytes: &[u8]) -> Result<(Config, Vec<Digest>), Error> {
-    let image: ImageConfiguration = parse("configuration", name, bytes)?;
+    let image: ImageConfiguration = parse(&format!("configuration {name}"), bytes)?;
     if *image.os() != Os::Linux {
         return Err(unusable(name, format!("it is an image for {}, not Linux", image.os())));
     }
@@ -223,7 +224,7 @@ struct Saved {
 
 /// The digest of the configuration of the one image that `docker save` has written, which is the image's id for Docker.
 pub(super) fn saved(blobs: &dyn Blobs, what: &str, manifest: &[u8]) -> Result<(Digest, Found), Error> {
-    let images: Vec<Saved> = parse("manifest.json of", what, manifest)?;
+    let images: Vec<Saved> = parse(&format!("manifest.json of {what}"), manifest)?;
     let [image] = images.as_slice() else {
         let tags: Vec<_> = images.iter().flat_map(|image| image.repo_tags.iter().flatten()).cloned().collect();
         return Err(unusable(
@@ -231,14 +232,12 @@ pub(super) fn saved(blobs: &dyn Blobs, what: &str, manifest: &[u8]) -> Result<(D
             format!("it has {} images, and only one is possible: {}", images.len(), tags.join(", ")),
         ));
     };
-    let bytes = read_json(blobs, "configuration", &image.config, Expected::default(), false)?;
+    let what_config = format!("configuration {}", image.config);
+    let bytes = read_json(blobs, &what_config, &image.config, Expected::default(), false)?;
     let id = Digest::of(&bytes);
     let claimed = image.config.trim_end_matches(".json").rsplit('/').next().unwrap_or_default();
     if claimed.len() == 64 && claimed != id.hex() {
-        return Err(Error::Read {
-            what: format!("configuration {}", image.config),
-            source: archive::invalid(format!("its digest is {id}")),
-        });
+        return Err(Error::Read { what: what_config, source: archive::invalid(format!("its digest is {id}")) });
     }
     let (config, diff_ids) = read_config(&image.config, &bytes)?;
     check_count(what, image.layers.len(), diff_ids.len())?;
@@ -248,4 +247,95 @@ pub(super) fn saved(blobs: &dyn Blobs, what: &str, manifest: &[u8]) -> Result<(D
         unpacked: Expected { digest: Some(diff_id), size: None },
     });
     Ok((id, Found { layers: layers.collect(), config }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::collections::HashMap;
+
+    #[derive(Default)]
+    struct Memory(HashMap<String, Vec<u8>>);
+
+    impl Memory {
+        /// Adds a blob, and gives a descriptor of it.
+        fn add(&mut self, kind: &str, value: &Value) -> Value {
+            let bytes = value.to_string().into_bytes();
+            let digest = Digest::of(&bytes).to_string();
+            let size = bytes.len();
+            self.0.insert(digest.clone(), bytes);
+            json!({"mediaType": kind, "digest": digest, "size": size})
+        }
+    }
+
+    impl Blobs for Memory {
+        fn open(&self, name: &str, _size: Option<u64>) -> io::Result<Box<dyn Read + '_>> {
+            let blob = self.0.get(name).ok_or(io::ErrorKind::NotFound)?;
+            Ok(Box::new(blob.as_slice()))
+        }
+    }
+
+    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+    fn with(mut descriptor: Value, key: &str, value: Value) -> Value {
+        descriptor[key] = value;
+        descriptor
+    }
+
+    fn platform(descriptor: &Value, os: &str, architecture: &str) -> Value {
+        with(descriptor.clone(), "platform", json!({"os": os, "architecture": architecture}))
+    }
+
+    fn index(manifests: &[Value]) -> Value {
+        json!({"schemaVersion": 2, "manifests": manifests})
+    }
+
+    fn select_of(blobs: &Memory, index: &Value, tag: Option<&str>) -> Result<String, Error> {
+        select(blobs, "it", index.to_string().as_bytes(), tag).map(|(digest, _)| digest.to_string())
+    }
+
+    #[test]
+    fn the_image_for_this_machine_is_chosen() {
+        let mut blobs = Memory::default();
+        let [own, other] = ["own", "other"].map(|name| blobs.add(MANIFEST, &json!({"name": name})));
+        let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        // As buildx makes it: with an attestation, which is for no platform.
+        let inner = index(&[
+            platform(&other, "linux", "s390x"),
+            platform(&other, "windows", arch),
+            platform(&own, "linux", arch),
+            platform(&other, "unknown", "unknown"),
+        ]);
+        assert_eq!(select_of(&blobs, &inner, None).unwrap(), own["digest"]);
+        let inner = blobs.add(INDEX, &inner);
+        let outer = index(&[with(inner, "annotations", json!({"org.opencontainers.image.ref.name": "v1"}))]);
+        assert_eq!(select_of(&blobs, &outer, Some("v1")).unwrap(), own["digest"]);
+        assert!(select_of(&blobs, &outer, Some("v2")).unwrap_err().to_string().contains("no image with the tag"));
+        let foreign = index(&[platform(&other, "linux", "s390x")]);
+        assert!(select_of(&blobs, &foreign, None).unwrap_err().to_string().contains("no image for linux/"));
+    }
+
+    #[test]
+    fn of_several_images_one_has_to_be_named() {
+        let mut blobs = Memory::default();
+        let images = ["a", "b"].map(|tag| {
+            let image = blobs.add(MANIFEST, &json!({"name": tag}));
+            with(image, "annotations", json!({"org.opencontainers.image.ref.name": tag}))
+        });
+        let said = select_of(&blobs, &index(&images), None).unwrap_err().to_string();
+        assert!(said.contains("a, b"), "{said}");
+        assert_eq!(select_of(&blobs, &index(&images), Some("b")).unwrap(), images[1]["digest"]);
+    }
+
+    #[test]
+    fn indexes_in_each_other_have_an_end() {
+        let mut blobs = Memory::default();
+        let mut descriptor = blobs.add(MANIFEST, &json!({}));
+        for _ in 0..INDEXES_MAX {
+            descriptor = blobs.add(INDEX, &index(&[descriptor]));
+        }
+        assert!(select_of(&blobs, &index(&[descriptor]), None).is_err());
+    }
 }

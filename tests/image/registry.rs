@@ -63,7 +63,8 @@ fn an_image_is_pulled_and_kept() {
     let digest = image.parent().unwrap().file_name().unwrap().to_str().unwrap().replace('-', ":");
     let by_digest = format!("docker://{}/team/app@{digest}", registry.address);
     let missing = format!("docker://{}/team/app:2", registry.address);
-    assert!(String::from_utf8(place.bantam(&["pull", &missing]).stderr).unwrap().contains("no such image"));
+    let said = String::from_utf8(place.bantam(&["pull", &missing]).stderr).unwrap();
+    assert!(said.contains(&missing) && said.contains("no such image"), "{said}");
     let wrong = format!("docker://{}/team/app@sha256:{}", registry.address, "0".repeat(64));
     assert_eq!(place.bantam(&["pull", &wrong]).status.code(), Some(125));
 
