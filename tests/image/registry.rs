@@ -5,8 +5,8 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::Place;
 use super::layers::layered;
+use super::{Place, assert_same};
 
 struct Registry {
     child: Child,
@@ -56,7 +56,7 @@ fn an_image_is_pulled_and_kept() {
     let reference = format!("docker://{}/team/app:1", registry.address);
     place.run("skopeo", &["copy", "-q", "--insecure-policy", "--dest-tls-verify=false", "oci:layout:v1", &reference]);
     let image = place.pull(&reference);
-    assert_eq!(place.files(&image), expected);
+    assert_same(&place.files(&image), &expected);
     let listed = String::from_utf8(place.bantam(&["ls"]).stdout).unwrap();
     assert!(listed.contains(&reference), "{listed}");
 
