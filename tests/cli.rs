@@ -237,7 +237,7 @@ fn completions_and_manual_pages_render() {
 fn the_config_is_printed_whole() {
     let folder = Folder::new();
     let flags = "--initrd i --cpus 2 --memory 1G --disk d,readonly=on --net tap0,mac=02:00:00:00:00:01 --no-rng \
-                 --boot-timeout 500ms --print-config root.img";
+                 --share src:/src:ro --vsock cid=3,socket=s --boot-timeout 500ms --print-config root.img";
     let output = folder.run(&flags.split_whitespace().collect::<Vec<_>>());
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(text(&output.stdout), include_str!("cli/config.json"));
