@@ -134,3 +134,71 @@ fn apply_whiteout(path: &[u8], tree: &mut Tree) -> io::Result<bool> {
 fn is_device(major: u32, minor: u32) -> bool {
     major < 1 << 12 && minor < 1 << 20
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::archive::BLOCK;
+    use crate::image::tree::Limits;
+    use proptest::prelude::*;
+
+    /// One entry of each type, each header followed by at most one block of data.
+    fn archive() -> Vec<u8> {
+        let mut builder = tar::Builder::new(vec![]);
+        let kinds = [
+            tar::EntryType::Directory,
+            tar::EntryType::Regular,
+            tar::EntryType::Link,
+            tar::EntryType::Symlink,
+            tar::EntryType::Char,
+            tar::EntryType::Fifo,
+            tar::EntryType::Regular,
+        ];
+        for (i, kind) in kinds.into_iter().enumerate() {
+            let data: &[u8] = if kind == tar::EntryType::Regular { b"data" } else { b"" };
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(data.len() as u64);
+            header.set_mode(0o644);
+            header.set_path(if i == 6 { "0/.wh.x".into() } else { format!("{i}") }).unwrap();
+            header.set_link_name(if i == 2 { "1" } else { "0/x" }).unwrap();
+            header.set_cksum();
+            builder.append(&header, data).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    /// Unpacks an archive, and makes an image of what is in it.
+    fn image(archive: &[u8]) -> Result<(), String> {
+        let file = || tempfile::tempfile().unwrap();
+        let mut tree = Tree::new(Limits { nodes: 1000, text: 100_000 });
+        let mut contents = Contents::new(file(), file(), 1 << 20);
+        unpack(archive, true, &mut tree, &mut contents).map_err(|refused| refused.source.to_string())?;
+        erofs::finish(&tree, contents, [0; 16]).map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_archive_becomes_an_image() {
+        assert_eq!(image(&archive()), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_archive_is_an_image_or_refused(
+            changes in proptest::collection::vec((0usize..9, 0usize..BLOCK, any::<u8>()), 1..4),
+        ) {
+            let mut bytes = archive();
+            for (block, at, value) in changes {
+                let header = &mut bytes[block * BLOCK..][..BLOCK];
+                header[at] = value;
+                // What is no header takes no harm from a checksum.
+                header[148..156].fill(b' ');
+                let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+                header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            }
+            if let Err(why) = image(&bytes) {
+                prop_assert!(!why.is_empty());
+            }
+        }
+    }
+}
