@@ -6,7 +6,7 @@
 //! whatever listens on the Unix socket PATH_PORT. From there on it is a stream both ways.
 //!
 //! Data moves between the guest's buffers and the socket without a copy; one that is full holds up its own connection
-//! only, as each has a credit of 256 KiB.
+//! only, as each has a credit of [`BUFFER`](connection::BUFFER) bytes.
 
 mod connection;
 mod packet;
@@ -16,7 +16,7 @@ mod tests;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
@@ -45,6 +45,8 @@ const LISTENER: u32 = MAX_CONNECTIONS;
 const MAX_RESETS: usize = 256;
 /// The most packets moved in one go, so that both directions have their turn and the device can be stopped.
 const BATCH: u32 = 64;
+/// The context ID of a guest for which none is given, and the first that it may have.
+const FIRST_CID: u32 = 3;
 /// The first port that a host's client has; those below are for listening.
 const FIRST_PORT: u32 = 1 << 30;
 
@@ -85,11 +87,16 @@ pub enum Error {
 impl Spec {
     /// Checks what can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
-        if (3..u32::MAX).contains(&self.cid) { Ok(()) } else { Err(Error::Cid(self.cid)) }
+        if (FIRST_CID..u32::MAX).contains(&self.cid) { Ok(()) } else { Err(Error::Cid(self.cid)) }
     }
 
     /// Creates the socket and makes the device. The socket vanishes with it.
     pub fn open(&self) -> Result<Vsock, Error> {
+        self.open_with(HashMap::new())
+    }
+
+    /// The same, and the guest's first connection to each port of `ends` is to that end and not to a Unix socket.
+    pub fn open_with(&self, ends: HashMap<u32, UnixStream>) -> Result<Vsock, Error> {
         self.validate()?;
         let listen = || {
             let listener = Listener::bind(&self.socket)?;
@@ -97,13 +104,7 @@ impl Spec {
             Ok(listener)
         };
         let listener = listen().map_err(|source| Error::Socket { path: self.socket.clone(), source })?;
-        Ok(Vsock {
-            cid: self.cid.into(),
-            config: u64::from(self.cid).to_le_bytes(),
-            listener,
-            statistics: Arc::default(),
-            running: None,
-        })
+        Ok(Vsock::new(self.cid, Some(listener), ends))
     }
 }
 
@@ -131,16 +132,37 @@ struct Statistics {
 pub struct Vsock {
     cid: u64,
     config: [u8; 8],
-    listener: Listener,
+    /// Without one there are only the ends of this process.
+    listener: Option<Listener>,
+    ends: HashMap<u32, UnixStream>,
     statistics: Arc<Statistics>,
     running: Option<Running>,
+}
+
+impl Vsock {
+    /// A device without a socket on the host: the guest's first connection to each port of `ends` is to that end.
+    pub fn with_ends(ends: HashMap<u32, UnixStream>) -> Self {
+        Self::new(FIRST_CID, None, ends)
+    }
+
+    fn new(cid: u32, listener: Option<Listener>, ends: HashMap<u32, UnixStream>) -> Self {
+        Self {
+            cid: cid.into(),
+            config: u64::from(cid).to_le_bytes(),
+            listener,
+            ends,
+            statistics: Arc::default(),
+            running: None,
+        }
+    }
 }
 
 /// What there is only between start and stop.
 struct Running {
     cid: u64,
-    /// Where the guest's connections go: this and `_PORT`.
-    path: PathBuf,
+    /// Where the guest's connections go, if not to one of `ends`: this and `_PORT`.
+    path: Option<PathBuf>,
+    ends: HashMap<u32, UnixStream>,
     statistics: Arc<Statistics>,
     /// The connections by token.
     connections: Vec<Option<Connection>>,
@@ -179,7 +201,8 @@ impl VirtioDevice for Vsock {
     fn start(&mut self, _features: u64, io: &mut Io) -> Result<(), DeviceError> {
         self.running = Some(Running {
             cid: self.cid,
-            path: self.listener.path().to_owned(),
+            path: self.listener.as_ref().map(|listener| listener.path().to_owned()),
+            ends: std::mem::take(&mut self.ends),
             statistics: self.statistics.clone(),
             connections: Vec::new(),
             by_ports: HashMap::new(),
@@ -189,7 +212,8 @@ impl VirtioDevice for Vsock {
             head: Iovecs::new(&io.ram),
             body: Iovecs::new(&io.ram),
         });
-        io.watch(LISTENER, &*self.listener, EventFlags::IN | EventFlags::ET)
+        let Some(listener) = &self.listener else { return Ok(()) };
+        io.watch(LISTENER, &**listener, EventFlags::IN | EventFlags::ET)
             .map_err(|source| DeviceError::Host { what: "cannot watch the vsock socket".into(), source })
     }
 
@@ -203,7 +227,7 @@ impl VirtioDevice for Vsock {
     fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), DeviceError> {
         let Some(running) = &mut self.running else { return Ok(()) };
         if token == LISTENER {
-            running.accept(&self.listener, io);
+            self.listener.iter().for_each(|listener| running.accept(listener, io));
         } else if let Some(Some(connection)) = running.connections.get_mut(token as usize) {
             match connection.host_ready() {
                 Ok(()) => running.set_ready(token),
@@ -214,11 +238,14 @@ impl VirtioDevice for Vsock {
     }
 
     fn stop(&mut self, io: &mut Io) {
-        if let Err(error) = io.unwatch(&*self.listener) {
+        if let Some(listener) = &self.listener
+            && let Err(error) = io.unwatch(&**listener)
+        {
             log::error!("cannot stop watching the vsock socket: {error}");
         }
         if let Some(mut running) = self.running.take() {
             (0..MAX_CONNECTIONS).for_each(|token| drop(running.remove(token, io)));
+            self.ends = running.ends;
         }
     }
 }
@@ -453,17 +480,27 @@ impl Running {
 
     /// Connects the guest to what listens for it on the host.
     fn connect(&mut self, request: &Header, io: &Io) -> io::Result<()> {
-        let mut path = self.path.clone().into_os_string();
-        path.push(format!("_{}", request.dst_port));
-        // Not blocking: one whose backlog is full refuses.
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &SocketAddrUnix::new(path)?)?;
-        let token = self.insert(socket.into(), io, |stream, _| Connection::from_guest(stream, request))?;
+        let stream = match (self.ends.remove(&request.dst_port), &self.path) {
+            (Some(end), _) => end,
+            (None, Some(path)) => connect_to(path, request.dst_port)?,
+            (None, None) => return Err(io::ErrorKind::ConnectionRefused.into()),
+        };
+        let token = self.insert(stream, io, |stream, _| Connection::from_guest(stream, request))?;
         self.by_ports.insert(Ports { host: request.dst_port, guest: request.src_port }, token);
         self.set_ready(token);
         Ok(())
     }
+}
+
+/// Connects to the Unix socket for a port of the host.
+fn connect_to(path: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut path = path.as_os_str().to_owned();
+    path.push(format!("_{port}"));
+    // Not blocking: one whose backlog is full refuses.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 /// Splits the buffers of `chain` after the header. `None` if they are not such as the driver has to give.

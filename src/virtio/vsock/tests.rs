@@ -310,3 +310,22 @@ fn a_reserved_context_id_is_refused() {
         assert!(refused.to_string().contains(&format!("context ID {cid}:")), "{refused}");
     }
 }
+
+#[test]
+fn an_end_in_the_process_is_connected_once() {
+    let (mut host, end) = UnixStream::pair().unwrap();
+    let mut driver = Driver::new(Box::new(Vsock::with_ends(HashMap::from([(PORT, end)]))));
+    driver.start();
+    let mut guest = Guest { driver, folder: tempfile::tempdir().unwrap(), received: 0, sent: 0 };
+    let from = |header| Header { src_cid: FIRST_CID.into(), ..header };
+    guest.send(from(Guest::header(Op::Request, 1, PORT)), b"");
+    guest.receive_op(Op::Response);
+    guest.send(from(Guest::header(Op::Rw, 1, PORT)), b"hello");
+    let mut text = [0; 5];
+    host.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello");
+    for port in [PORT, PORT + 1] {
+        guest.send(from(Guest::header(Op::Request, 2, port)), b"");
+        guest.receive_op(Op::Rst);
+    }
+}
