@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::cpio;
 use super::kernel::{self, Kernel};
 use super::low_memory_end;
 use crate::memory::{GuestRam, prefer_huge_pages};
@@ -56,7 +57,22 @@ pub enum Error {
 /// # Errors
 /// When there is no such file, or it does not fit between the kernel and the end of low memory.
 pub fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Range<u64>, Error> {
-    let (mut file, size) = kernel::open(path).map_err(|source| Error::Open { path: path.into(), source })?;
+    load_with(ram, Some(path), &[], kernel)
+}
+
+/// Loads the initrd at `path`, if there is one, and the archive `more` after it: the kernel unpacks one after the other.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with(ram: &GuestRam, path: Option<&Path>, more: &[u8], kernel: &Kernel) -> Result<Range<u64>, Error> {
+    let opened = path.map(|path| Ok((path, kernel::open(path)?)));
+    let mut opened =
+        opened.transpose().map_err(|source| Error::Open { path: path.unwrap_or(Path::new("")).into(), source })?;
+    let path = path.unwrap_or(Path::new("of the command"));
+    let first = opened.as_ref().map_or(0, |(_, (_, size))| *size);
+    // Between archives there may be zeros.
+    let second = if more.is_empty() { first } else { first.next_multiple_of(cpio::ALIGNMENT as u64) };
+    let size = second + more.len() as u64;
     let limit = low_memory_end(ram).min(kernel.initrd_max.saturating_add(1)) / PAGE * PAGE;
     let room = limit.saturating_sub(kernel.range.end.next_multiple_of(PAGE));
     let too_big = || Error::TooBig { path: path.into(), size, room, limit };
@@ -65,7 +81,10 @@ pub fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Range<u64>, 
     }
     let start = (limit - size) / PAGE * PAGE;
     prefer_huge_pages(ram, start..start + size);
-    read(ram, &mut file, start, size).map_err(|source| Error::Read { path: path.into(), source })?;
+    if let Some((_, (file, _))) = &mut opened {
+        read(ram, file, start, first).map_err(|source| Error::Read { path: path.into(), source })?;
+    }
+    ram.write_slice(more, GuestAddress(start + second)).map_err(|_| too_big())?;
     Ok(start..start + size)
 }
 
@@ -103,6 +122,16 @@ mod tests {
         assert_eq!(ram.read_obj::<u8>(GuestAddress(0x3f_f387)).unwrap(), 7);
         kernel.initrd_max = 0x2f_ffff;
         assert_eq!(load(&ram, initrd.path(), &kernel).unwrap(), 0x2f_e000..0x2f_f388);
+    }
+
+    #[test]
+    fn another_archive_follows_it() {
+        let (ram, kernel) = machine();
+        let initrd = file(&[7; 4097]);
+        let range = load_with(&ram, Some(initrd.path()), b"more", &kernel).unwrap();
+        assert_eq!(range, 0x3f_e000..0x3f_f008);
+        assert_eq!(ram.read_obj::<[u8; 7]>(GuestAddress(0x3f_f001)).unwrap(), *b"\0\0\0more");
+        assert_eq!(load_with(&ram, None, b"alone", &kernel).unwrap(), 0x3f_f000..0x3f_f005);
     }
 
     #[test]

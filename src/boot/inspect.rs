@@ -72,8 +72,8 @@ pub fn inspect(path: &Path) -> Result<Inspection, Error> {
     })
 }
 
-/// The version in the kernel's banner.
-fn version(ram: &GuestRam, range: Range<u64>) -> Option<String> {
+/// The version in the banner of a kernel that was loaded to `range`.
+pub fn version(ram: &GuestRam, range: Range<u64>) -> Option<String> {
     let prefix = b"Linux version ";
     let start = find(ram, range, prefix)? + prefix.len() as u64;
     let mut text = [0; 256];

@@ -12,13 +12,16 @@ use crate::memory::GuestRam;
 
 mod bzimage;
 pub mod cmdline;
+pub mod cpio;
 mod elf;
+pub mod filesystem;
 #[cfg(test)]
 mod fixture;
 mod image;
 pub mod initrd;
 pub mod inspect;
 pub mod kernel;
+pub mod modules;
 mod unpack;
 
 /// Why a guest could not be loaded.
