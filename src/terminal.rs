@@ -36,8 +36,18 @@ pub struct Raw(());
 
 impl Raw {
     /// Switches standard input to raw mode, if it is a terminal, this process is in its foreground, and nobody else in
-    /// the process has it.
+    /// the process has it. Lines that are written to it still start at the left.
     pub fn enter() -> io::Result<Option<Self>> {
+        // Our own lines, and those of a guest that sends no carriage returns.
+        Self::enter_with(OutputModes::OPOST)
+    }
+
+    /// The same, and what is written to the terminal reaches it as it is.
+    pub fn enter_whole() -> io::Result<Option<Self>> {
+        Self::enter_with(OutputModes::empty())
+    }
+
+    fn enter_with(output_modes: OutputModes) -> io::Result<Option<Self>> {
         if !isatty(stdin()) || !in_foreground() {
             return Ok(None);
         }
@@ -48,8 +58,7 @@ impl Raw {
         let before = tcgetattr(stdin())?;
         let mut raw = before.clone();
         raw.make_raw();
-        // Our own lines, and those of a guest that sends no carriage returns, still start at the left.
-        raw.output_modes |= OutputModes::OPOST;
+        raw.output_modes |= output_modes;
         *saved = Some(before);
         drop(saved);
         let raw_guard = Raw(());
