@@ -1,0 +1,30 @@
+//! Compiles the guest's init, `src/init`, which bantam carries within itself: a static program without the standard
+//! library, by the compiler that compiles bantam.
+
+#![allow(clippy::expect_used, reason = "a build script says what went wrong by failing")]
+
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src/init");
+    println!("cargo::rerun-if-changed=src/command/protocol.rs");
+    let variable = |name| env::var_os(name).unwrap_or_else(|| panic!("cargo sets {name}"));
+    let output = PathBuf::from(variable("OUT_DIR")).join("init");
+    let mut rustc = Command::new(variable("RUSTC"));
+    rustc.args(["src/init/main.rs", "--edition=2024", "--crate-name=init", "--crate-type=bin"]);
+    rustc.args(["-D", "warnings", "-D", "unsafe_code"]);
+    rustc.arg("--target").arg(variable("TARGET")).arg("-o").arg(&output);
+    for option in ["panic=abort", "opt-level=s", "strip=symbols", "relocation-model=static", "codegen-units=1"] {
+        rustc.args(["-C", option]);
+    }
+    // No start files and no C library. Of the precompiled `alloc` only what is used.
+    for argument in ["-nostdlib", "-nostartfiles", "-static", "-no-pie", "-Wl,--gc-sections", "-Wl,--build-id=none"] {
+        rustc.arg(format!("-Clink-arg={argument}"));
+    }
+    let status =
+        rustc.status().unwrap_or_else(|error| panic!("cannot start the compiler for the guest's init: {error}"));
+    assert!(status.success(), "cannot compile the guest's init: {status}");
+}

@@ -1,0 +1,315 @@
+//! The host's side of a command that runs: its streams, its signals, and its end.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use rustix::termios::{isatty, tcgetwinsize};
+
+use super::protocol::{self, message};
+use crate::terminal::{self, Escapes, Raw, Request};
+
+/// Bytes that are on their way in each direction, at most, here.
+const BUFFER: usize = 64 << 10;
+/// More than the text of any failure.
+const FAILURE_MAX: u64 = 64 << 10;
+/// Until the terminal is looked at again, while this process may not read it.
+const BACKGROUND: Duration = Duration::from_millis(200);
+
+/// Where the command's streams end on the host.
+#[derive(Debug)]
+pub struct Streams {
+    /// What the command reads.
+    pub stdin: OwnedFd,
+    /// What it prints.
+    pub stdout: OwnedFd,
+    /// What it prints about that.
+    pub stderr: OwnedFd,
+}
+
+impl Streams {
+    /// Those of this process.
+    ///
+    /// # Errors
+    /// When descriptors are used up.
+    pub fn inherit() -> io::Result<Self> {
+        let duplicate = |fd: BorrowedFd<'_>| Ok::<_, io::Error>(rustix::io::fcntl_dupfd_cloexec(fd, 3)?);
+        Ok(Self {
+            stdin: duplicate(rustix::stdio::stdin())?,
+            stdout: duplicate(rustix::stdio::stdout())?,
+            stderr: duplicate(rustix::stdio::stderr())?,
+        })
+    }
+}
+
+/// How the command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this status.
+    Exited(u8),
+    /// By a signal with this number.
+    Killed(i32),
+}
+
+/// What a session tells the machine.
+#[derive(Debug)]
+pub enum Report {
+    /// The guest is about to start the command.
+    Started,
+    /// The command has ended, and all its output was passed on.
+    Ended(Ended),
+    /// The guest cannot start the command; why.
+    Failed(String),
+    /// The user ends the machine by the terminal.
+    Quit,
+}
+
+/// A command's session.
+#[derive(Debug)]
+pub struct Session {
+    control: UnixStream,
+    /// Until it starts.
+    idle: Option<Idle>,
+    /// Says when nothing is carried any more.
+    done: Option<Receiver<()>>,
+    /// The terminal in raw mode, if the command has it.
+    raw: Option<Raw>,
+    has_terminal: bool,
+    running: bool,
+    signals: u32,
+}
+
+/// What the threads get.
+#[derive(Debug)]
+struct Idle {
+    streams: Streams,
+    stdin: UnixStream,
+    outputs: Vec<UnixStream>,
+}
+
+/// The guest's ends of connections, by the port of the host that they belong to.
+pub type Ends = HashMap<u32, UnixStream>;
+
+impl Session {
+    /// A session for a command with or without a terminal, and the ends for the vsock device.
+    ///
+    /// # Errors
+    /// When sockets cannot be had, or there is no terminal.
+    pub fn new(tty: bool, streams: Streams) -> io::Result<(Self, Ends)> {
+        if tty && !isatty(&streams.stdin) {
+            return Err(io::Error::other("standard input is not a terminal"));
+        }
+        let mut ends = Ends::new();
+        let mut end = |port| {
+            let (host, guest) = UnixStream::pair()?;
+            ends.insert(port, guest);
+            Ok::<_, io::Error>(host)
+        };
+        let control = end(protocol::CONTROL)?;
+        let stdin = end(protocol::STDIN)?;
+        let outputs = if tty { vec![stdin.try_clone()?] } else { vec![end(protocol::STDOUT)?, end(protocol::STDERR)?] };
+        let idle = Some(Idle { streams, stdin, outputs });
+        let session = Self { control, idle, done: None, raw: None, has_terminal: tty, running: false, signals: 0 };
+        Ok((session, ends))
+    }
+
+    /// The size of the user's terminal, as the init takes it.
+    pub fn window() -> u32 {
+        let size = tcgetwinsize(rustix::stdio::stdin());
+        size.map_or(0, |size| u32::from(size.ws_row) << 16 | u32::from(size.ws_col))
+    }
+
+    /// Starts to carry streams. `report` is called on other threads.
+    ///
+    /// # Errors
+    /// When a thread cannot be started, or the terminal not be set.
+    pub fn start(&mut self, report: impl Fn(Report) + Clone + Send + 'static) -> io::Result<()> {
+        let Some(Idle { streams, stdin, outputs }) = self.idle.take() else { return Ok(()) };
+        if self.has_terminal {
+            self.raw = Raw::enter_whole()?;
+        }
+        let Streams { stdin: input, stdout, stderr } = streams;
+        let escapes = self.has_terminal.then(Escapes::default);
+        let quit = report.clone();
+        // It may wait for its input for ever, and is not waited for.
+        thread::Builder::new().name("bantam-stdin".into()).spawn(move || {
+            if carry_input(&File::from(input), &stdin, escapes) {
+                quit(Report::Quit);
+            }
+        })?;
+        let mut writers = vec![];
+        for (name, (from, to)) in
+            ["bantam-stdout", "bantam-stderr"].into_iter().zip(outputs.into_iter().zip([stdout, stderr]))
+        {
+            writers.push(
+                thread::Builder::new().name(name.into()).spawn(move || carry_output(name, &from, &File::from(to)))?,
+            );
+        }
+        let control = self.control.try_clone()?;
+        let (done, is_done) = mpsc::channel();
+        thread::Builder::new().name("bantam-command".into()).spawn(move || {
+            listen(control, writers, &report);
+            let _ = done.send(());
+        })?;
+        self.done = Some(is_done);
+        Ok(())
+    }
+
+    /// The guest said that the command is about to run.
+    pub fn started(&mut self) {
+        self.running = true;
+    }
+
+    /// Sends the command a signal; false if it is not running yet, or was sent one before: then it is for the machine.
+    pub fn signal(&mut self, signal: i32) -> bool {
+        self.signals += 1;
+        self.running
+            && self.signals == 1
+            && u32::try_from(signal).is_ok_and(|number| self.tell(protocol::SIGNAL, number))
+    }
+
+    /// Tells the command the terminal's size.
+    pub fn resize(&self) {
+        if self.has_terminal {
+            self.tell(protocol::WINDOW, Self::window());
+        }
+    }
+
+    fn tell(&self, what: u32, value: u32) -> bool {
+        // A guest that does not listen is not waited for.
+        let sent = send(&self.control, &message(what, value), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        sent.is_ok_and(|count| count == protocol::MESSAGE)
+    }
+
+    /// After the end of the machine: waits so long until the output that is there has been written, and gives the
+    /// terminal back.
+    pub fn finish(&mut self, patience: Duration) {
+        if let Some(done) = self.done.take()
+            && done.recv_timeout(patience).is_err()
+        {
+            log::info!("the command's output is not read: the rest is dropped");
+        }
+        self.raw = None;
+    }
+}
+
+/// Takes what the guest says, until it has no more to say and all output was written.
+fn listen(mut control: UnixStream, mut writers: Vec<JoinHandle<()>>, report: &impl Fn(Report)) {
+    let mut bytes = [0; protocol::MESSAGE];
+    while control.read_exact(&mut bytes).is_ok() {
+        match protocol::parse(bytes) {
+            (protocol::STARTED, _) => report(Report::Started),
+            (protocol::FAILED, length) => {
+                let mut text = vec![];
+                let _ = Read::by_ref(&mut control).take(FAILURE_MAX.min(length.into())).read_to_end(&mut text);
+                report(Report::Failed(String::from_utf8_lossy(&text).into_owned()));
+            }
+            (protocol::ENDED, status) => {
+                join(&mut writers);
+                report(Report::Ended(ended(status)));
+            }
+            (what, _) => log::warn!("the guest's init says something that is not known: {what}"),
+        }
+    }
+    join(&mut writers);
+}
+
+fn join(writers: &mut Vec<JoinHandle<()>>) {
+    for writer in writers.drain(..) {
+        if writer.join().is_err() {
+            log::error!("a thread that carries the command's output panicked");
+        }
+    }
+}
+
+/// What a wait status says.
+fn ended(status: u32) -> Ended {
+    match (status & 0x7f, status >> 8 & 0xff) {
+        (0, code) => Ended::Exited(u8::try_from(code).expect("it is masked")),
+        (signal, _) => Ended::Killed(i32::try_from(signal).expect("it is masked")),
+    }
+}
+
+/// Carries the command's input until its end, or until the command takes no more. True if the user ends the machine.
+fn carry_input(mut from: &File, mut to: &UnixStream, mut escapes: Option<Escapes>) -> bool {
+    let is_terminal = isatty(from);
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let mut fds = [PollFd::new(from, PollFlags::IN), PollFd::new(to, PollFlags::empty())];
+        match poll(&mut fds, None) {
+            Ok(_) if !fds[1].revents().is_empty() => return false,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => break,
+        }
+        if fds[0].revents().is_empty() {
+            continue;
+        }
+        if is_terminal && !terminal::in_foreground() {
+            // Reading it now would stop the process.
+            thread::sleep(BACKGROUND);
+            continue;
+        }
+        let count = match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&error.kind()) => continue,
+            Err(error) => {
+                log::info!("cannot read standard input: {error}");
+                break;
+            }
+        };
+        let (count, request) = escapes.as_mut().map_or((count, None), |keys| keys.filter(&mut buffer[..count]));
+        if to.write_all(&buffer[..count]).is_err() {
+            return false;
+        }
+        match request {
+            Some(Request::Quit) => return true,
+            Some(Request::Help) => drop(rustix::io::write(rustix::stdio::stderr(), terminal::HELP.as_bytes())),
+            None => {}
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+    false
+}
+
+/// Carries the command's output until its end, or until nobody reads it. Then the command is told.
+fn carry_output(name: &str, mut from: &UnixStream, to: &File) {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        if let Err(error) = write_all(to, &buffer[..count]) {
+            log::debug!("{name}: {error}");
+            let _ = from.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
+/// Writes everything, also to a descriptor that somebody made nonblocking.
+fn write_all(mut to: &File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(&to.as_fd(), PollFlags::OUT)], None)?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

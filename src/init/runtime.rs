@@ -1,0 +1,141 @@
+//! What every Rust program without the standard library has to bring: a start, memory, and an end in a panic.
+
+#![expect(unsafe_code, reason = "the allocator and what the compiler calls")]
+
+use core::alloc::{GlobalAlloc, Layout};
+use core::arch::{asm, global_asm};
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::sys;
+
+global_asm!(
+    ".globl _start",
+    "_start:",
+    "xor %ebp, %ebp",
+    "and $-16, %rsp",
+    "call {start}",
+    "ud2",
+    start = sym start,
+    options(att_syntax)
+);
+
+extern "C" fn start() -> ! {
+    crate::main()
+}
+
+/// Memory is taken and never given back: the init allocates while it prepares, and little.
+struct Bump;
+
+#[global_allocator]
+static ALLOCATOR: Bump = Bump;
+
+/// Where free memory begins and ends.
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+static END: AtomicUsize = AtomicUsize::new(0);
+const CHUNK: usize = 1 << 20;
+
+// SAFETY: each piece is handed out once, from a mapping of its own process; there is one thread.
+unsafe impl GlobalAlloc for Bump {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let mut at = NEXT.load(Ordering::Relaxed).next_multiple_of(layout.align());
+        if at + layout.size() > END.load(Ordering::Relaxed) {
+            let bytes = (layout.size() + layout.align()).next_multiple_of(CHUNK);
+            let Ok(memory) = sys::map(bytes) else { return null_mut() };
+            END.store(memory as usize + bytes, Ordering::Relaxed);
+            at = (memory as usize).next_multiple_of(layout.align());
+        }
+        NEXT.store(at + layout.size(), Ordering::Relaxed);
+        at as *mut u8
+    }
+
+    unsafe fn dealloc(&self, _: *mut u8, _: Layout) {}
+}
+
+#[panic_handler]
+fn panic(panic: &core::panic::PanicInfo<'_>) -> ! {
+    crate::say(&alloc::format!("internal error: {panic}"));
+    sys::restart()
+}
+
+/// The precompiled `alloc` names it, and with `panic=abort` nothing calls it.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() {}
+
+/// Likewise.
+#[unsafe(no_mangle)]
+extern "C" fn _Unwind_Resume() -> ! {
+    sys::restart()
+}
+
+/// As the C library's; the compiler makes calls of it.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    // SAFETY: the caller has `count` bytes at both.
+    unsafe {
+        asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack))
+    };
+    to
+}
+
+/// As the C library's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+    if (to as usize).wrapping_sub(from as usize) >= count {
+        // SAFETY: forwards, nothing is overwritten before it is read.
+        return unsafe { memcpy(to, from, count) };
+    }
+    let last = count.wrapping_sub(1);
+    // SAFETY: the caller has `count` bytes at both; backwards, nothing is overwritten before it is read.
+    unsafe {
+        asm!(
+            "std", "rep movsb", "cld",
+            inout("rcx") count => _,
+            inout("rdi") to.wrapping_add(last) => _,
+            inout("rsi") from.wrapping_add(last) => _,
+            options(nostack)
+        );
+    }
+    to
+}
+
+/// As the C library's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
+    // SAFETY: the caller has `count` bytes there.
+    unsafe { asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("al") byte as u8, options(nostack)) };
+    to
+}
+
+/// As the C library's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
+    for at in 0..count {
+        // SAFETY: the caller has `count` bytes there.
+        let a = unsafe { one.add(at).read_volatile() };
+        // SAFETY: likewise.
+        let b = unsafe { other.add(at).read_volatile() };
+        if a != b {
+            return i32::from(a) - i32::from(b);
+        }
+    }
+    0
+}
+
+/// As the C library's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn bcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
+    // SAFETY: the caller has `count` bytes at both.
+    unsafe { memcmp(one, other, count) }
+}
+
+/// As the C library's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn strlen(text: *const u8) -> usize {
+    let mut len = 0;
+    // SAFETY: the caller's text ends with a zero.
+    while unsafe { text.add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    len
+}

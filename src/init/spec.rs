@@ -1,0 +1,93 @@
+//! What bantam asks of the init: `KEY=VALUE` texts, each ended by a zero byte, in a file of the initramfs.
+
+use alloc::ffi::CString;
+use alloc::vec::Vec;
+
+/// Where the command's root file system is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Root {
+    /// The initramfs itself.
+    Initramfs,
+    /// The first disk, with a file system of this type, below a writable layer of memory.
+    Overlay(CString),
+    /// The first disk, with a file system of this type, written to.
+    Writable(CString),
+}
+
+/// A folder of the host.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Share {
+    pub tag: CString,
+    pub path: CString,
+    pub readonly: bool,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub struct Spec {
+    pub root: Root,
+    /// Kernel modules, in the order to load them.
+    pub modules: Vec<CString>,
+    pub shares: Vec<Share>,
+    pub arguments: Vec<CString>,
+    pub environment: Vec<CString>,
+    pub folder: Option<CString>,
+    /// `USER` or `USER:GROUP`, by name or number.
+    pub user: Option<Vec<u8>>,
+    pub host_name: Option<Vec<u8>>,
+    /// The command gets a terminal of this size: rows << 16 | columns.
+    pub terminal: Option<u32>,
+}
+
+impl Spec {
+    /// Reads what bantam wrote; `None` if it cannot have.
+    pub fn parse(text: &[u8]) -> Option<Self> {
+        let mut spec = Self {
+            root: Root::Initramfs,
+            modules: Vec::new(),
+            shares: Vec::new(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            folder: None,
+            user: None,
+            host_name: None,
+            terminal: None,
+        };
+        for entry in text.split_inclusive(|byte| *byte == 0) {
+            let entry = entry.strip_suffix(&[0])?;
+            let equals = entry.iter().position(|byte| *byte == b'=')?;
+            let (key, value) = (&entry[..equals], &entry[equals + 1..]);
+            let string = CString::new(value).ok()?;
+            match key {
+                b"overlay" => spec.root = Root::Overlay(string),
+                b"writable" => spec.root = Root::Writable(string),
+                b"module" => spec.modules.push(string),
+                b"share" | b"share-ro" => {
+                    let colon = value.iter().position(|byte| *byte == b':')?;
+                    spec.shares.push(Share {
+                        tag: CString::new(&value[..colon]).ok()?,
+                        path: CString::new(&value[colon + 1..]).ok()?,
+                        readonly: key == b"share-ro",
+                    });
+                }
+                b"argument" => spec.arguments.push(string),
+                b"environment" => spec.environment.push(string),
+                b"folder" => spec.folder = Some(string),
+                b"user" => spec.user = Some(value.into()),
+                b"hostname" => spec.host_name = Some(value.into()),
+                b"terminal" => spec.terminal = core::str::from_utf8(value).ok()?.parse().ok(),
+                _ => return None,
+            }
+        }
+        if spec.arguments.is_empty() { None } else { Some(spec) }
+    }
+
+    /// The value of a variable in the command's environment.
+    pub fn variable(&self, name: &str) -> Option<&[u8]> {
+        let value = |variable: &'_ CString| -> Option<usize> {
+            let rest = variable.to_bytes().strip_prefix(name.as_bytes())?;
+            rest.first().is_some_and(|byte| *byte == b'=').then_some(name.len() + 1)
+        };
+        self.environment.iter().rev().find_map(|variable| Some(&variable.to_bytes()[value(variable)?..]))
+    }
+}
