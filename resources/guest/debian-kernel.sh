@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches a stock Debian kernel, without installing it, as FOLDER/vmlinuz, the ELF inside it as FOLDER/vmlinux, and
-# FOLDER/initramfs.cpio to go with them.
+# Fetches a stock Debian kernel, without installing it, as FOLDER/vmlinuz, the ELF inside it as FOLDER/vmlinux, some of its
+# modules as FOLDER/lib/modules/VERSION, and FOLDER/initramfs.cpio to go with them.
 #     debian-kernel.sh FOLDER SUITE METAPACKAGE INIT MODULE...
 set -euo pipefail
 
@@ -22,6 +22,16 @@ fi
 if [[ ! -e $folder/vmlinux ]]; then
     "$here/vmlinux.sh" "$folder/vmlinuz" >"$folder/vmlinux.partial"
     mv "$folder/vmlinux.partial" "$folder/vmlinux"
+fi
+if [[ ! -e $folder/lib ]]; then
+    # What `bantam run` needs for a command.
+    rm -rf "$folder/lib.partial"
+    mkdir "$folder/lib.partial"
+    dpkg --fsys-tarfile "$folder/package.deb" | tar -x -C "$folder/lib.partial" --transform 's,^\./usr/,./,' --wildcards \
+        '*/modules.builtin' '*/kernel/lib' '*/kernel/crypto' '*/kernel/net/vmw_vsock' '*/kernel/drivers/virtio' \
+        '*/kernel/drivers/block' '*/kernel/drivers/char/hw_random' '*/kernel/fs/'{overlayfs,erofs,squashfs,fuse}
+    mv "$folder/lib.partial/lib" "$folder/lib"
+    rmdir "$folder/lib.partial"
 fi
 
 recipe=$(cat "$init" "$here/initramfs.sh" | sha256sum; echo "$@")
