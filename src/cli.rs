@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bantam::command;
 use bantam::config::{Config, Share, Size, duration, kv};
 use bantam::devices::console;
 use bantam::virtio::{blk, net, vsock};
@@ -32,16 +33,21 @@ Examples:
   A second disk that is only read, and a network card on an existing tap:
     bantam run --kernel vmlinuz --disk data.img,readonly=on --net tap=tap0 rootfs.img
 
+  One command on a root disk, which is left as it is; bantam exits with its status:
+    bantam run --kernel vmlinuz rootfs.img -- /bin/sh -c 'echo hello; exit 7'
+
   In a script: no console input, a limit, and the outcome as JSON:
     bantam run --kernel vmlinuz --initrd test.img --timeout 60s --report out.json </dev/null
 
 Exit status:
   0      the guest powered off, rebooted or halted, or was stopped
+  N      the status of COMMAND, if there is one: 128+N if signal N killed it,
+         127 if it was not found, 126 if it could not be run
   121    the guest kernel panicked
   122    the guest crashed
   123    the guest did not boot in time
   124    the guest ran for longer than it may
-  125    bantam could not start, or failed
+  125    bantam could not start, or failed, or the guest ended before COMMAND
   128+N  ended by signal N";
 
 const CHECK_EXAMPLES: &str = "\
@@ -87,6 +93,37 @@ pub struct Run {
     /// A raw disk image with the root file system: the first disk, mounted by the kernel as its root.
     #[arg(value_name = "ROOTFS")]
     rootfs: Option<PathBuf>,
+    /// A command to run in the guest, instead of what the root file system would start, and its arguments.
+    ///
+    /// Its standard streams and its exit status are bantam's. The root file system is ROOTFS, below a layer of memory
+    /// that takes what is written, or that of --initrd.
+    #[arg(value_name = "COMMAND", last = true)]
+    command: Vec<String>,
+
+    /// Set a variable in the command's environment; without =VALUE it is as here.
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]", help_heading = "Command", requires = "command")]
+    env: Vec<String>,
+    /// Start the command in this folder, which is made if it is not there.
+    #[arg(short, long, value_name = "DIR", help_heading = "Command", requires = "command")]
+    workdir: Option<String>,
+    /// Run the command as this user: numbers, or names that the guest knows.
+    #[arg(short, long, value_name = "USER[:GROUP]", help_heading = "Command", requires = "command")]
+    user: Option<String>,
+    /// Name the guest.
+    #[arg(long, value_name = "NAME", help_heading = "Command", requires = "command")]
+    hostname: Option<String>,
+    /// Give the command a terminal: the one on standard input. Ctrl-A x ends the machine.
+    #[arg(short, long, help_heading = "Command", requires = "command")]
+    tty: bool,
+    /// Let the command write to ROOTFS.
+    #[arg(long, help_heading = "Command", requires = "command")]
+    rw: bool,
+    /// Take the kernel's modules from here: lib/modules/VERSION, or a folder with that.
+    ///
+    /// Else they are taken from lib/modules/VERSION in the kernel's folder, beside that, or in /. A kernel that has
+    /// built in what is needed (virtio-mmio, virtio-blk, virtio-vsock, overlayfs, the root's file system) needs none.
+    #[arg(long, value_name = "DIR", help_heading = "Command", requires = "command")]
+    modules: Option<PathBuf>,
 
     /// The kernel, an ELF vmlinux or a bzImage [default: /boot/vmlinuz-$(uname -r)].
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
@@ -136,9 +173,12 @@ pub struct Run {
     #[arg(long, help_heading = "Devices")]
     no_rng: bool,
 
-    /// Where the serial console is: stdio, none, file=PATH or socket=PATH.
-    #[arg(long, value_name = "WHERE", default_value_t = console::Spec::default(), help_heading = "Console")]
-    serial: console::Spec,
+    /// Where the serial console is: stdio, none, file=PATH or socket=PATH [default: stdio, with COMMAND none].
+    #[arg(long, value_name = "WHERE", help_heading = "Console")]
+    serial: Option<console::Spec>,
+    /// Write all that the kernel says to FILE: the same as --serial file=FILE.
+    #[arg(long, value_name = "FILE", help_heading = "Console", conflicts_with = "serial")]
+    console: Option<PathBuf>,
 
     /// End the machine if it has not reached user space after this time: 500ms, 60s, 2m.
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
@@ -195,6 +235,10 @@ impl Run {
             Some(path) => path.clone(),
             None => running_kernel()?,
         };
+        let command = self.command();
+        let default_serial = if command.is_some() { console::Spec::None } else { console::Spec::default() };
+        let file = self.console.clone().map(console::Spec::File);
+        let serial = self.serial.clone().or(file).unwrap_or(default_serial);
         Ok(Config {
             kernel: Some(kernel),
             initrd: self.initrd.clone(),
@@ -208,9 +252,34 @@ impl Run {
             shares: self.shares.clone(),
             vsock: self.vsock.clone(),
             rng: !self.no_rng,
-            serial: self.serial.clone(),
+            command,
+            modules: self.modules.clone(),
+            serial,
             boot_timeout: self.boot_timeout,
             timeout: self.timeout,
+        })
+    }
+}
+
+impl Run {
+    /// The command, if there is one.
+    fn command(&self) -> Option<command::Spec> {
+        let variable = |variable: &String| match variable.contains('=') {
+            true => Some(variable.clone()),
+            false => std::env::var(variable).ok().map(|value| format!("{variable}={value}")),
+        };
+        let mut env: Vec<_> = self.env.iter().filter_map(variable).collect();
+        if self.tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
+            env.extend(std::env::var("TERM").map(|term| format!("TERM={term}")));
+        }
+        (!self.command.is_empty()).then(|| command::Spec {
+            arguments: self.command.clone(),
+            env,
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+            hostname: self.hostname.clone(),
+            tty: self.tty,
+            rw: self.rw,
         })
     }
 }
@@ -281,6 +350,24 @@ mod tests {
     fn a_root_disk_comes_first() {
         let config = config(&["--disk", "data", "--cmdline", "quiet", "root.img"]);
         assert_eq!(config.all_disks().collect::<Vec<_>>(), [blk::Spec::new("root.img"), blk::Spec::new("data")]);
+    }
+
+    #[test]
+    fn a_command_and_its_flags_reach_the_config() {
+        let flags = "--rw -w /src -u me -e A=1 -e NO_SUCH_VARIABLE --hostname box root.img -- make -C x";
+        let command = command::Spec {
+            env: vec!["A=1".into()],
+            workdir: Some("/src".into()),
+            user: Some("me".into()),
+            hostname: Some("box".into()),
+            rw: true,
+            ..command::Spec::new(["make", "-C", "x"])
+        };
+        let expected = Config::new().kernel("k").rootfs("root.img").command(command);
+        assert_eq!(config(&flags.split(' ').collect::<Vec<_>>()), expected);
+        let console = config(&["--console", "log", "root.img", "--", "true"]).serial;
+        assert_eq!(console, console::Spec::File("log".into()));
+        assert!(Cli::try_parse_from(["bantam", "run", "--rw", "root.img"]).is_err());
     }
 
     #[test]

@@ -32,7 +32,7 @@ const BOOT_TIMED_OUT: u8 = 123;
 const TIMED_OUT: u8 = 124;
 /// bantam could not start, or failed.
 const FAILED: u8 = 125;
-/// With the number of the signal that ended the machine, which is below it.
+/// With the number of the signal that ended the machine, or its command, which is below it.
 const SIGNALED: u8 = 128;
 
 fn main() -> ExitCode {
@@ -73,6 +73,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     }
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
+    let has_command = config.command.is_some();
     let mut machine = None;
     let ended = build(run, config, started).and_then(|built| Ok(machine.insert(built).run()?));
     if let Some(file) = report {
@@ -87,7 +88,25 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
             written => written?,
         }
     }
-    let outcome = ended?;
+    let outcome = match (ended, &machine) {
+        (Ok(outcome), _) => outcome,
+        (Err(error), machine) => {
+            machine.iter().filter(|_| is_of_the_guest(&*error)).for_each(say_console);
+            return Err(error);
+        }
+    };
+    // A guest that goes away says nothing about the command.
+    if let Some(machine) = machine.as_ref().filter(|_| has_command && is_before_the_end(&outcome)) {
+        say(&format!("{outcome} before the command had ended"));
+        say_console(machine);
+        if !machine.has_modules() && machine.report().durations.command.is_none() {
+            say(
+                "no modules were found for its kernel: if that has not built in virtio-mmio, virtio-blk, virtio-vsock, \
+                 overlayfs and the root's file system, --modules DIR tells where they are",
+            );
+        }
+        return Ok(ExitCode::from(FAILED));
+    }
     // The terminal is the user's again before anything is said.
     drop(machine);
     tell(&outcome, console_was_seen);
@@ -103,6 +122,27 @@ fn raise_open_files() {
     }
 }
 
+/// Whether a guest that ended so may not have run its command to the end.
+fn is_before_the_end(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped)
+}
+
+fn is_of_the_guest(error: &(dyn Error + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(bantam::machine::Error::Guest(_)))
+}
+
+/// Shows the last lines of the guest's console, if there are any.
+fn say_console(machine: &Machine) {
+    let tail = machine.console_tail();
+    if !tail.is_empty() {
+        say(&format!("the last lines of the guest's console:\n{}", indent(&tail)));
+    }
+}
+
+fn indent(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("  {line}\n")).collect()
+}
+
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
     config.validate()?;
@@ -110,8 +150,10 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         raise_open_files();
     }
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
-    let signals =
-        SignalFd::new(&signal::ENDING).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
+    let mut signals = signal::ENDING.to_vec();
+    // A terminal that changes its size.
+    signals.extend(config.command.as_ref().filter(|command| command.tty).map(|_| libc::SIGWINCH));
+    let signals = SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
     let what = format!(
         "{} (vCPUs: {}, memory: {})",
         config.kernel.as_deref().unwrap_or(Path::new("")).display(),
@@ -163,11 +205,14 @@ fn check(check: &cli::Check) -> Result<ExitCode, Box<dyn Error>> {
 fn status(outcome: &Outcome) -> ExitCode {
     match outcome {
         Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => ExitCode::SUCCESS,
+        Outcome::Exited(status) => ExitCode::from(*status),
         Outcome::Panicked(_) => ExitCode::from(PANICKED),
         Outcome::Crashed(_) => ExitCode::from(CRASHED),
         Outcome::BootTimedOut { .. } => ExitCode::from(BOOT_TIMED_OUT),
         Outcome::TimedOut { .. } => ExitCode::from(TIMED_OUT),
-        Outcome::Signaled(number) => ExitCode::from(u8::try_from(*number).map_or(FAILED, |number| SIGNALED | number)),
+        Outcome::Signaled(number) | Outcome::Killed(number) => {
+            ExitCode::from(u8::try_from(*number).map_or(FAILED, |number| SIGNALED | number))
+        }
     }
 }
 
@@ -180,10 +225,10 @@ fn are_one_terminal(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
 /// Says how the machine ended, if it was not by the guest's own will.
 fn tell(outcome: &Outcome, console_was_seen: bool) {
     match outcome {
+        Outcome::Exited(_) | Outcome::Killed(_) => log::info!("{outcome}"),
         Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => log::info!("{outcome}"),
         Outcome::Panicked(panic) if !console_was_seen => {
-            let tail: String = panic.console_tail.iter().map(|line| format!("  {line}\n")).collect();
-            say(&format!("{outcome}; the last lines of its console:\n{tail}"));
+            say(&format!("{outcome}; the last lines of its console:\n{}", indent(&panic.console_tail)));
         }
         Outcome::Crashed(crash) => {
             say(&outcome.to_string());

@@ -11,6 +11,12 @@ use serde::{Serialize, Serializer};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "outcome", rename_all = "kebab-case")]
 pub enum Outcome {
+    /// The command in the guest ended by itself.
+    #[serde(serialize_with = "status")]
+    Exited(u8),
+    /// A signal with this number ended the command in the guest.
+    #[serde(serialize_with = "signal")]
+    Killed(i32),
     /// The guest powered itself off.
     PoweredOff,
     /// The guest asked for a reset.
@@ -91,6 +97,8 @@ pub enum CrashKind {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Exited(status) => write!(f, "the command exited with status {status}"),
+            Self::Killed(number) => write!(f, "the command was killed by signal {number}"),
             Self::PoweredOff => f.write_str("the guest powered off"),
             Self::Rebooted => f.write_str("the guest rebooted"),
             Self::Halted => f.write_str("the guest halted all its vCPUs"),
@@ -158,6 +166,14 @@ fn seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S
     serializer.serialize_f64(duration.as_secs_f64())
 }
 
+fn status<S: Serializer>(status: &u8, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Status {
+        status: u8,
+    }
+    Status { status: *status }.serialize(serializer)
+}
+
 fn signal<S: Serializer>(number: &i32, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(Serialize)]
     struct Signal {
@@ -187,6 +203,8 @@ mod tests {
         let limit = Duration::from_millis(1500);
         let panic = Panic { message: "no init".into(), console_tail: vec!["bye".into()] };
         for (outcome, expected) in [
+            (Outcome::Exited(7), json!({"outcome": "exited", "status": 7})),
+            (Outcome::Killed(9), json!({"outcome": "killed", "signal": 9})),
             (Outcome::PoweredOff, json!({"outcome": "powered-off"})),
             (Outcome::Panicked(panic), json!({"outcome": "panicked", "message": "no init", "console-tail": ["bye"]})),
             (

@@ -109,7 +109,21 @@ fn keys(value: &serde_json::Value, found: &mut BTreeSet<String>) {
 
 #[test]
 fn every_key_of_the_configuration_is_explained() {
-    let json = bantam(&["run", "--kernel", "k", "--disk", "d,id=x", "--net", "t", "--timeout", "1s", "--print-config"]);
+    let json = bantam(&[
+        "run",
+        "--kernel",
+        "k",
+        "--disk",
+        "d,id=x",
+        "--net",
+        "t",
+        "--timeout",
+        "1s",
+        "--print-config",
+        "root.img",
+        "--",
+        "true",
+    ]);
     let mut found = BTreeSet::new();
     keys(&serde_json::from_str(&json).unwrap(), &mut found);
     assert!(found.len() > 15, "{found:?}");

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 pub use share::{BadShare, Share};
 pub use size::{BadSize, Size};
 
+use crate::command::{self, BadSpec};
 use crate::devices::console;
 use crate::virtio::{blk, net, vsock};
 
@@ -52,6 +53,15 @@ pub enum Error {
         /// What was asked for.
         asked: Size,
     },
+    /// A command that cannot be run.
+    #[error(transparent)]
+    Command(#[from] BadSpec),
+    /// A command with nowhere to run.
+    #[error("cannot run a command without a root file system: name a disk image, or an --initrd that has one")]
+    NoRoot,
+    /// A command and a console that want the same standard input and output.
+    #[error("cannot have the serial console on standard input and output: they are the command's (--console FILE)")]
+    ConsoleInTheWay,
     /// Two network cards on one tap.
     #[error("cannot put two network cards on the tap `{0}`: it is given twice")]
     SameTap(String),
@@ -95,6 +105,10 @@ pub struct Config {
     pub vsock: Option<vsock::Spec>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
+    /// The command to run in the guest; without one the guest's own init runs.
+    pub command: Option<command::Spec>,
+    /// Where the modules of the kernel are for that, if not beside the kernel or with the host's own.
+    pub modules: Option<PathBuf>,
     /// Where the serial console is.
     pub serial: console::Spec,
     /// How long the guest may take to reach user space.
@@ -120,6 +134,8 @@ impl Default for Config {
             shares: vec![],
             vsock: None,
             rng: true,
+            command: None,
+            modules: None,
             serial: console::Spec::default(),
             boot_timeout: None,
             timeout: None,
@@ -175,9 +191,11 @@ impl Config {
         self
     }
 
-    /// All disks, in the order of /dev/vda, vdb, ...
+    /// All disks, in the order of /dev/vda, vdb, ... A command's root is only read, unless it says otherwise.
     pub fn all_disks(&self) -> impl Iterator<Item = blk::Spec> {
-        self.rootfs.iter().map(blk::Spec::new).chain(self.disks.iter().cloned())
+        let readonly = self.command.as_ref().is_some_and(|command| !command.rw);
+        let root = self.rootfs.iter().map(move |path| blk::Spec { readonly, ..blk::Spec::new(path) });
+        root.chain(self.disks.iter().cloned())
     }
 
     /// Whether the first disk is the kernel's root: it is said to be, or there is nothing else that could be.
@@ -212,6 +230,22 @@ impl Config {
     /// Sets whether there is a virtio-rng device.
     pub fn rng(mut self, rng: bool) -> Self {
         self.rng = rng;
+        self
+    }
+
+    /// Sets the command to run in the guest. Its streams are this process' own or those of
+    /// [`Builder::streams`](crate::machine::Builder::streams), and the serial console is not on them.
+    pub fn command(mut self, command: command::Spec) -> Self {
+        self.command = Some(command);
+        if self.serial == console::Spec::Stdio {
+            self.serial = console::Spec::None;
+        }
+        self
+    }
+
+    /// Sets where the kernel's modules are.
+    pub fn modules(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.modules = Some(folder.into());
         self
     }
 
@@ -254,6 +288,17 @@ impl Config {
         } else if let Some(fd) = given_twice(self.nets.iter().filter_map(|net| net.fd)) {
             Err(Error::SameDescriptor(fd))
         } else {
+            self.command.as_ref().map_or(Ok(()), |command| self.validate_command(command))
+        }
+    }
+
+    fn validate_command(&self, command: &command::Spec) -> Result<(), Error> {
+        command.validate()?;
+        if self.rootfs.is_none() && self.initrd.is_none() {
+            Err(Error::NoRoot)
+        } else if self.serial == console::Spec::Stdio {
+            Err(Error::ConsoleInTheWay)
+        } else {
             Ok(())
         }
     }
@@ -286,6 +331,21 @@ mod tests {
         assert!(refused(cards(card(Some("t"), None), card(Some("t"), None))).contains("tap `t`"));
         assert!(refused(cards(card(None, Some(5)), card(None, Some(5)))).contains("fd=5"));
         assert_eq!(cards(card(None, Some(5)), card(None, Some(6))).validate_on(host), Ok(()));
+    }
+
+    #[test]
+    fn a_command_needs_a_root_and_standard_input() {
+        let host = Size::gib(2);
+        let config = Config::new().command(command::Spec::new(["true"]));
+        assert_eq!(config.validate_on(host), Err(Error::NoRoot));
+        let config = config.rootfs("disk");
+        assert_eq!(config.validate_on(host), Ok(()));
+        assert!(config.all_disks().all(|disk| disk.readonly));
+        assert_eq!(config.clone().serial(console::Spec::Stdio).validate_on(host), Err(Error::ConsoleInTheWay));
+        let writable = config.command(command::Spec { rw: true, ..command::Spec::new(["true"]) });
+        assert!(!writable.all_disks().any(|disk| disk.readonly));
+        let empty = writable.command(command::Spec::default());
+        assert_eq!(empty.validate_on(host), Err(Error::Command(BadSpec::Empty)));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Building a machine: everything that can be refused is refused here, before the guest runs.
 
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,9 +12,10 @@ use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
 use crate::boot::kernel::{self, Kernel};
-use crate::boot::{self, initrd};
+use crate::boot::{self, initrd, inspect};
+use crate::command::{self, Devices, Ends, Initramfs, Session, Streams};
 use crate::config::{Config, Share};
-use crate::devices::console::Console;
+use crate::devices::console::{self, Console};
 use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
@@ -25,13 +28,14 @@ pub struct Builder {
     config: Config,
     console: Option<Console>,
     signals: Option<SignalFd>,
+    streams: Option<Streams>,
     started: Instant,
 }
 
 impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
-        Builder { config, console: None, signals: None, started: Instant::now() }
+        Builder { config, console: None, signals: None, streams: None, started: Instant::now() }
     }
 
     /// Uses `console` instead of what the configuration's `serial` says.
@@ -40,9 +44,16 @@ impl Builder {
         self
     }
 
-    /// Has the signals of `signals` end the machine, with [`Outcome::Signaled`](crate::outcome::Outcome::Signaled).
+    /// Has the signals of `signals` end the machine, with [`Outcome::Signaled`](crate::outcome::Outcome::Signaled). A
+    /// command that runs gets the first one, and if it has a terminal, `SIGWINCH` as often as it comes.
     pub fn signals(mut self, signals: SignalFd) -> Self {
         self.signals = Some(signals);
+        self
+    }
+
+    /// Uses `streams` for the command of the configuration, instead of this process' own.
+    pub fn streams(mut self, streams: Streams) -> Self {
+        self.streams = Some(streams);
         self
     }
 
@@ -54,7 +65,7 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, started } = self;
+        let Builder { config, console, signals, streams, started } = self;
         config.validate()?;
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
         let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.len());
@@ -69,7 +80,10 @@ impl Builder {
         let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
         let vm = Vm::new(ram.clone(), config.cpus)?;
         let kernel = kernel::load(&ram, path).map_err(boot::Error::from)?;
-        let (entry, acpi) = load_parameters(&config, &ram, &kernel)?;
+        let command =
+            config.command.as_ref().map(|command| initramfs(&config, command, path, &ram, &kernel)).transpose()?;
+        let (entry, acpi) = load_parameters(&config, &ram, &kernel, command.as_ref())?;
+        let (session, ends) = open_session(&config, streams).map_err(Error::Streams)?.unzip();
         let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
         vcpus[0].set_entry(entry)?;
         // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
@@ -84,7 +98,7 @@ impl Builder {
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: taps and sockets are created,
         let nets = open_nets(&config, handed_over)?;
-        let vsock = open_vsock(&config)?;
+        let vsock = open_vsock(&config, ends)?;
         let devices = disks.into_iter().chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, metrics, .. } = board;
@@ -100,6 +114,8 @@ impl Builder {
             console_output: Some(console.output),
             input: console.input,
             signals,
+            command: session,
+            has_modules: command.is_some_and(|command| command.has_modules),
             vcpus,
             threads: Vec::new(),
             writer: None,
@@ -115,11 +131,8 @@ impl Builder {
 
 /// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng.
 fn count_devices(config: &Config) -> usize {
-    config.all_disks().count()
-        + config.nets.len()
-        + config.shares.len()
-        + usize::from(config.vsock.is_some())
-        + usize::from(config.rng)
+    let vsock = config.vsock.is_some() || config.command.is_some();
+    config.all_disks().count() + config.nets.len() + config.shares.len() + usize::from(vsock) + usize::from(config.rng)
 }
 
 /// The network cards on descriptors, each at its place.
@@ -142,32 +155,78 @@ fn open_nets(config: &Config, handed_over: Vec<Option<net::Net>>) -> Result<Vec<
     config.nets.iter().zip(handed_over).enumerate().map(open).collect()
 }
 
+/// The tag by which the guest mounts a share.
+fn share_tag(index: usize) -> String {
+    format!("share{index}")
+}
+
 fn open_shares(config: &Config) -> Result<Vec<NamedDevice>, fs::Error> {
     let open = |(i, share): (usize, &Share)| {
-        let tag = format!("share{i}");
+        let tag = share_tag(i);
         let spec = fs::Spec { path: share.path.clone(), tag: tag.clone(), readonly: share.readonly };
         Ok((tag, Box::new(spec.open()?) as _))
     };
     config.shares.iter().enumerate().map(open).collect()
 }
 
-fn open_vsock(config: &Config) -> Result<Option<NamedDevice>, vsock::Error> {
-    config.vsock.as_ref().map(|spec| Ok(("vsock".into(), Box::new(spec.open()?) as _))).transpose()
+/// The socket device, which is also what a command's session goes through.
+fn open_vsock(config: &Config, ends: Option<Ends>) -> Result<Option<NamedDevice>, vsock::Error> {
+    let vsock = match (&config.vsock, ends) {
+        (Some(spec), ends) => spec.open_with(ends.unwrap_or_default())?,
+        (None, Some(ends)) => vsock::Vsock::with_ends(ends),
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(("vsock".into(), Box::new(vsock) as _)))
+}
+
+/// What the guest boots into to run the command.
+fn initramfs(
+    config: &Config,
+    command: &command::Spec,
+    path: &Path,
+    ram: &GuestRam,
+    kernel: &Kernel,
+) -> Result<Initramfs, command::Error> {
+    let tags: Vec<_> = (0..config.shares.len()).map(share_tag).collect();
+    let shares = tags.iter().zip(&config.shares);
+    let shares: Vec<_> =
+        shares.map(|(tag, share)| command::Share { tag, path: &share.guest, readonly: share.readonly }).collect();
+    let devices = Devices {
+        shares: &shares,
+        root: config.rootfs.as_deref(),
+        disks: config.all_disks().next().is_some(),
+        nets: !config.nets.is_empty(),
+        rng: config.rng,
+    };
+    let version = kernel.version.clone().or_else(|| inspect::version(ram, kernel.range.clone()));
+    Initramfs::make(command, devices, path, version.as_deref(), config.modules.as_deref(), Session::window())
+}
+
+fn open_session(config: &Config, streams: Option<Streams>) -> io::Result<Option<(Session, Ends)>> {
+    let Some(command) = &config.command else { return Ok(None) };
+    let streams = streams.map_or_else(Streams::inherit, Ok)?;
+    Session::new(command.tty, streams).map(Some)
 }
 
 fn rng(config: &Config) -> Option<NamedDevice> {
     config.rng.then(|| ("rng".into(), Box::new(rng::Rng::new()) as _))
 }
 
-/// Loads the initrd, writes the command line and the tables, and says how the boot vCPU enters the kernel, and whether
+/// Loads the initrd, with what runs the command if there is one, writes the command line and the tables, and says how the boot vCPU enters the kernel, and whether
 /// that will use ACPI.
-fn load_parameters(config: &Config, ram: &GuestRam, kernel: &Kernel) -> Result<(Entry, bool), Error> {
+fn load_parameters(
+    config: &Config,
+    ram: &GuestRam,
+    kernel: &Kernel,
+    command: Option<&Initramfs>,
+) -> Result<(Entry, bool), Error> {
     let windows: Vec<_> = virtio_windows().take(count_devices(config)).collect();
     let (cmdline, acpi) = command_line(config, kernel, &windows).map_err(boot::Error::from)?;
     cmdline.write(ram).map_err(boot::Error::from)?;
-    let initrd = match &config.initrd {
-        Some(path) => Some(initrd::load(ram, path, kernel).map_err(boot::Error::from)?),
-        None => None,
+    let more = command.map_or(&[][..], |command| &command.archive);
+    let initrd = match (&config.initrd, more) {
+        (None, []) => None,
+        (path, more) => Some(initrd::load_with(ram, path.as_deref(), more, kernel).map_err(boot::Error::from)?),
     };
     // Each kernel finds the virtio devices in one place only: without ACPI, on its command line.
     let virtio = if acpi { &windows[..] } else { &[] };
@@ -188,11 +247,20 @@ fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> R
     user.push(&config.cmdline)?;
     let acpi = kernel.acpi && !user.acpi_off();
     if config.cmdline_only {
+        if config.command.is_some() {
+            user.push(command::PARAMETER)?;
+        }
         return Ok((user, acpi));
     }
     let mut cmdline = Cmdline::default();
     cmdline.push(cmdline::DEFAULT)?;
-    if let Some(root) = config.all_disks().next().filter(|_| config.has_root_disk()) {
+    if config.command.is_some() {
+        cmdline.push(command::PARAMETER)?;
+        // Each byte on the console takes time, and only the last lines are shown, when something goes wrong.
+        if config.serial == console::Spec::None {
+            cmdline.push("quiet")?;
+        }
+    } else if let Some(root) = config.all_disks().next().filter(|_| config.has_root_disk()) {
         cmdline.push(if root.readonly { "root=/dev/vda ro" } else { "root=/dev/vda rw" })?;
     }
     if !acpi {

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::devices::transcript::Sight;
-use crate::vcpu;
+use crate::{command, vcpu};
 
 /// Something that happened to the machine, or that somebody wants of it.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub enum Event {
     OutputEnd,
     /// Input for the guest.
     Input(Vec<u8>),
+    /// The command's session reports.
+    Command(command::Report),
     /// Somebody holding a handle ends the machine.
     Stop,
 }

@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
-use crate::{arch, boot, bus, config, devices, kvm, memory, virtio};
+use crate::{arch, boot, bus, command, config, devices, kvm, memory, virtio};
 
 /// Why a machine could not be built or run. How the guest fared is no error but an [`Outcome`].
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +76,15 @@ pub enum Error {
         /// How many there can be.
         max: usize,
     },
+    /// The command cannot be prepared.
+    #[error(transparent)]
+    Command(#[from] command::Error),
+    /// The command's streams cannot be used.
+    #[error("cannot give the command its standard streams")]
+    Streams(#[source] io::Error),
+    /// The guest could not start the command.
+    #[error("cannot run the command in the guest: {0}")]
+    Guest(String),
     /// An eventfd could not be had.
     #[error("cannot create an eventfd for {what}")]
     EventFd {
@@ -110,6 +119,8 @@ pub struct Machine {
     console_output: Option<Box<dyn Write + Send>>,
     input: Option<Box<dyn Input>>,
     signals: Option<SignalFd>,
+    command: Option<command::Session>,
+    has_modules: bool,
     /// Not yet running.
     vcpus: Vec<kvm::Vcpu>,
     /// Running.
@@ -145,6 +156,16 @@ impl Machine {
     /// What reaches the machine from other threads.
     pub fn handle(&self) -> Handle {
         Handle(self.sender.clone())
+    }
+
+    /// The last lines of the console.
+    pub fn console_tail(&self) -> Vec<String> {
+        self.output.tail()
+    }
+
+    /// Whether modules were found for the kernel that runs a command; one with everything built in needs none.
+    pub fn has_modules(&self) -> bool {
+        self.has_modules
     }
 
     /// How it went so far, in figures.

@@ -35,6 +35,9 @@ pub struct Durations {
     /// To the first sign of user space on the console.
     #[serde(serialize_with = "milliseconds")]
     pub user_space: Option<Duration>,
+    /// To the start of the command.
+    #[serde(serialize_with = "milliseconds")]
+    pub command: Option<Duration>,
     /// To the end.
     #[serde(serialize_with = "milliseconds")]
     pub end: Option<Duration>,

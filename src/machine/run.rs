@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::inbox::Event;
 use super::{Error, Machine};
+use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
 use crate::kvm::{self, Exit};
@@ -101,6 +102,11 @@ impl Machine {
             .start(output, move |sight| sights.send(Event::Sight(sight)), move || end.send(Event::OutputEnd))
             .map_err(|source| Error::Thread { what: "console", source })?;
         self.writer = Some(writer);
+        if let Some(session) = &mut self.command {
+            let sender = self.sender.clone();
+            let report = move |report| sender.send(Event::Command(report));
+            session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
+        }
         for (index, vcpu) in (0u32..).zip(idle) {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
@@ -147,7 +153,9 @@ impl Machine {
             let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt, retry];
             let deadline = deadlines.into_iter().flatten().min();
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
-            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take()) {
+            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take())
+                && !self.pass_on(signal)
+            {
                 return Ok(Outcome::Signaled(signal));
             }
             if ready.input && self.take_input(&mut pending) {
@@ -184,11 +192,39 @@ impl Machine {
                 return Some(Ok(self.panicked()));
             }
             Event::Sight(sight) => self.see(sight),
+            Event::Command(report) => return self.hear(report),
             Event::Stop => return Some(Ok(Outcome::Stopped)),
             Event::OutputEnd => self.watch.output_ended = true,
             Event::InputRoom | Event::Input(_) => {}
         }
         None
+    }
+
+    /// Takes what the command's session reports.
+    fn hear(&mut self, report: command::Report) -> Step {
+        match report {
+            command::Report::Started => {
+                self.watch.user_space = true;
+                self.times.user_space.get_or_insert_with(|| self.started.elapsed());
+                self.times.command = Some(self.started.elapsed());
+                self.command.iter_mut().for_each(command::Session::started);
+                None
+            }
+            command::Report::Ended(Ended::Exited(status)) => Some(Ok(Outcome::Exited(status))),
+            command::Report::Ended(Ended::Killed(signal)) => Some(Ok(Outcome::Killed(signal))),
+            command::Report::Failed(why) => Some(Err(Error::Guest(why))),
+            command::Report::Quit => Some(Ok(Outcome::Stopped)),
+        }
+    }
+
+    /// Passes a signal on to the command; false if it is for the machine.
+    fn pass_on(&mut self, signal: i32) -> bool {
+        let Some(session) = &mut self.command else { return signal == libc::SIGWINCH };
+        if signal == libc::SIGWINCH {
+            session.resize();
+            return true;
+        }
+        session.signal(signal)
     }
 
     fn see(&mut self, sight: Sight) {
@@ -298,6 +334,9 @@ impl Machine {
         self.output.release();
         self.stop_threads();
         let ended = self.drain(ended);
+        if let Some(mut session) = self.command.take() {
+            session.finish(DRAIN);
+        }
         self.input = None;
         let console_tail = self.output.tail();
         // The kernel's last words may have been read only just now.
@@ -342,7 +381,13 @@ impl Machine {
         }
         let patient = matches!(
             ended,
-            Ok(Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Panicked(_) | Outcome::Crashed(_))
+            Ok(Outcome::Exited(_)
+                | Outcome::Killed(_)
+                | Outcome::PoweredOff
+                | Outcome::Rebooted
+                | Outcome::Halted
+                | Outcome::Panicked(_)
+                | Outcome::Crashed(_))
         );
         let deadline = drain_deadline(patient, self.watch.time_limit, Instant::now());
         // Input is of no use any more, except for the user's request to end.

@@ -76,6 +76,9 @@ pub struct Guest {
     cmdline: String,
     folder: TempDir,
     limit: Duration,
+    /// The root file system's image, and the command to run in it.
+    root: Option<PathBuf>,
+    words: Vec<String>,
 }
 
 impl Guest {
@@ -86,16 +89,37 @@ impl Guest {
 
     /// A guest with a kernel from a file, and the initramfs of `kernel`.
     pub fn with_image(kernel: Kernel, image: impl AsRef<OsStr>) -> Self {
+        Self::bare(image).initramfs_root(kernel).script("")
+    }
+
+    /// A guest with a kernel from a file, and nothing but a command to run: it needs a root.
+    pub fn running(image: impl AsRef<OsStr>, words: &[&str]) -> Self {
+        Self { words: words.iter().map(|word| word.to_string()).collect(), ..Self::bare(image) }
+    }
+
+    fn bare(image: impl AsRef<OsStr>) -> Self {
         let opened = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
         assert!(opened.is_ok(), "cannot open /dev/kvm: run resources/test.sh, which finds a host that has it");
         let folder = TempDir::new().unwrap();
-        fs::copy(kernel.file("initramfs.cpio"), folder.path().join("initramfs.cpio")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_bantam"));
         command.arg("run").arg("--kernel").arg(image);
-        command.arg("--initrd").arg(folder.path().join("initramfs.cpio"));
         command.arg("--report").arg(folder.path().join("report.json"));
         capture(&mut command);
-        Self { command, cmdline: "quiet".into(), folder, limit: LIMIT }.script("")
+        Self { command, cmdline: "quiet".into(), folder, limit: LIMIT, root: None, words: vec![] }
+    }
+
+    /// Has the initramfs of `kernel` for its root.
+    pub fn initramfs_root(mut self, kernel: Kernel) -> Self {
+        let initramfs = self.folder.path().join("initramfs.cpio");
+        fs::copy(kernel.file("initramfs.cpio"), &initramfs).unwrap();
+        self.command.arg("--initrd").arg(initramfs);
+        self
+    }
+
+    /// Has an image with a root file system.
+    pub fn root(mut self, image: &Path) -> Self {
+        self.root = Some(image.into());
+        self
     }
 
     /// Adds a flag and its value.
@@ -205,7 +229,10 @@ impl Guest {
 
     /// Starts it with its command's streams as they are: no input, output to be looked at.
     pub fn start(mut self) -> Running {
-        self.command.arg("--cmdline").arg(&self.cmdline);
+        self.command.arg("--cmdline").arg(&self.cmdline).args(&self.root);
+        if !self.words.is_empty() {
+            self.command.arg("--").args(&self.words);
+        }
         Running::start(&mut self.command, self.folder, self.limit)
     }
 }

@@ -27,6 +27,7 @@ pub struct Ended {
     /// As the shell counts: the exit status, or 128 and the number of the signal that killed it.
     pub status: i32,
     pub stdout: String,
+    pub stdout_bytes: Vec<u8>,
     pub stderr: String,
     /// What `--report` wrote; null if there is nothing.
     pub report: serde_json::Value,
@@ -101,10 +102,13 @@ impl Running {
         }
         let status = status(self.child.wait().unwrap());
         let report = fs::read(self.folder.path().join("report.json"));
+        let stdout_bytes = self.stdout.take().map_or(vec![], Output::end);
+        let stderr = self.stderr.take().map_or(vec![], Output::end);
         Ended {
             status,
-            stdout: self.stdout.take().map_or(String::new(), Output::end),
-            stderr: self.stderr.take().map_or(String::new(), Output::end),
+            stdout: String::from_utf8_lossy(&stdout_bytes).into_owned(),
+            stdout_bytes,
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
             report: report.map_or(serde_json::Value::Null, |json| serde_json::from_slice(&json).unwrap()),
         }
     }
@@ -210,9 +214,9 @@ impl Output {
         found(&waited.unwrap().0)
     }
 
-    fn end(self) -> String {
+    fn end(self) -> Vec<u8> {
         self.thread.join().unwrap();
-        String::from_utf8_lossy(&self.read.0.lock().unwrap().bytes).into_owned()
+        std::mem::take(&mut self.read.0.lock().unwrap().bytes)
     }
 }
 
