@@ -1,6 +1,6 @@
 //! The file system device: virtio 1.2, section 5.11, with a folder of the host behind it.
 //!
-//! The guest's FUSE client sends requests; [`server`] answers them from the [`tree`] of files. File data moves between
+//! The guest's FUSE client sends requests; `server` answers them from the `tree` of files. File data moves between
 //! the guest's buffers and the host's page cache without a copy in between.
 
 mod server;

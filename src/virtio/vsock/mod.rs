@@ -6,7 +6,7 @@
 //! whatever listens on the Unix socket PATH_PORT. From there on it is a stream both ways.
 //!
 //! Data moves between the guest's buffers and the socket without a copy; one that is full holds up its own connection
-//! only, as each has a credit of [`BUFFER`](connection::BUFFER) bytes.
+//! only, as each has a credit of `connection::BUFFER` bytes.
 
 mod connection;
 mod packet;
