@@ -3,6 +3,7 @@
 pub mod image;
 pub mod log;
 pub mod report;
+pub mod rootfs;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,10 @@ Examples:
 
   One command on a root disk, which is left as it is; bantam exits with its status:
     bantam run --kernel vmlinuz rootfs.img -- /bin/sh -c 'echo hello; exit 7'
+
+  The same of a folder, an archive or an image, which is made into a disk and cached:
+    bantam run --kernel vmlinuz ./rootfs -- ls -l /
+    bantam run --kernel vmlinuz docker://127.0.0.1:5000/app:1
 
   In a script: no console input, a limit, and the outcome as JSON:
     bantam run --kernel vmlinuz --initrd test.img --timeout 60s --report out.json </dev/null
@@ -90,7 +95,11 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Run {
-    /// A raw disk image with the root file system: the first disk, mounted by the kernel as its root.
+    /// The root file system: a raw disk image, or with a command also a directory, a tar archive, oci:PATH[:TAG] or
+    /// docker://HOST/NAME:TAG.
+    ///
+    /// A disk image is the first disk, and without a command mounted by the kernel as its root. The others are made into
+    /// a read-only disk in the cache (`bantam image`); images name a command themselves.
     #[arg(value_name = "ROOTFS")]
     rootfs: Option<PathBuf>,
     /// A command to run in the guest, instead of what the root file system would start, and its arguments.
@@ -101,28 +110,28 @@ pub struct Run {
     command: Vec<String>,
 
     /// Set a variable in the command's environment; without =VALUE it is as here.
-    #[arg(short, long = "env", value_name = "NAME[=VALUE]", help_heading = "Command", requires = "command")]
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]", help_heading = "Command")]
     env: Vec<String>,
     /// Start the command in this folder, which is made if it is not there.
-    #[arg(short, long, value_name = "DIR", help_heading = "Command", requires = "command")]
+    #[arg(short, long, value_name = "DIR", help_heading = "Command")]
     workdir: Option<String>,
     /// Run the command as this user: numbers, or names that the guest knows.
-    #[arg(short, long, value_name = "USER[:GROUP]", help_heading = "Command", requires = "command")]
+    #[arg(short, long, value_name = "USER[:GROUP]", help_heading = "Command")]
     user: Option<String>,
     /// Name the guest.
-    #[arg(long, value_name = "NAME", help_heading = "Command", requires = "command")]
+    #[arg(long, value_name = "NAME", help_heading = "Command")]
     hostname: Option<String>,
     /// Give the command a terminal: the one on standard input. Ctrl-A x ends the machine.
-    #[arg(short, long, help_heading = "Command", requires = "command")]
+    #[arg(short, long, help_heading = "Command")]
     tty: bool,
     /// Let the command write to ROOTFS.
-    #[arg(long, help_heading = "Command", requires = "command")]
+    #[arg(long, help_heading = "Command")]
     rw: bool,
     /// Take the kernel's modules from here: lib/modules/VERSION, or a folder with that.
     ///
     /// Else they are taken from lib/modules/VERSION in the kernel's folder, beside that, or in /. A kernel that has
     /// built in what is needed (virtio-mmio, virtio-blk, virtio-vsock, overlayfs, the root's file system) needs none.
-    #[arg(long, value_name = "DIR", help_heading = "Command", requires = "command")]
+    #[arg(long, value_name = "DIR", help_heading = "Command")]
     modules: Option<PathBuf>,
 
     /// The kernel, an ELF vmlinux or a bzImage [default: /boot/vmlinuz-$(uname -r)].
@@ -272,7 +281,7 @@ impl Run {
         if self.tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
             env.extend(std::env::var("TERM").map(|term| format!("TERM={term}")));
         }
-        (!self.command.is_empty()).then(|| command::Spec {
+        let command = command::Spec {
             arguments: self.command.clone(),
             env,
             workdir: self.workdir.clone(),
@@ -280,7 +289,9 @@ impl Run {
             hostname: self.hostname.clone(),
             tty: self.tty,
             rw: self.rw,
-        })
+        };
+        // An image may name the program.
+        Some(command).filter(|command| *command != command::Spec::default())
     }
 }
 
@@ -367,7 +378,8 @@ mod tests {
         assert_eq!(config(&flags.split(' ').collect::<Vec<_>>()), expected);
         let console = config(&["--console", "log", "root.img", "--", "true"]).serial;
         assert_eq!(console, console::Spec::File("log".into()));
-        assert!(Cli::try_parse_from(["bantam", "run", "--rw", "root.img"]).is_err());
+        let error = config(&["--rw", "root.img"]).validate().unwrap_err().to_string();
+        assert!(error.contains("its name is missing"), "{error}");
     }
 
     #[test]

@@ -64,7 +64,7 @@ fn main() -> ExitCode {
 
 /// Runs a machine to its end.
 fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
-    let config = run.config()?;
+    let mut config = run.config()?;
     if run.print_config {
         config.validate()?;
         let mut json = serde_json::to_vec_pretty(&config)?;
@@ -74,8 +74,11 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
-    let mut machine = None;
-    let ended = build(run, config, started).and_then(|built| Ok(machine.insert(built).run()?));
+    let (mut image, mut machine) = (None, None);
+    let opened = cli::rootfs::open(&mut config).map(|opened| image = opened);
+    let built = opened.map_err(Into::into).and_then(|()| build(run, config, started));
+    let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
+    let has_command = has_command || image.is_some();
     if let Some(file) = report {
         let mut report = machine.as_ref().map(Machine::report).unwrap_or_default();
         report.durations.end.get_or_insert_with(|| started.elapsed());

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod images;
 mod kernels;
 mod roots;
 mod status;

@@ -27,7 +27,8 @@ impl Root {
     }
 }
 
-fn make(image: &Path) {
+/// A folder with it.
+pub fn tree() -> TempDir {
     let tree = TempDir::new().unwrap();
     let busybox = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest/busybox/busybox");
     for name in ["bin", "etc", "data"] {
@@ -39,6 +40,11 @@ fn make(image: &Path) {
     fs::write(tree.path().join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nme:x:1000:100::/home/me:/bin/sh\n").unwrap();
     fs::write(tree.path().join("etc/group"), "users:x:100:\naudio:x:29:me\n").unwrap();
     fs::write(tree.path().join("data/file"), "from the image\n").unwrap();
+    tree
+}
+
+fn make(image: &Path) {
+    let tree = tree();
     fs::File::create(image).unwrap().set_len(32 << 20).unwrap();
     let mut mke2fs = Command::new("mke2fs");
     let made = mke2fs.args(["-q", "-t", "ext4", "-d"]).arg(tree.path()).arg(image).status().unwrap();
