@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::tcgetattr;
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use serde_json::json;
 
 use crate::support::{Ended, Guest, Kernel, Running};
@@ -83,6 +83,39 @@ fn keys_reach_the_guest_except_those_for_bantam() {
     running.wait_for("01 41 0a");
     terminal.write("exit 0\r");
     terminal.end(running, 0).succeeded();
+}
+
+/// A shell with a terminal, by `-t`.
+fn shell_with_terminal() -> Guest {
+    Guest::running(Kernel::Tiny.vmlinux(), &["sh"]).initramfs_root(Kernel::Tiny).flag("-t")
+}
+
+#[test]
+fn a_command_has_a_terminal_of_its_own_and_the_size_of_this_one() {
+    let (mut terminal, running) = Terminal::start(shell_with_terminal(), &[]);
+    running.wait_for("# ");
+    let size = Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(&terminal.user, size).unwrap();
+    terminal.write("until [ \"$(stty size)\" = '33 77' ]; do sleep 0.1; done; echo si''zed\r");
+    running.wait_for("sized");
+    terminal.write("sh -c 'tty; sleep 1000'\r");
+    running.wait_for("/dev/pts/0");
+    // A key like others: the guest's terminal makes a signal of it.
+    terminal.write("\x03");
+    terminal.write("echo en''ded\r");
+    running.wait_for("ended");
+    terminal.write("exit 6\r");
+    let ended = terminal.end(running, 6);
+    assert_eq!(ended.report["outcome"], "exited");
+}
+
+#[test]
+fn ctrl_a_x_ends_a_command_and_is_no_success() {
+    let (mut terminal, running) = Terminal::start(shell_with_terminal(), &[]);
+    running.wait_for("# ");
+    terminal.write("\x01x");
+    let ended = terminal.end(running, 125);
+    assert_eq!(ended.report["outcome"], "stopped");
 }
 
 #[test]
