@@ -232,7 +232,7 @@ fn join(writers: &mut Vec<JoinHandle<()>>) {
 }
 
 /// What a wait status says.
-fn ended(status: u32) -> Ended {
+pub(super) fn ended(status: u32) -> Ended {
     match (status & 0x7f, status >> 8 & 0xff) {
         (0, code) => Ended::Exited(u8::try_from(code).expect("it is masked")),
         (signal, _) => Ended::Killed(i32::try_from(signal).expect("it is masked")),

@@ -108,6 +108,19 @@ fn what_no_process_can_have_is_refused() {
     assert_eq!(refused(Spec { hostname: Some(name.clone()), ..Spec::new(["a"]) }), BadSpec::HostName(name));
 }
 
+#[test]
+fn every_wait_status_is_told_apart() {
+    for code in 0..=255u8 {
+        assert_eq!(session::ended(u32::from(code) << 8), Ended::Exited(code));
+    }
+    for signal in 1..=64u8 {
+        // With and without a core dump.
+        for status in [u32::from(signal), u32::from(signal) | 0x80] {
+            assert_eq!(session::ended(status), Ended::Killed(signal.into()));
+        }
+    }
+}
+
 /// A session whose guest and user are the test.
 struct Fixture {
     session: Session,
