@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{self, AtFlags, FallocateFlags, FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
-use super::tree::{Caller, NewAttr, Tree};
+use super::tree::{Caller, NewAttr, Slot, Tree};
 use super::wire::{IN_HEADER, InHeader, OUT_HEADER, Reader, Reply, TooShort, VERSION, init, op};
 use super::{MAX_WRITE, PAGE};
 use crate::virtio::iovec::Iovecs;
@@ -17,7 +17,9 @@ const VALID: u64 = 1;
 /// The longest request without file data: two names, or a name and an extended attribute.
 const MAX_REQUEST: usize = 80 << 10;
 /// Bytes of directory entries read at once.
-const ENTRIES: usize = 32 << 10;
+const ENTRIES: usize = 8 << 10;
+/// The most files and folders that the guest may have open at once.
+const MAX_OPEN: usize = 4096;
 
 /// The server of one guest.
 pub struct Server {
@@ -238,12 +240,13 @@ impl Server {
     }
 
     fn keep(&mut self, fd: OwnedFd) -> Result<u64, Errno> {
-        if self.handles.len() >= self.tree.max_nodes() / 2 {
+        if self.handles.len() >= MAX_OPEN {
             return Err(Errno::NFILE);
         }
+        let slot = Slot::take()?;
         let handle = self.next_handle;
         self.next_handle += 1;
-        self.handles.insert(handle, Open { fd, entries: VecDeque::new(), position: 0 });
+        self.handles.insert(handle, Open { fd, entries: VecDeque::new(), position: 0, _slot: slot });
         Ok(handle)
     }
 
@@ -266,7 +269,7 @@ impl Server {
 
     fn read(&mut self, args: &mut Reader<'_>, reply: &mut Iovecs) -> Result<Answer, Errno> {
         let (fd, offset, size) = (self.handle(args.u64()?)?, args.u64()?, args.u32()?);
-        reply.limit(size as usize);
+        reply.limit(size.min(MAX_WRITE) as usize);
         let mut done = 0;
         while reply.bytes() > 0 {
             match reply.preadv(fd, offset.saturating_add(done as u64)) {
@@ -289,13 +292,14 @@ impl Server {
         let (fd, offset, size) = (self.handle(args.u64()?)?, args.u64()?, args.u32()?);
         args.skip(20)?;
         request.advance(bytes.len());
-        if request.bytes() < size as usize {
+        if size > MAX_WRITE || request.bytes() < size as usize {
             return Err(Errno::INVAL);
         }
         request.limit(size as usize);
         let mut done = 0u32;
         while request.bytes() > 0 {
             match request.pwritev(fd, offset.saturating_add(done.into())) {
+                Ok(0) => break,
                 Ok(count) => {
                     done += u32::try_from(count).map_err(|_| Errno::IO)?;
                     request.advance(count);
@@ -365,6 +369,7 @@ struct Open {
     entries: VecDeque<Entry>,
     /// The position after the last entry that the guest got.
     position: u64,
+    _slot: Slot,
 }
 
 /// A directory entry.

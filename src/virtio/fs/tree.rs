@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
@@ -27,6 +28,29 @@ struct Node {
     kind: FileType,
     /// How often the guest was told of it and has not forgotten it.
     lookups: u64,
+    _slot: Slot,
+}
+
+/// One of the descriptors that shared folders may have in this process: half of all, as it needs some for other things.
+pub struct Slot(());
+
+/// Slots in use.
+static SLOTS: AtomicU64 = AtomicU64::new(0);
+
+impl Slot {
+    /// A slot, if there is one ([`Errno::NFILE`]).
+    pub fn take() -> Result<Self> {
+        let all = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        let used = SLOTS.fetch_add(1, Ordering::Relaxed);
+        let slot = Self(());
+        if used < all / 2 { Ok(slot) } else { Err(Errno::NFILE) }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        SLOTS.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The shared folder.
@@ -37,8 +61,6 @@ pub struct Tree {
     /// /proc/self/fd: opening a name below it reopens that descriptor.
     descriptors: OwnedFd,
     nodes: HashMap<u64, Node>,
-    /// The most nodes: each is a descriptor of this process, which needs some for other things.
-    max_nodes: usize,
     by_key: HashMap<(u64, u64), u64>,
     next_node: u64,
 }
@@ -75,9 +97,8 @@ impl Tree {
         let descriptors = fs::open("/proc/self/fd", flags, Mode::empty())?;
         let fd = fs::open(path, flags, Mode::empty())?;
         let stat = fs::fstat(&fd)?;
-        let root = Node { fd, key: (stat.st_dev, stat.st_ino), kind: FileType::Directory, lookups: 1 };
-        let descriptors_at_all = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let max_nodes = descriptors_at_all.map_or(usize::MAX, |all| usize::try_from(all / 2).unwrap_or(usize::MAX));
+        let root =
+            Node { fd, key: (stat.st_dev, stat.st_ino), kind: FileType::Directory, lookups: 1, _slot: Slot::take()? };
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
         Ok(Self {
             readonly,
@@ -85,7 +106,6 @@ impl Tree {
             descriptors,
             by_key: HashMap::from([(root.key, ROOT)]),
             nodes: HashMap::from([(ROOT, root)]),
-            max_nodes,
             next_node: ROOT + 1,
         })
     }
@@ -94,11 +114,6 @@ impl Tree {
     pub fn forget_all(&mut self) {
         self.nodes.retain(|number, _| *number == ROOT);
         self.by_key.retain(|_, number| *number == ROOT);
-    }
-
-    /// The most files that the guest may know at once.
-    pub fn max_nodes(&self) -> usize {
-        self.max_nodes
     }
 
     fn node(&self, number: u64) -> Result<&Node> {
@@ -150,13 +165,12 @@ impl Tree {
             node.lookups += 1;
             return Ok((*number, attr));
         }
-        if self.nodes.len() >= self.max_nodes {
-            return Err(Errno::NFILE);
-        }
+        let slot = Slot::take()?;
         let number = self.next_node;
         self.next_node += 1;
         self.by_key.insert(key, number);
-        self.nodes.insert(number, Node { fd, key, kind: FileType::from_raw_mode(stat.st_mode), lookups: 1 });
+        self.nodes
+            .insert(number, Node { fd, key, kind: FileType::from_raw_mode(stat.st_mode), lookups: 1, _slot: slot });
         Ok((number, attr))
     }
 

@@ -181,10 +181,11 @@ impl Connection {
     /// Passes data on, or keeps it.
     fn take_data(&mut self, data: &mut Iovecs) -> Result<(), Over> {
         let len = u32::try_from(data.bytes()).map_err(|_| Over)?;
-        self.received = self.received.wrapping_add(len);
-        if self.received.wrapping_sub(self.fwd_cnt) > BUFFER {
+        // What was received and not passed on is never more than BUFFER.
+        if len > BUFFER - self.received.wrapping_sub(self.fwd_cnt) {
             return Err(Over);
         }
+        self.received = self.received.wrapping_add(len);
         if self.backlog.is_empty() && len > 0 {
             match data.writev(&self.stream) {
                 Ok(written) => {
@@ -330,6 +331,8 @@ fn read_line(stream: &mut impl Read, line: &mut Vec<u8>) -> Result<Option<u32>, 
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     #[test]
@@ -345,5 +348,41 @@ mod tests {
         let mut rest = &b"CONNECT 1\nhello"[..];
         assert_eq!(read_line(&mut rest, &mut Vec::new()), Ok(Some(1)));
         assert_eq!(rest, b"hello");
+    }
+
+    #[test]
+    fn no_packet_is_larger_than_the_credit_whatever_waits() {
+        let (mut stream, _host) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 4096]).is_ok() {}
+        let header = Header {
+            src_cid: 3,
+            dst_cid: HOST_CID,
+            src_port: 1,
+            dst_port: 2,
+            len: 0,
+            kind: STREAM,
+            op: Some(Op::Rw),
+            flags: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+        };
+        let mut connection = Connection::from_guest(stream, &header);
+        let ram = crate::memory::reserve(&[0..512 << 20]).unwrap();
+        let mut data = Iovecs::new(&ram);
+        data.push(GuestAddress(0), 100).unwrap();
+        assert_eq!(connection.receive(&header, &mut data), Ok(()));
+        // Modulo 2^32, 100 and this are 0 bytes.
+        data.clear();
+        for _ in 0..7 {
+            data.push(GuestAddress(0), 512 << 20).unwrap();
+        }
+        data.push(GuestAddress(0), (512 << 20) - 100).unwrap();
+        assert_eq!(connection.receive(&header, &mut data), Err(Over));
+        data.clear();
+        data.push(GuestAddress(0), BUFFER - 100).unwrap();
+        assert_eq!(connection.receive(&header, &mut data), Ok(()));
+        data.limit(1);
+        assert_eq!(connection.receive(&header, &mut data), Err(Over));
     }
 }
