@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         say(&format!("internal error, please report it: {panic}"));
         std::process::exit(FAILED.into());
     }));
+    signal::ignore_file_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -74,7 +75,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
-    let (mut image, mut machine) = (None, None);
+    let (mut image, mut machine, mut unwritten) = (None, None, None);
     let opened = cli::rootfs::open(&mut config).map(|opened| image = opened);
     let built = opened.map_err(Into::into).and_then(|()| build(run, config, started));
     let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
@@ -86,15 +87,13 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
             Ok(_) => file.write(&report),
             Err(error) => file.write(&Failed::new(report, chain(&**error))),
         };
-        match written {
-            Err(error) if ended.is_err() => say(&chain(&error)),
-            written => written?,
-        }
+        unwritten = written.err();
     }
     let outcome = match (ended, &machine) {
         (Ok(outcome), _) => outcome,
         (Err(error), machine) => {
             machine.iter().filter(|_| is_of_the_guest(&*error)).for_each(say_console);
+            unwritten.iter().for_each(|error| say(&chain(error)));
             return Err(error);
         }
     };
@@ -113,6 +112,9 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     // The terminal is the user's again before anything is said.
     drop(machine);
     tell(&outcome, console_was_seen);
+    if let Some(error) = unwritten {
+        return Err(error.into());
+    }
     Ok(status(&outcome))
 }
 

@@ -13,9 +13,12 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 pub const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 /// A descriptor that becomes readable when one of a set of signals arrives. Their default action is gone: they are
-/// blocked in this thread and in those that it starts from now on. So it is made before any other thread is.
-#[derive(Debug)]
-pub struct SignalFd(OwnedFd);
+/// blocked in this thread and in those that it starts from now on. So it is made before any other thread is. When it is
+/// dropped, this thread has them as before, but for those that came and were not taken.
+pub struct SignalFd {
+    fd: OwnedFd,
+    before: libc::sigset_t,
+}
 
 impl SignalFd {
     /// Blocks `signals`, except those that the process was started to ignore (`nohup`), and takes them from here on.
@@ -31,25 +34,28 @@ impl SignalFd {
                 unsafe { libc::sigaddset(&mut set, *signal) };
             }
         }
-        // SAFETY: `set` is initialised, and the old mask is not asked for.
-        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: `set` is initialised, and `before` has room for a set.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, before.as_mut_ptr()) };
         if error != 0 {
             return Err(io::Error::from_raw_os_error(error));
         }
+        // SAFETY: pthread_sigmask has written it.
+        let before = unsafe { before.assume_init() };
         // SAFETY: `set` is initialised; -1 makes a new descriptor.
         let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: signalfd has just made the descriptor, and nobody else has it.
-        Ok(SignalFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(SignalFd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, before })
     }
 
     /// The number of the signal that arrived first, if one has.
     pub fn take(&self) -> Option<i32> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         // ssi_signo comes first.
-        match rustix::io::read(&self.0, &mut info) {
+        match rustix::io::read(&self.fd, &mut info) {
             Ok(len) if len == info.len() => Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]])),
             _ => None,
         }
@@ -58,8 +64,22 @@ impl SignalFd {
 
 impl AsFd for SignalFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
+}
+
+impl Drop for SignalFd {
+    fn drop(&mut self) {
+        while self.take().is_some() {}
+        // SAFETY: the set is one that pthread_sigmask gave.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
+    }
+}
+
+/// Has a file that reaches the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills.
+pub fn ignore_file_size_limit() {
+    // SAFETY: to ignore a signal runs nobody's code.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 fn is_ignored(signal: i32) -> bool {

@@ -350,6 +350,22 @@ fn mistaken_device_options_are_refused() {
 // Files that cannot be used.
 
 #[test]
+fn a_log_file_that_is_a_pipe_without_a_reader_is_refused() {
+    let folder = Folder::new();
+    let pipe = folder.path("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+    refused(&folder.run(&["--log-file", "pipe"]), &["log file pipe"]);
+}
+
+#[test]
+fn a_report_that_cannot_be_written_does_not_hide_how_it_ended() {
+    let folder = Folder::new();
+    folder.write("kernel", &elf(HALT));
+    let output = folder.run(&["--cpus", "2", "--boot-timeout", "1s", "--report", "/dev/full"]);
+    refused(&output, &["did not reach user space", "cannot write the report /dev/full: No space left"]);
+}
+
+#[test]
 fn a_kernel_that_is_no_file_is_refused() {
     let folder = Folder::new();
     fs::create_dir(folder.path("folder")).unwrap();

@@ -2,10 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::fs::OFlags;
 
 use super::may_create;
 
@@ -53,9 +55,16 @@ pub fn start(verbose: u8, file: Option<&Path>) -> Result<Started, Error> {
     Ok(Started(target))
 }
 
+/// Opens the file to append to it. A pipe that nobody reads is not waited for.
+fn open(path: &Path, create: bool) -> io::Result<File> {
+    let file = OpenOptions::new().append(true).create(create).custom_flags(libc::O_NONBLOCK).open(path)?;
+    rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
+    Ok(file)
+}
+
 /// Checks that lines could be appended to the file at `path`.
 fn check(path: &Path) -> io::Result<()> {
-    match OpenOptions::new().append(true).open(path) {
+    match open(path, false) {
         Err(error) if error.kind() == ErrorKind::NotFound => may_create(path),
         opened => opened.map(drop),
     }
@@ -66,7 +75,7 @@ impl Started {
     pub fn create(self) -> Result<(), Error> {
         let mut target = lock(&self.0);
         if let Target::Later(path, lines) = &*target {
-            let opened = OpenOptions::new().append(true).create(true).open(path);
+            let opened = open(path, true);
             let mut file = opened.map_err(|source| Error { path: path.clone(), source })?;
             // As in `Logger::log`.
             let _ = file.write_all(lines);

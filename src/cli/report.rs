@@ -51,7 +51,7 @@ impl ReportFile {
     fn check(path: &Path) -> io::Result<Self> {
         let path = if path == Path::new("-") { Path::new("/proc/self/fd/1") } else { path };
         // `/dev/stdout` may lead to a file, which others write to at the same time.
-        if path.starts_with("/dev") || path.starts_with("/proc") {
+        if ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"].iter().any(|stream| path.starts_with(stream)) {
             OpenOptions::new().append(true).open(path)?;
             return Ok(Self { path: path.to_owned(), stream: true });
         }

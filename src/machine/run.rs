@@ -90,6 +90,10 @@ impl Machine {
         let ended = self.finish(ended);
         self.times.end = Some(self.started.elapsed());
         self.outcome = ended.as_ref().ok().cloned();
+        // The terminal is the user's again, and the signals do what they usually do: what is still to be said may have
+        // to wait for a reader.
+        self.input = None;
+        self.signals = None;
         ended
     }
 
