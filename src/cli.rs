@@ -2,6 +2,7 @@
 
 pub mod image;
 pub mod log;
+pub mod outputs;
 pub mod report;
 pub mod rootfs;
 

@@ -72,6 +72,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         json.push(b'\n');
         return print(&json);
     }
+    cli::outputs::check(&config, [("report", run.report.as_deref()), ("log", run.log_file.as_deref())])?;
     let report = run.report.as_deref().map(ReportFile::new).transpose()?;
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();

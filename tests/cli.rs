@@ -358,6 +358,22 @@ fn a_log_file_that_is_a_pipe_without_a_reader_is_refused() {
 }
 
 #[test]
+fn what_the_machine_is_made_of_is_not_written_over() {
+    let folder = Folder::new();
+    folder.write("disk", &[0; 512]);
+    std::os::unix::fs::symlink("disk", folder.path("link")).unwrap();
+    for flags in [
+        &["--disk", "disk", "--serial", "file=link"][..],
+        &["--disk", "link", "--report", "disk"],
+        &["disk", "--log-file", "disk"],
+        &["--initrd", "disk", "--report", "link"],
+        &["--report", "kernel"],
+    ] {
+        folder.refuses(flags, &["cannot write the", "it is the machine's"]);
+    }
+}
+
+#[test]
 fn a_report_that_cannot_be_written_does_not_hide_how_it_ended() {
     let folder = Folder::new();
     folder.write("kernel", &elf(HALT));

@@ -89,6 +89,10 @@ impl ReportFile {
             return file.write_all(&json);
         }
         let (mut file, temporary) = create_beside(&self.path)?;
+        // Who may read the old one may read the new one, and nobody else.
+        if let Ok(old) = fs::metadata(&self.path) {
+            let _ = file.set_permissions(old.permissions());
+        }
         // On the disk first: after a power failure there is the old report or the new one.
         let written =
             file.write_all(&json).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, &self.path));
@@ -114,6 +118,8 @@ fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -123,6 +129,9 @@ mod tests {
         fs::write(&path, "old and longer than the new one").unwrap();
         ReportFile::new(&path).unwrap().write(&[1]).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "[\n  1\n]\n");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        ReportFile::new(&path).unwrap().write(&[2]).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
     }
 

@@ -47,6 +47,8 @@ const MAX_RESETS: usize = 256;
 const BATCH: u32 = 64;
 /// The context ID of a guest for which none is given, and the first that it may have.
 const FIRST_CID: u32 = 3;
+/// The longest path, in bytes: with `_4294967295` at its end it is still one that a socket can have.
+const MAX_PATH: usize = 107 - 11;
 /// The first port that a host's client has; those below are for listening.
 const FIRST_PORT: u32 = 1 << 30;
 
@@ -73,6 +75,9 @@ pub enum Error {
     /// A reserved context ID.
     #[error("cannot give the guest the vsock context ID {0}: it must be 3 to 4294967294")]
     Cid(u32),
+    /// A path that leaves no room for the ports of the guest's connections.
+    #[error("cannot use the socket {} for vsock: its path may have at most {MAX_PATH} bytes", .0.display())]
+    LongPath(PathBuf),
     /// The socket could not be created.
     #[error("cannot listen on the socket {} for vsock", .path.display())]
     Socket {
@@ -87,7 +92,13 @@ pub enum Error {
 impl Spec {
     /// Checks what can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
-        if (FIRST_CID..u32::MAX).contains(&self.cid) { Ok(()) } else { Err(Error::Cid(self.cid)) }
+        if !(FIRST_CID..u32::MAX).contains(&self.cid) {
+            Err(Error::Cid(self.cid))
+        } else if self.socket.as_os_str().len() > MAX_PATH {
+            Err(Error::LongPath(self.socket.clone()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Creates the socket and makes the device. The socket vanishes with it.

@@ -312,6 +312,13 @@ fn a_reserved_context_id_is_refused() {
 }
 
 #[test]
+fn a_path_without_room_for_a_port_is_refused() {
+    let path = |length| Spec { cid: 3, socket: "x".repeat(length).into() }.validate();
+    assert!(path(MAX_PATH).is_ok());
+    assert!(matches!(path(MAX_PATH + 1), Err(Error::LongPath(_))));
+}
+
+#[test]
 fn an_end_in_the_process_is_connected_once() {
     let (mut host, end) = UnixStream::pair().unwrap();
     let mut driver = Driver::new(Box::new(Vsock::with_ends(HashMap::from([(PORT, end)]))));
