@@ -119,15 +119,6 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     Ok(status(&outcome))
 }
 
-/// Allows this process as many open files as it may have: of a shared folder, each file that the guest knows is one.
-fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        log::warn!("cannot raise the limit of open files: {error}");
-    }
-}
-
 /// Whether a guest that ended so may not have run its command to the end.
 fn is_before_the_end(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped)
@@ -152,9 +143,6 @@ fn indent(lines: &[String]) -> String {
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
     config.validate()?;
-    if !config.shares.is_empty() {
-        raise_open_files();
-    }
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let mut signals = signal::ENDING.to_vec();
     // A terminal that changes its size.
@@ -166,7 +154,7 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         config.cpus,
         config.memory
     );
-    allow_descriptors(config.cpus);
+    allow_descriptors(&config);
     let machine = Builder::new(config).started(started).signals(signals).build()?;
     log.create()?;
     log::info!("running {what}");
@@ -179,16 +167,20 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
     Ok(machine)
 }
 
-/// Raises the soft limit of open files to what a machine of `cpus` vCPUs needs, as far as the hard one lets it. What is
-/// not allowed is told when a descriptor cannot be had.
-fn allow_descriptors(cpus: u32) {
+/// Raises the soft limit of open files to what the machine needs, as far as the hard one lets it. What is not allowed is
+/// told when a descriptor cannot be had.
+fn allow_descriptors(config: &Config) {
     /// Beside one for each vCPU.
     const OTHERS: u64 = 256;
     let limit = getrlimit(Resource::Nofile);
-    let wanted = u64::from(cpus) + OTHERS;
-    if limit.current.is_some_and(|current| current < wanted) {
-        let current = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(current), maximum: limit.maximum });
+    // Of a shared folder, each file that the guest knows is one.
+    let wanted = config.shares.is_empty().then_some(u64::from(config.cpus) + OTHERS);
+    let allowed = match (wanted, limit.maximum) {
+        (Some(wanted), Some(maximum)) => Some(wanted.min(maximum)),
+        (wanted, maximum) => wanted.or(maximum),
+    };
+    if limit.current.is_some_and(|current| allowed.is_none_or(|allowed| current < allowed)) {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: allowed, maximum: limit.maximum });
     }
 }
 

@@ -217,7 +217,10 @@ fn listen(mut control: UnixStream, mut writers: Vec<JoinHandle<()>>, report: &im
                 join(&mut writers);
                 report(Report::Ended(ended(status)));
             }
-            (what, _) => log::warn!("the guest's init says something that is not known: {what}"),
+            (what, _) => {
+                log::warn!("the guest's init says something that is not known: {what}");
+                break;
+            }
         }
     }
     join(&mut writers);

@@ -241,7 +241,13 @@ impl<R: Read> Reader<R> {
         };
         take(&header.0[386..482])?;
         let mut more = header.0[482] != 0;
+        let mut blocks = 0;
         while more {
+            // Each may have no piece.
+            blocks += 1;
+            if blocks > PIECES_MAX {
+                return Err(invalid(format!("its map of data has more than {PIECES_MAX} blocks")));
+            }
             let mut block = [0; BLOCK];
             self.fill(&mut block)?;
             take(&block[..504])?;

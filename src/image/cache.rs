@@ -376,7 +376,8 @@ impl Cache {
         Ok(found)
     }
 
-    /// Removes an image, by one of its names, by what it was made of, by its digest, or by the first digits of that. Gives back what it was.
+    /// Removes an image, by one of its names, by what it was made of, by its digest, or by the first digits of that. Gives
+    /// back what it was.
     pub fn remove(&self, name: &str) -> Result<Listed, Error> {
         let all = self.list()?;
         let digits = name.strip_prefix("sha256:").unwrap_or(name);

@@ -212,8 +212,8 @@ fn rng(config: &Config) -> Option<NamedDevice> {
     config.rng.then(|| ("rng".into(), Box::new(rng::Rng::new()) as _))
 }
 
-/// Loads the initrd, with what runs the command if there is one, writes the command line and the tables, and says how the boot vCPU enters the kernel, and whether
-/// that will use ACPI.
+/// Loads the initrd, with what runs the command if there is one, writes the command line and the tables; how the boot vCPU
+/// enters the kernel, and whether that will use ACPI.
 fn load_parameters(
     config: &Config,
     ram: &GuestRam,

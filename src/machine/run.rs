@@ -90,9 +90,8 @@ impl Machine {
         let ended = self.finish(ended);
         self.times.end = Some(self.started.elapsed());
         self.outcome = ended.as_ref().ok().cloned();
-        // The terminal is the user's again, and the signals do what they usually do: what is still to be said may have
+        // The terminal is the user's again by now. The signals do what they usually do: what is still to be said may have
         // to wait for a reader.
-        self.input = None;
         self.signals = None;
         ended
     }
@@ -377,8 +376,8 @@ impl Machine {
         }
     }
 
-    /// Waits until all threads have ended and the console has been written. A guest that ended by itself is owed that; it takes a signal or the time
-    /// limit to give it up. Otherwise the reader has a moment.
+    /// Waits until all threads have ended and the console has been written. A guest that ended by itself is owed that; it
+    /// takes a signal or the time limit to give it up. Otherwise the reader has a moment.
     fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
         if self.writer.is_none() {
             return ended;
