@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bantam::command;
-use bantam::config::{Config, Share, Size, duration, kv};
+use bantam::config::{Config, Overlay, Share, Size, duration, kv};
 use bantam::devices::console;
 use bantam::virtio::{blk, net, vsock};
 use clap::builder::styling::{AnsiColor, Styles};
@@ -37,6 +37,9 @@ Examples:
 
   One command on a root disk, which is left as it is; bantam exits with its status:
     bantam run --kernel vmlinuz rootfs.img -- /bin/sh -c 'echo hello; exit 7'
+
+  The same, and what it changes is there at the next run:
+    bantam run --kernel vmlinuz --overlay changes.img rootfs.img -- apt-get update
 
   The same of a folder, an archive or an image, which is made into a disk and cached:
     bantam run --kernel vmlinuz ./rootfs -- ls -l /
@@ -125,9 +128,13 @@ pub struct Run {
     /// Give the command a terminal: the one on standard input. Ctrl-A x ends the machine.
     #[arg(short, long, help_heading = "Command")]
     tty: bool,
-    /// Let the command write to ROOTFS.
+    /// Let the command write to ROOTFS, a disk image or a directory.
     #[arg(long, help_heading = "Command")]
     rw: bool,
+    /// Keep what the command changes in FILE, for the next run; it is made if it is not there, 10G unless size says.
+    #[arg(long, value_name = "[path=]FILE[,size=SIZE][,base=TEXT]", help_heading = "Command", conflicts_with = "rw")]
+    #[arg(value_parser = kv::from_str::<Overlay>)]
+    overlay: Option<Overlay>,
     /// Take the kernel's modules from here: lib/modules/VERSION, or a folder with that.
     ///
     /// Else they are taken from lib/modules/VERSION in the kernel's folder, beside that, or in /. A kernel that has
@@ -257,6 +264,7 @@ impl Run {
             cpus: self.cpus,
             memory: self.memory,
             rootfs: self.rootfs.clone(),
+            overlay: self.overlay.clone(),
             disks: self.disks.clone(),
             nets: self.nets.clone(),
             shares: self.shares.clone(),
@@ -379,6 +387,8 @@ mod tests {
         assert_eq!(config(&flags.split(' ').collect::<Vec<_>>()), expected);
         let console = config(&["--console", "log", "root.img", "--", "true"]).serial;
         assert_eq!(console, console::Spec::File("log".into()));
+        let kept = config(&["--overlay", "changes,size=1G", "root.img", "--", "true"]);
+        assert_eq!(kept.overlay, Some(Overlay { size: Some(Size::gib(1)), ..Overlay::new("changes") }));
         let error = config(&["--rw", "root.img"]).validate().unwrap_err().to_string();
         assert!(error.contains("its name is missing"), "{error}");
     }

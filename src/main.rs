@@ -174,7 +174,8 @@ fn allow_descriptors(config: &Config) {
     const OTHERS: u64 = 256;
     let limit = getrlimit(Resource::Nofile);
     // Of a shared folder, each file that the guest knows is one.
-    let wanted = config.shares.is_empty().then_some(u64::from(config.cpus) + OTHERS);
+    let shares = !config.shares.is_empty() || config.root_folder().is_some();
+    let wanted = (!shares).then_some(u64::from(config.cpus) + OTHERS);
     let allowed = match (wanted, limit.maximum) {
         (Some(wanted), Some(maximum)) => Some(wanted.min(maximum)),
         (wanted, maximum) => wanted.or(maximum),

@@ -18,7 +18,8 @@ pub struct Error {
 
 /// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of.
 pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 2]) -> Result<(), Error> {
-    let disks: Vec<_> = config.all_disks().map(|disk| disk.path).collect();
+    let overlay = config.overlay.iter().map(|overlay| overlay.path.clone());
+    let disks: Vec<_> = config.all_disks().map(|disk| disk.path).chain(overlay).collect();
     let kernel = [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref())];
     let inputs = kernel.into_iter().chain(disks.iter().map(|path| ("disk", Some(path.as_path()))));
     let inputs: Vec<_> = inputs.filter_map(|(input, path)| Some((input, identity(path?)?))).collect();

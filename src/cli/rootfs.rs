@@ -19,7 +19,10 @@ pub enum Error {
     #[error("cannot run {}: it names no command, and none is given (bantam run ROOTFS -- COMMAND)", .0.display())]
     NoCommand(PathBuf),
     /// It is to be written to.
-    #[error("cannot write to {}: --rw is for disk images, and this becomes a read-only one", .0.display())]
+    #[error(
+        "cannot write to {}: --rw is for disk images and directories, and this becomes a read-only image (--overlay FILE \
+         keeps changes)", .0.display()
+    )]
     Writable(PathBuf),
 }
 
@@ -38,8 +41,12 @@ pub fn open(config: &mut Config) -> Result<Option<Image>, Error> {
         return Ok(None);
     }
     let asked = config.command.clone().unwrap_or_default();
-    if asked.rw {
-        return Err(Error::Writable(path));
+    match &source {
+        Source::Directory(_) if asked.rw && asked.arguments.is_empty() => return Err(Error::NoCommand(path)),
+        // It is shared as it is.
+        Source::Directory(_) if asked.rw => return Ok(None),
+        _ if asked.rw => return Err(Error::Writable(path)),
+        _ => {}
     }
     let bars = Bars::default();
     let options = Options { progress: Some(&bars), ..Options::default() };
@@ -47,6 +54,11 @@ pub fn open(config: &mut Config) -> Result<Option<Image>, Error> {
     let command = complete(asked, image.config());
     if command.arguments.is_empty() {
         return Err(Error::NoCommand(path));
+    }
+    if let (Source::Directory(path), Some(overlay)) = (&source, &mut config.overlay) {
+        // Its image is another one whenever a file has changed.
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        overlay.base.get_or_insert_with(|| format!("directory:{}", real.display()));
     }
     *config = std::mem::take(config).rootfs(image.path()).command(command);
     Ok(Some(image))

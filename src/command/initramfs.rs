@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Spec, protocol};
+use super::{Spec, overlay, protocol};
 use crate::boot::cpio::Archive;
 use crate::boot::filesystem;
 use crate::boot::modules::{self, Module, Modules};
@@ -49,11 +49,22 @@ pub struct Share<'a> {
     pub readonly: bool,
 }
 
+/// Where the root file system is.
+#[derive(Debug, Clone, Copy)]
+pub enum Root<'a> {
+    /// On this disk, the first one.
+    Disk(&'a Path),
+    /// It is a folder of the host that is written to: the virtio-fs device with this tag.
+    Folder(&'a str),
+}
+
 /// What the guest's devices need drivers for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Devices<'a> {
-    /// The disk with the root file system. Without one the command runs in the user's initrd.
-    pub root: Option<&'a Path>,
+    /// The root file system. Without one the command runs in the user's initrd.
+    pub root: Option<Root<'a>>,
+    /// The index of the disk that keeps what is changed, if it is kept.
+    pub overlay: Option<usize>,
     /// The shared folders.
     pub shares: &'a [Share<'a>],
     /// Whether there is any disk.
@@ -87,7 +98,10 @@ impl Initramfs {
         folder: Option<&Path>,
         window: u32,
     ) -> Result<Self, Error> {
-        let kind = devices.root.map(file_system).transpose()?;
+        let kind = match devices.root {
+            Some(Root::Disk(disk)) => Some(file_system(disk)?),
+            _ => None,
+        };
         let version = version.and_then(|version| version.split_whitespace().next());
         let modules = match (folder, version) {
             (Some(folder), Some(version)) => Some(Modules::open(folder, version)?),
@@ -101,6 +115,12 @@ impl Initramfs {
         let mut say = |key: &str, value: &str| spec.extend_from_slice(format!("{key}={value}\0").as_bytes());
         if let Some(kind) = kind {
             say(if command.rw { "writable" } else { "overlay" }, kind);
+        }
+        if let Some(Root::Folder(tag)) = devices.root {
+            say("root-share", tag);
+        }
+        if let Some(disk) = devices.overlay {
+            say("upper", &disk_name(disk));
         }
         let loaded = loaded.unwrap_or_default();
         loaded.iter().for_each(|module| say("module", &path_of(module)));
@@ -138,14 +158,22 @@ fn file_system(disk: &Path) -> Result<&'static str, Error> {
 fn wanted(modules: &Modules, command: &Spec, devices: Devices<'_>, kind: Option<&'static str>) -> Vec<&'static str> {
     let mut wanted = vec!["virtio_mmio", "vmw_vsock_virtio_transport"];
     wanted.extend(devices.disks.then_some("virtio_blk"));
-    wanted.extend((!devices.shares.is_empty()).then_some("virtiofs"));
+    let shares = !devices.shares.is_empty() || matches!(devices.root, Some(Root::Folder(_)));
+    wanted.extend(shares.then_some("virtiofs"));
     wanted.extend(devices.nets.then_some("virtio_net"));
     // What is nice to have: a guest does without. Some file systems ask for a checksum by an alias.
     let optional = [("virtio_rng", devices.rng), ("crc32c_generic", kind.is_some())];
     wanted.extend(optional.into_iter().filter(|(name, used)| *used && modules.has(name)).map(|(name, _)| name));
     wanted.extend(kind);
     wanted.extend((kind.is_some() && !command.rw).then_some("overlay"));
+    wanted.extend((devices.overlay.is_some() && kind != Some(overlay::KIND)).then_some(overlay::KIND));
     wanted
+}
+
+/// A disk's name in the guest; there are far fewer than 26.
+fn disk_name(index: usize) -> String {
+    let letter = u8::try_from(index).map_or('?', |index| char::from(b'a' + index));
+    format!("/dev/vd{letter}")
 }
 
 fn path_of(module: &Module) -> String {

@@ -14,6 +14,7 @@
 //! archive that is loaded as an initrd, so that nothing in the root file system is needed or changed.
 
 mod initramfs;
+pub mod overlay;
 mod protocol;
 mod session;
 #[cfg(test)]
@@ -21,7 +22,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use initramfs::{Devices, Error, Initramfs, Share};
+pub use initramfs::{Devices, Error, Initramfs, Root, Share};
 pub use session::{Ended, Ends, Report, Session, Streams};
 
 /// The parameter that has the kernel start the init.
@@ -53,7 +54,8 @@ pub struct Spec {
     pub hostname: Option<String>,
     /// Whether it gets a terminal, which is the one on the host's standard input.
     pub tty: bool,
-    /// Whether the root disk is written to. If not, what is written is in the guest's memory, and gone at the end.
+    /// Whether the root, a disk or a folder, is written to. If not, what is written is in the guest's memory and gone at
+    /// the end, or in a file that keeps it.
     pub rw: bool,
 }
 

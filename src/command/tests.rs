@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use init_spec::Root;
+use init_spec::Root as Told;
 use proptest::prelude::*;
 
 use super::protocol::{self, message};
@@ -47,9 +47,9 @@ fn the_init_is_told_everything() {
     };
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().write_all(b"hsqs").unwrap();
-    let devices = Devices { root: Some(disk.path()), ..Devices::default() };
+    let devices = Devices { root: Some(Root::Disk(disk.path())), ..Devices::default() };
     let spec = told(&command, devices);
-    assert_eq!(spec.root, Root::Writable(c"squashfs".into()));
+    assert_eq!(spec.root, Told::Writable(c"squashfs".into()));
     assert_eq!(spec.arguments, [c"sh", c"-c", c"a\nb"].map(ToOwned::to_owned));
     assert_eq!((spec.variable("A"), spec.variable("B")), (Some(&b"2"[..]), Some(&b"x=y"[..])));
     assert_eq!((spec.variable("C"), spec.environment.len()), (None, 2));
@@ -58,8 +58,13 @@ fn the_init_is_told_everything() {
     assert_eq!(spec.terminal, Some(24 << 16 | 80));
 
     let spec = told(&Spec::new(["true"]), devices);
-    assert_eq!((spec.root, spec.terminal), (Root::Overlay(c"squashfs".into()), None));
-    assert_eq!(told(&Spec::new(["true"]), Devices::default()).root, Root::Initramfs);
+    assert_eq!((spec.root, spec.terminal), (Told::Overlay(c"squashfs".into()), None));
+    assert_eq!(spec.upper, None);
+    let kept = told(&Spec::new(["true"]), Devices { overlay: Some(2), ..devices });
+    assert_eq!((kept.root, kept.upper), (Told::Overlay(c"squashfs".into()), Some(c"/dev/vdc".into())));
+    let folder = Devices { root: Some(Root::Folder("root")), ..Devices::default() };
+    assert_eq!(told(&command, folder).root, Told::Share(c"root".into()));
+    assert_eq!(told(&Spec::new(["true"]), Devices::default()).root, Told::Initramfs);
 }
 
 proptest! {

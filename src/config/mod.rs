@@ -2,15 +2,17 @@
 
 pub mod duration;
 pub mod kv;
+mod overlay;
 mod share;
 mod size;
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use overlay::Overlay;
 pub use share::{BadShare, Share};
 pub use size::{BadSize, Size};
 
@@ -59,6 +61,25 @@ pub enum Error {
     /// A command with nowhere to run.
     #[error("cannot run a command without a root file system: name a disk image, or an --initrd that has one")]
     NoRoot,
+    /// Changes that are to be kept and to be written to the root itself.
+    #[error(
+        "cannot keep changes in a file and write them to the root file system: --overlay and --rw exclude each other"
+    )]
+    OverlayAndWritable,
+    /// Changes of no command, or to no disk.
+    #[error("cannot keep changes in {}: that takes a root file system and a command (bantam run ROOTFS -- COMMAND)", .0.display())]
+    OverlayOfNothing(PathBuf),
+    /// A size that no overlay can have.
+    #[error(
+        "cannot keep changes in {} with {size}: it takes at least {}, and a multiple of {PAGE} bytes", .path.display(),
+        Overlay::MIN
+    )]
+    OverlaySize {
+        /// The file.
+        path: PathBuf,
+        /// The size asked for.
+        size: Size,
+    },
     /// A command and a console that want the same standard input and output.
     #[error("cannot have the serial console on standard input and output: they are the command's (--console FILE)")]
     ConsoleInTheWay,
@@ -93,8 +114,11 @@ pub struct Config {
     pub cpus: u32,
     /// The guest's memory.
     pub memory: Size,
-    /// The disk with the root file system, a raw image or a block device. It comes before the others.
+    /// The root file system: a raw image or a block device, which comes before the other disks; with a command that
+    /// writes to it (`rw`) also a folder.
     pub rootfs: Option<PathBuf>,
+    /// What keeps the changes that a command makes to it. It comes after the other disks.
+    pub overlay: Option<Overlay>,
     /// The other disks.
     pub disks: Vec<blk::Spec>,
     /// The network cards.
@@ -129,6 +153,7 @@ impl Default for Config {
             cpus: 1,
             memory: Size::mib(256),
             rootfs: None,
+            overlay: None,
             disks: vec![],
             nets: vec![],
             shares: vec![],
@@ -191,10 +216,27 @@ impl Config {
         self
     }
 
-    /// All disks, in the order of /dev/vda, vdb, ... A command's root is only read, unless it says otherwise.
+    /// Keeps the changes that the command makes.
+    pub fn overlay(mut self, overlay: Overlay) -> Self {
+        self.overlay = Some(overlay);
+        self
+    }
+
+    /// The root file system if it is a folder that the command writes to.
+    pub fn root_folder(&self) -> Option<&Path> {
+        let writable = self.command.as_ref().is_some_and(|command| command.rw);
+        self.rootfs.as_deref().filter(|root| writable && root.is_dir())
+    }
+
+    /// The disks but for the overlay, in the order of /dev/vda, vdb, ... A command's root is only read, unless it says
+    /// otherwise.
     pub fn all_disks(&self) -> impl Iterator<Item = blk::Spec> {
         let readonly = self.command.as_ref().is_some_and(|command| !command.rw);
-        let root = self.rootfs.iter().map(move |path| blk::Spec { readonly, ..blk::Spec::new(path) });
+        let root = self
+            .rootfs
+            .iter()
+            .filter(|_| self.root_folder().is_none())
+            .map(move |path| blk::Spec { readonly, ..blk::Spec::new(path) });
         root.chain(self.disks.iter().cloned())
     }
 
@@ -288,7 +330,20 @@ impl Config {
         } else if let Some(fd) = given_twice(self.nets.iter().filter_map(|net| net.fd)) {
             Err(Error::SameDescriptor(fd))
         } else {
+            self.overlay.as_ref().map_or(Ok(()), |overlay| self.validate_overlay(overlay))?;
             self.command.as_ref().map_or(Ok(()), |command| self.validate_command(command))
+        }
+    }
+
+    fn validate_overlay(&self, overlay: &Overlay) -> Result<(), Error> {
+        let (path, size) = (overlay.path.clone(), overlay.size());
+        match &self.command {
+            Some(command) if command.rw => Err(Error::OverlayAndWritable),
+            Some(_) if self.rootfs.is_some() => match size < Overlay::MIN || !size.get().is_multiple_of(PAGE) {
+                true => Err(Error::OverlaySize { path, size }),
+                false => Ok(()),
+            },
+            _ => Err(Error::OverlayOfNothing(path)),
         }
     }
 
@@ -344,6 +399,20 @@ mod tests {
         assert_eq!(config.clone().serial(console::Spec::Stdio).validate_on(host), Err(Error::ConsoleInTheWay));
         let writable = config.command(command::Spec { rw: true, ..command::Spec::new(["true"]) });
         assert!(!writable.all_disks().any(|disk| disk.readonly));
+        let file = || Overlay::new("changes");
+        assert_eq!(writable.clone().overlay(file()).validate_on(host), Err(Error::OverlayAndWritable));
+        let kept = writable.clone().command(command::Spec::new(["true"])).overlay(file());
+        assert_eq!(kept.validate_on(host), Ok(()));
+        for size in [Size::mib(63), Size::bytes((64 << 20) + 1)] {
+            let small = kept.clone().overlay(Overlay { size: Some(size), ..file() });
+            assert!(matches!(small.validate_on(host), Err(Error::OverlaySize { .. })));
+        }
+        let without = Config { rootfs: None, initrd: Some("initrd".into()), ..kept };
+        assert!(matches!(without.validate_on(host), Err(Error::OverlayOfNothing(_))));
+        assert!(matches!(
+            Config::new().rootfs("disk").overlay(file()).validate_on(host),
+            Err(Error::OverlayOfNothing(_))
+        ));
         let empty = writable.command(command::Spec::default());
         assert_eq!(empty.validate_on(host), Err(Error::Command(BadSpec::Empty)));
     }

@@ -43,7 +43,7 @@ impl Digest {
     }
 
     /// The first bytes, to name something.
-    pub(super) fn uuid(&self) -> [u8; 16] {
+    pub(crate) fn uuid(&self) -> [u8; 16] {
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&self.0[..16]);
         uuid

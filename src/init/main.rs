@@ -111,7 +111,7 @@ fn run(control: Fd, spec: &mut Spec) -> Result<(), String> {
     if spec.root == spec::Root::Initramfs {
         root::clear(&spec.modules);
     }
-    root::enter(&spec.root)?;
+    let layer = root::enter(&spec.root, spec.upper.as_deref())?;
     root::mount_shares(&spec.shares)?;
     if let Some(name) = &spec.host_name {
         sys::set_host_name(name).map_err(|error| format!("cannot set the host name: {error}"))?;
@@ -132,7 +132,7 @@ fn run(control: Fd, spec: &mut Spec) -> Result<(), String> {
     let status = session.serve();
     session.end_all();
     session.drain();
-    root::settle(&spec.root);
+    root::settle(&spec.root, layer);
     tell(control, protocol::ENDED, status);
     Ok(())
 }

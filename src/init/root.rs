@@ -7,14 +7,14 @@ use core::ffi::CStr;
 
 use crate::file::{make_folder, make_folders, path};
 use crate::spec::{Root, Share};
-use crate::sys::{self, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
+use crate::sys::{self, Fd, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT};
 
 /// The disk.
 const DISK: &CStr = c"/dev/vda";
 /// Where it is mounted first.
 const BELOW: &CStr = c"/.bantam/below";
 /// The writable layer.
-const MEMORY: &CStr = c"/.bantam/memory";
+const UPPER: &CStr = c"/.bantam/upper";
 /// Both.
 const MERGED: &CStr = c"/.bantam/merged";
 
@@ -27,17 +27,28 @@ pub fn mount_devices() -> sys::Result<()> {
     }
 }
 
-/// Makes the command's root our own.
-pub fn enter(root: &Root) -> Result<(), String> {
+/// Makes the command's root our own. Returns the folder of the writable layer if that is on a disk.
+pub fn enter(root: &Root, upper: Option<&CStr>) -> Result<Option<Fd>, String> {
+    let mut layer = None;
     let new = match root {
-        Root::Initramfs => return mount_rest(),
+        Root::Initramfs => return mount_rest().map(|()| None),
         Root::Writable(kind) => {
-            mount_disk(kind, 0)?;
+            mount_disk(DISK, BELOW, kind, 0, c"")?;
+            BELOW
+        }
+        Root::Share(tag) => {
+            let mounted = make_folder(BELOW, 0o755).and_then(|()| sys::mount(tag, BELOW, c"virtiofs", 0, c""));
+            mounted.map_err(|error| format!("cannot mount the host's folder as the root file system: {error}"))?;
             BELOW
         }
         Root::Overlay(kind) => {
-            mount_disk(kind, MS_RDONLY)?;
-            mount_overlay()?;
+            mount_disk(DISK, BELOW, kind, MS_RDONLY, c"")?;
+            if let Some(disk) = upper {
+                // The host gets back what is removed.
+                mount_disk(disk, UPPER, c"ext4", 0, c"discard")?;
+            }
+            mount_overlay(upper.is_none())?;
+            layer = upper.and_then(|_| sys::open(UPPER, sys::READ | sys::FOLDER).ok());
             MERGED
         }
     };
@@ -50,41 +61,43 @@ pub fn enter(root: &Root) -> Result<(), String> {
         sys::chdir(c"/")
     };
     move_in().map_err(|error| format!("cannot move into the root file system: {error}"))?;
-    mount_rest()
+    mount_rest().map(|()| layer)
 }
 
-fn mount_disk(kind: &CStr, flags: usize) -> Result<(), String> {
-    wait_for_disk();
+fn mount_disk(disk: &CStr, target: &CStr, kind: &CStr, flags: usize, data: &CStr) -> Result<(), String> {
+    wait_for_disk(disk);
     let mount = |data: &CStr| {
-        make_folder(BELOW, 0o755)?;
-        sys::mount(DISK, BELOW, kind, flags, data)
+        make_folder(target, 0o755)?;
+        sys::mount(disk, target, kind, flags, data)
     };
-    let mounted = match mount(c"") {
+    let mounted = match mount(data) {
         // A journal that cannot be replayed, because the disk cannot be written.
         Err(_) if flags & MS_RDONLY != 0 && kind == c"ext4" => mount(c"noload"),
         mounted => mounted,
     };
-    mounted.map_err(|error| format!("cannot mount {} as {}: {error}", DISK.to_string_lossy(), kind.to_string_lossy()))
+    mounted.map_err(|error| format!("cannot mount {} as {}: {error}", disk.to_string_lossy(), kind.to_string_lossy()))
 }
 
 /// Its driver may take a moment.
-fn wait_for_disk() {
+fn wait_for_disk(disk: &CStr) {
     for _ in 0..1000 {
-        match sys::open(DISK, sys::READ) {
+        match sys::open(disk, sys::READ) {
             Ok(fd) => return sys::close(fd),
             Err(_) => sys::pause_for(5),
         }
     }
 }
 
-fn mount_overlay() -> Result<(), String> {
+fn mount_overlay(in_memory: bool) -> Result<(), String> {
     let mount = || -> sys::Result<()> {
-        make_folder(MEMORY, 0o755)?;
-        sys::mount(c"tmpfs", MEMORY, c"tmpfs", 0, c"mode=755")?;
-        make_folder(c"/.bantam/memory/upper", 0o755)?;
-        make_folder(c"/.bantam/memory/work", 0o755)?;
+        if in_memory {
+            make_folder(UPPER, 0o755)?;
+            sys::mount(c"tmpfs", UPPER, c"tmpfs", 0, c"mode=755")?;
+        }
+        make_folder(c"/.bantam/upper/upper", 0o755)?;
+        make_folder(c"/.bantam/upper/work", 0o755)?;
         make_folder(MERGED, 0o755)?;
-        let layers = c"lowerdir=/.bantam/below,upperdir=/.bantam/memory/upper,workdir=/.bantam/memory/work";
+        let layers = c"lowerdir=/.bantam/below,upperdir=/.bantam/upper/upper,workdir=/.bantam/upper/work";
         sys::mount(c"overlay", MERGED, c"overlay", 0, layers)
     };
     mount().map_err(|error| format!("cannot mount a writable layer over the root file system: {error}"))
@@ -134,11 +147,16 @@ pub fn mount_shares(shares: &[Share]) -> Result<(), String> {
     Ok(())
 }
 
-/// Has everything that was written be on the disk, and nothing follow.
-pub fn settle(root: &Root) {
-    if matches!(root, Root::Writable(_)) {
-        sys::sync();
-        let _ = sys::mount(c"", c"/", c"", MS_REMOUNT | MS_RDONLY, c"");
+/// Has everything that was written be on the disk or the host, and nothing follow. `layer` is that of [`enter`].
+pub fn settle(root: &Root, layer: Option<Fd>) {
+    if layer.is_none() && !matches!(root, Root::Writable(_) | Root::Share(_)) {
+        return;
+    }
+    sys::sync();
+    let _ = sys::mount(c"", c"/", c"", MS_REMOUNT | MS_RDONLY, c"");
+    // No path leads there from the root.
+    if layer.is_some_and(|folder| sys::chdir_fd(folder).is_ok()) {
+        let _ = sys::mount(c"", c".", c"", MS_REMOUNT | MS_RDONLY, c"");
     }
 }
 

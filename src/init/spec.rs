@@ -8,10 +8,13 @@ use alloc::vec::Vec;
 pub enum Root {
     /// The initramfs itself.
     Initramfs,
-    /// The first disk, with a file system of this type, below a writable layer of memory.
+    /// The first disk, with a file system of this type, below a writable layer: of memory, or on the disk
+    /// [`Spec::upper`].
     Overlay(CString),
     /// The first disk, with a file system of this type, written to.
     Writable(CString),
+    /// The folder of the host with this tag, written to.
+    Share(CString),
 }
 
 /// A folder of the host.
@@ -26,6 +29,8 @@ pub struct Share {
 #[derive(Debug)]
 pub struct Spec {
     pub root: Root,
+    /// The disk that keeps what is changed.
+    pub upper: Option<CString>,
     /// Kernel modules, in the order to load them.
     pub modules: Vec<CString>,
     pub shares: Vec<Share>,
@@ -44,6 +49,7 @@ impl Spec {
     pub fn parse(text: &[u8]) -> Option<Self> {
         let mut spec = Self {
             root: Root::Initramfs,
+            upper: None,
             modules: Vec::new(),
             shares: Vec::new(),
             arguments: Vec::new(),
@@ -61,6 +67,8 @@ impl Spec {
             match key {
                 b"overlay" => spec.root = Root::Overlay(string),
                 b"writable" => spec.root = Root::Writable(string),
+                b"root-share" => spec.root = Root::Share(string),
+                b"upper" => spec.upper = Some(string),
                 b"module" => spec.modules.push(string),
                 b"share" | b"share-ro" => {
                     let colon = value.iter().position(|byte| *byte == b':')?;

@@ -88,6 +88,7 @@ pub const READ_WRITE: i32 = 2;
 pub const CLOEXEC: i32 = 0o2000000;
 pub const NOCTTY: i32 = 0o400;
 pub const NONBLOCK: i32 = 0o4000;
+pub const FOLDER: i32 = 0o200000;
 
 pub fn read(fd: Fd, buffer: &mut [u8]) -> Result<usize> {
     call!(0, fd, buffer.as_mut_ptr(), buffer.len())
@@ -193,6 +194,11 @@ pub fn kill(pid: i32, signal: u32) -> Result<()> {
 
 pub fn chdir(path: &CStr) -> Result<()> {
     call!(80, path.as_ptr()).map(drop)
+}
+
+/// Enters a folder that is open.
+pub fn chdir_fd(folder: Fd) -> Result<()> {
+    call!(81, folder).map(drop)
 }
 
 pub fn mkdir(path: &CStr, mode: u32) -> Result<()> {

@@ -13,8 +13,8 @@ use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, l
 use crate::boot::cmdline::{self, Cmdline};
 use crate::boot::kernel::{self, Kernel};
 use crate::boot::{self, initrd, inspect};
-use crate::command::{self, Devices, Ends, Initramfs, Session, Streams};
-use crate::config::{Config, Share};
+use crate::command::{self, Devices, Ends, Initramfs, Root, Session, Streams, overlay};
+use crate::config::{Config, Size};
 use crate::devices::console::{self, Console};
 use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
@@ -96,10 +96,12 @@ impl Builder {
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender)?;
         board.attach_ioapic()?;
-        // What changes the host comes last, when nothing else can be refused: taps and sockets are created,
+        // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
+        let overlay = open_overlay(&config)?;
         let nets = open_nets(&config, handed_over)?;
         let vsock = open_vsock(&config, ends)?;
-        let devices = disks.into_iter().chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
+        let devices =
+            disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, metrics, .. } = board;
         // a file is emptied, or the user's terminal switched to raw mode.
@@ -129,10 +131,13 @@ impl Builder {
     }
 }
 
-/// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng.
+/// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng. A root that
+/// is a folder comes first of the shares, an overlay last of the disks.
 fn count_devices(config: &Config) -> usize {
     let vsock = config.vsock.is_some() || config.command.is_some();
-    config.all_disks().count() + config.nets.len() + config.shares.len() + usize::from(vsock) + usize::from(config.rng)
+    let disks = config.all_disks().count() + usize::from(config.overlay.is_some());
+    let shares = config.shares.len() + usize::from(config.root_folder().is_some());
+    disks + config.nets.len() + shares + usize::from(vsock) + usize::from(config.rng)
 }
 
 /// The network cards on descriptors, each at its place.
@@ -144,6 +149,15 @@ fn handed_over(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
 fn open_disks(config: &Config) -> Result<Vec<NamedDevice>, blk::Error> {
     let open = |(i, spec): (usize, _)| Ok((format!("blk{i}"), Box::new(blk::Blk::open(&spec)?) as _));
     config.all_disks().enumerate().map(open).collect()
+}
+
+/// Makes the file that keeps what a command changes, if it is not there, and opens it as the last disk.
+fn open_overlay(config: &Config) -> Result<Option<NamedDevice>, Error> {
+    let (Some(overlay), Some(root)) = (&config.overlay, &config.rootfs) else { return Ok(None) };
+    let base = overlay.base.clone().map_or_else(|| overlay::identity(root), Ok)?;
+    overlay::prepare(&overlay.path, overlay.size().get(), overlay.size.map(Size::get), &base)?;
+    let disk = blk::Blk::open(&blk::Spec::new(&overlay.path))?;
+    Ok(Some((format!("blk{}", config.all_disks().count()), Box::new(disk) as _)))
 }
 
 /// Opens the other network cards.
@@ -160,13 +174,18 @@ fn share_tag(index: usize) -> String {
     format!("share{index}")
 }
 
+/// The tag of the root file system that is a folder.
+const ROOT_TAG: &str = "root";
+
 fn open_shares(config: &Config) -> Result<Vec<NamedDevice>, fs::Error> {
-    let open = |(i, share): (usize, &Share)| {
-        let tag = share_tag(i);
-        let spec = fs::Spec { path: share.path.clone(), tag: tag.clone(), readonly: share.readonly };
+    let root = config.root_folder().map(|path| (ROOT_TAG.to_owned(), path, false));
+    let shares = config.shares.iter().enumerate();
+    let shares = shares.map(|(index, share)| (share_tag(index), share.path.as_path(), share.readonly));
+    let open = |(tag, path, readonly): (String, &Path, bool)| {
+        let spec = fs::Spec { path: path.into(), tag: tag.clone(), readonly };
         Ok((tag, Box::new(spec.open()?) as _))
     };
-    config.shares.iter().enumerate().map(open).collect()
+    root.into_iter().chain(shares).map(open).collect()
 }
 
 /// The socket device, which is also what a command's session goes through.
@@ -193,7 +212,11 @@ fn initramfs(
         shares.map(|(tag, share)| command::Share { tag, path: &share.guest, readonly: share.readonly }).collect();
     let devices = Devices {
         shares: &shares,
-        root: config.rootfs.as_deref(),
+        root: match config.root_folder() {
+            Some(_) => Some(Root::Folder(ROOT_TAG)),
+            None => config.rootfs.as_deref().map(Root::Disk),
+        },
+        overlay: config.overlay.as_ref().map(|_| config.all_disks().count()),
         disks: config.all_disks().next().is_some(),
         nets: !config.nets.is_empty(),
         rng: config.rng,

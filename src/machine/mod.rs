@@ -79,6 +79,9 @@ pub enum Error {
     /// The command cannot be prepared.
     #[error(transparent)]
     Command(#[from] command::Error),
+    /// What the command changes cannot be kept.
+    #[error(transparent)]
+    Overlay(#[from] command::overlay::Error),
     /// The command's streams cannot be used.
     #[error("cannot give the command its standard streams")]
     Streams(#[source] io::Error),

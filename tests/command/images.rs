@@ -32,8 +32,15 @@ fn what_makes_no_sense_of_a_directory_is_refused() {
     let (tree, cache) = (tree(), tempfile::tempdir().unwrap());
     let ended = guest(tree.path(), cache.path(), &[]).run();
     ended.require(ended.status == 125 && ended.stderr.contains("it names no command"), "there is no command");
-    let ended = guest(tree.path(), cache.path(), &["true"]).flag("--rw").run();
-    ended.require(ended.status == 125 && ended.stderr.contains("--rw is for disk images"), "it cannot be written");
+    let ended = guest(tree.path(), cache.path(), &[]).flag("--rw").run();
+    ended.require(ended.status == 125 && ended.stderr.contains("it names no command"), "there is no command");
+    let archive = cache.path().join("root.tar");
+    fs::write(&archive, [0; 1024]).unwrap();
+    let ended = guest(&archive, cache.path(), &["true"]).flag("--rw").run();
+    ended.require(
+        ended.status == 125 && ended.stderr.contains("(--overlay FILE keeps changes)"),
+        "it cannot be written",
+    );
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod support;
 
 mod images;
+mod kept;
 mod kernels;
 mod roots;
 mod status;

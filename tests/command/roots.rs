@@ -35,7 +35,7 @@ pub fn tree() -> TempDir {
         fs::create_dir(tree.path().join(name)).unwrap();
     }
     fs::copy(busybox, tree.path().join("bin/busybox")).unwrap();
-    let applets = "sh cat echo id mount hostname pwd ls touch ifconfig env sync".split(' ');
+    let applets = "sh cat echo id mount hostname pwd ls touch ifconfig env sync mkdir chown ln rm head".split(' ');
     applets.for_each(|name| std::os::unix::fs::symlink("busybox", tree.path().join("bin").join(name)).unwrap());
     fs::write(tree.path().join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nme:x:1000:100::/home/me:/bin/sh\n").unwrap();
     fs::write(tree.path().join("etc/group"), "users:x:100:\naudio:x:29:me\n").unwrap();
