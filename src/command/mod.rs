@@ -17,6 +17,7 @@ mod initramfs;
 pub mod overlay;
 mod protocol;
 mod session;
+mod tail;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub use initramfs::{Devices, Error, Initramfs, Root, Share};
 pub use session::{Ended, Ends, Report, Session, Streams};
+pub use tail::{Kept, Tail};
 
 /// The parameter that has the kernel start the init.
 pub const PARAMETER: &str = "rdinit=/.bantam/init";

@@ -7,6 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use rustix::net::{SendFlags, send};
 use rustix::termios::{isatty, tcgetwinsize};
 
 use super::protocol::{self, message};
+use super::tail::{Kept, Tail};
 use crate::terminal::{self, Escapes, Raw, Request};
 
 /// Bytes that are on their way in each direction, at most, here.
@@ -94,6 +96,7 @@ struct Idle {
     streams: Streams,
     stdin: UnixStream,
     outputs: Vec<UnixStream>,
+    kept: Option<Kept>,
 }
 
 /// The guest's ends of connections, by the port of the host that they belong to.
@@ -117,9 +120,16 @@ impl Session {
         let control = end(protocol::CONTROL)?;
         let stdin = end(protocol::STDIN)?;
         let outputs = if tty { vec![stdin.try_clone()?] } else { vec![end(protocol::STDOUT)?, end(protocol::STDERR)?] };
-        let idle = Some(Idle { streams, stdin, outputs });
+        let idle = Some(Idle { streams, stdin, outputs, kept: None });
         let session = Self { control, idle, done: None, raw: None, has_terminal: tty, running: false, signals: 0 };
         Ok((session, ends))
+    }
+
+    /// Has the last `bytes` of each output kept, from the start on.
+    pub fn keep(&mut self, bytes: usize) -> Kept {
+        let kept = Kept::new(bytes);
+        self.idle.iter_mut().for_each(|idle| idle.kept = Some(kept.clone()));
+        kept
     }
 
     /// The size of the user's terminal, as the init takes it.
@@ -133,7 +143,7 @@ impl Session {
     /// # Errors
     /// When a thread cannot be started, or the terminal not be set.
     pub fn start(&mut self, report: impl Fn(Report) + Clone + Send + 'static) -> io::Result<()> {
-        let Some(Idle { streams, stdin, outputs }) = self.idle.take() else { return Ok(()) };
+        let Some(Idle { streams, stdin, outputs, kept }) = self.idle.take() else { return Ok(()) };
         if self.has_terminal {
             self.raw = Raw::enter_whole()?;
         }
@@ -147,12 +157,11 @@ impl Session {
             }
         })?;
         let mut writers = vec![];
-        for (name, (from, to)) in
-            ["bantam-stdout", "bantam-stderr"].into_iter().zip(outputs.into_iter().zip([stdout, stderr]))
-        {
-            writers.push(
-                thread::Builder::new().name(name.into()).spawn(move || carry_output(name, &from, &File::from(to)))?,
-            );
+        let [kept_stdout, kept_stderr] = kept.map_or([None, None], |kept| [Some(kept.stdout), Some(kept.stderr)]);
+        let ends = [("bantam-stdout", stdout, kept_stdout), ("bantam-stderr", stderr, kept_stderr)];
+        for (from, (name, to, tail)) in outputs.into_iter().zip(ends) {
+            let carry = move || carry_output(name, &from, &File::from(to), tail.as_deref());
+            writers.push(thread::Builder::new().name(name.into()).spawn(carry)?);
         }
         let control = self.control.try_clone()?;
         let (done, is_done) = mpsc::channel();
@@ -285,7 +294,7 @@ fn carry_input(mut from: &File, mut to: &UnixStream, mut escapes: Option<Escapes
 }
 
 /// Carries the command's output until its end, or until nobody reads it. Then the command is told.
-fn carry_output(name: &str, mut from: &UnixStream, to: &File) {
+fn carry_output(name: &str, mut from: &UnixStream, to: &File, kept: Option<&Mutex<Tail>>) {
     let mut buffer = vec![0; BUFFER];
     loop {
         let count = match from.read(&mut buffer) {
@@ -294,6 +303,9 @@ fn carry_output(name: &str, mut from: &UnixStream, to: &File) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(_) => return,
         };
+        if let Some(kept) = kept {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(&buffer[..count]);
+        }
         if let Err(error) = write_all(to, &buffer[..count]) {
             log::debug!("{name}: {error}");
             let _ = from.shutdown(Shutdown::Both);

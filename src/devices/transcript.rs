@@ -27,6 +27,8 @@ pub enum Sight {
     ShutDown,
     /// The kernel is about to halt every CPU.
     Halted,
+    /// The kernel ended a process to have its memory, saying this.
+    OutOfMemory(String),
 }
 
 /// The console's last lines, and what has been recognised.
@@ -106,6 +108,7 @@ impl Transcript {
                 self.panic_ended = true;
                 on_sight(Sight::PanicEnd);
             }
+            Some(text) if ran_out_of_memory(text) => on_sight(Sight::OutOfMemory(text.to_owned())),
             Some("reboot: System halted") => on_sight(Sight::Halted),
             Some(text) if text.starts_with("reboot: ") => on_sight(Sight::ShutDown),
             Some(text) if init_started(text) => self.start_user_space(on_sight),
@@ -137,6 +140,7 @@ impl Transcript {
 fn kernel_message(line: &str, stamps: Option<bool>) -> Option<&str> {
     let ends = |text: &str| {
         ["Kernel panic - not syncing", "---[ end Kernel panic", "reboot: "].iter().any(|start| text.starts_with(start))
+            || ran_out_of_memory(text)
     };
     if stamps != Some(true) && (ends(line) || init_started(line)) {
         return Some(line);
@@ -147,6 +151,12 @@ fn kernel_message(line: &str, stamps: Option<bool>) -> Option<&str> {
 
 fn init_started(text: &str) -> bool {
     text.starts_with("Run ") && text.ends_with(" as init process")
+}
+
+/// Also of a memory control group's own limit.
+fn ran_out_of_memory(text: &str) -> bool {
+    let rest = text.strip_prefix("Memory cgroup out of memory: ").or(text.strip_prefix("Out of memory: "));
+    rest.is_some_and(|rest| rest.starts_with("Killed process "))
 }
 
 /// What follows `[    1.234567] `, and `[    T1] ` where the kernel tells the caller too.
@@ -236,6 +246,19 @@ mod tests {
         assert!(sights("[   3.25] reboot: Restarting system\r\n").contains(&Sight::ShutDown));
         assert!(sights("[   3.25] reboot: System halted\n").contains(&Sight::Halted));
         assert!(sights("reboot: System halted\n").contains(&Sight::Halted));
+    }
+
+    #[test]
+    fn a_process_that_was_killed_for_its_memory_is_seen() {
+        for killed in
+            ["Out of memory: Killed process 61 (tail) total-vm:9kB", "Memory cgroup out of memory: Killed process 1"]
+        {
+            let log = format!("[    0.1] Linux version 6.1\r\nunfinished[    9.2] {killed}\r\n");
+            assert!(sights(&log).contains(&Sight::OutOfMemory(killed.into())), "{killed}");
+            let printed = format!("[    0.1] Linux version 6.1\r\n{killed}\r\n");
+            assert_eq!(sights(&printed), [Sight::FirstByte, Sight::UserSpace], "a program may print it");
+        }
+        assert_eq!(sights("[    0.1] Out of memory: nothing to kill\r\n"), [Sight::FirstByte]);
     }
 
     #[test]

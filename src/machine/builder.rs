@@ -29,13 +29,14 @@ pub struct Builder {
     console: Option<Console>,
     signals: Option<SignalFd>,
     streams: Option<Streams>,
+    keep: Option<usize>,
     started: Instant,
 }
 
 impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
-        Builder { config, console: None, signals: None, streams: None, started: Instant::now() }
+        Builder { config, console: None, signals: None, streams: None, keep: None, started: Instant::now() }
     }
 
     /// Uses `console` instead of what the configuration's `serial` says.
@@ -57,6 +58,13 @@ impl Builder {
         self
     }
 
+    /// Keeps the last `bytes` of each of the command's output streams, beside passing them on, for
+    /// [`Machine::kept_output`].
+    pub fn keep_output(mut self, bytes: usize) -> Self {
+        self.keep = Some(bytes);
+        self
+    }
+
     /// The moment that the report's durations count from; else that of [`Builder::new`].
     pub fn started(mut self, started: Instant) -> Self {
         self.started = started;
@@ -65,7 +73,7 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, started } = self;
+        let Builder { config, console, signals, streams, keep, started } = self;
         config.validate()?;
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
         let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.len());
@@ -83,7 +91,8 @@ impl Builder {
         let command =
             config.command.as_ref().map(|command| initramfs(&config, command, path, &ram, &kernel)).transpose()?;
         let (entry, acpi) = load_parameters(&config, &ram, &kernel, command.as_ref())?;
-        let (session, ends) = open_session(&config, streams).map_err(Error::Streams)?.unzip();
+        let (mut session, ends) = open_session(&config, streams).map_err(Error::Streams)?.unzip();
+        let kept = session.as_mut().zip(keep).map(|(session, bytes)| session.keep(bytes));
         let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
         vcpus[0].set_entry(entry)?;
         // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
@@ -117,6 +126,7 @@ impl Builder {
             input: console.input,
             signals,
             command: session,
+            kept,
             has_modules: command.is_some_and(|command| command.has_modules),
             vcpus,
             threads: Vec::new(),

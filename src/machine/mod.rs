@@ -17,6 +17,7 @@ pub use builder::Builder;
 use inbox::{Event, Inbox, Sender};
 pub use report::{Durations, Report};
 
+use crate::command::Kept;
 use crate::config::Config;
 use crate::devices::console::Input;
 use crate::devices::output::Output;
@@ -123,6 +124,7 @@ pub struct Machine {
     input: Option<Box<dyn Input>>,
     signals: Option<SignalFd>,
     command: Option<command::Session>,
+    kept: Option<Kept>,
     has_modules: bool,
     /// Not yet running.
     vcpus: Vec<kvm::Vcpu>,
@@ -166,6 +168,11 @@ impl Machine {
         self.output.tail()
     }
 
+    /// The end of the command's output, if [`Builder::keep_output`] asked for it.
+    pub fn kept_output(&self) -> Option<&Kept> {
+        self.kept.as_ref()
+    }
+
     /// Whether modules were found for the kernel that runs a command; one with everything built in needs none.
     pub fn has_modules(&self) -> bool {
         self.has_modules
@@ -176,6 +183,7 @@ impl Machine {
         Report {
             cause: self.outcome.as_ref().map(Outcome::to_string).unwrap_or_default(),
             outcome: self.outcome.clone(),
+            out_of_memory: self.watch.out_of_memory.clone(),
             durations: self.times,
             statistics: self.metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json())).collect(),
         }

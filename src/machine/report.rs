@@ -16,6 +16,8 @@ pub struct Report {
     pub outcome: Option<Outcome>,
     /// The outcome in words.
     pub cause: String,
+    /// The kernel's line about the last process that it ended because memory ran out, if it did.
+    pub out_of_memory: Option<String>,
     /// From the start of the process to certain moments.
     pub durations: Durations,
     /// Counters of each device and vCPU, by name.

@@ -46,6 +46,8 @@ pub(super) struct Watch {
     user_space: bool,
     seen_console: bool,
     output_ended: bool,
+    /// What the kernel last said of a process that it ended for its memory.
+    pub(super) out_of_memory: Option<String>,
     /// When `--timeout` is over.
     time_limit: Option<Instant>,
 }
@@ -246,6 +248,7 @@ impl Machine {
             Sight::PanicEnd => {}
             Sight::ShutDown => (self.watch.panic, self.watch.panic_end) = (None, None),
             Sight::Alive => self.watch.panic_end = None,
+            Sight::OutOfMemory(line) => self.watch.out_of_memory = Some(line),
             Sight::Halted => {
                 (self.watch.panic, self.watch.panic_end) = (None, None);
                 self.watch.halt = Some(HaltWatch::new(now, ANNOUNCED_HALT_LOOK, true));
