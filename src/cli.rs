@@ -1,9 +1,13 @@
 //! The command line: flags in, a [`Config`] out.
 
+pub mod attempts;
+pub mod ending;
+pub mod github;
 pub mod image;
+pub mod junit;
 pub mod log;
+pub mod output_file;
 pub mod outputs;
-pub mod report;
 pub mod rootfs;
 
 use std::io;
@@ -207,6 +211,21 @@ pub struct Run {
     /// Write the outcome, durations and counters to FILE, as JSON; - is standard output.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
+    /// Write the outcome to FILE as JUnit XML, with one test case; - is standard output.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub junit: Option<PathBuf>,
+    /// Print workflow commands of GitHub Actions: a group around the output, and an annotation if it failed.
+    ///
+    /// They are printed on standard output. Commands that the guest prints are not followed.
+    #[arg(long, help_heading = "Output")]
+    pub github: bool,
+    /// Run it again after a failure, at most N times; the last attempt counts.
+    ///
+    /// Any failure of the guest or its command is one, but not a signal that ends the machine, and no mistake that keeps it
+    /// from being built. Nothing is read from standard input, which could be read once only.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Limits")]
+    #[arg(conflicts_with = "tty")]
+    pub retry: u16,
     /// Print the machine as JSON, and do not run it.
     #[arg(long, help_heading = "Output")]
     pub print_config: bool,

@@ -16,8 +16,8 @@ use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, terminal};
 use clap::Parser;
-use cli::report::{Failed, ReportFile};
-use cli::{Cli, Command};
+use cli::attempts::{Attempt, Attempts};
+use cli::{Cli, Command, ending};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use rustix::termios::isatty;
@@ -72,24 +72,33 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         json.push(b'\n');
         return print(&json);
     }
-    cli::outputs::check(&config, [("report", run.report.as_deref()), ("log", run.log_file.as_deref())])?;
-    let report = run.report.as_deref().map(ReportFile::new).transpose()?;
+    let outputs = [("report", &run.report), ("JUnit file", &run.junit), ("log", &run.log_file)];
+    cli::outputs::check(&config, outputs.map(|(what, path)| (what, path.as_deref())))?;
+    let mut attempts = Attempts::new(run, &config)?;
+    if run.retry > 0 {
+        prepare_retries(&config)?;
+    }
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
-    let (mut image, mut machine, mut unwritten) = (None, None, None);
+    let (mut image, mut machine) = (None, None);
     let opened = cli::rootfs::open(&mut config).map(|opened| image = opened);
-    let built = opened.map_err(Into::into).and_then(|()| build(run, config, started));
-    let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
+    let mut opened: Result<(), Box<dyn Error>> = opened.map_err(Into::into);
     let has_command = has_command || image.is_some();
-    if let Some(file) = report {
-        let mut report = machine.as_ref().map(Machine::report).unwrap_or_default();
-        report.durations.end.get_or_insert_with(|| started.elapsed());
-        let written = match &ended {
-            Ok(_) => file.write(&report),
-            Err(error) => file.write(&Failed::new(report, chain(&**error))),
-        };
-        unwritten = written.err();
-    }
+    let mut begin = started;
+    let ended = loop {
+        let group = attempts.group();
+        let built = std::mem::replace(&mut opened, Ok(()));
+        let built = built.and_then(|()| build(run, config.clone(), begin, attempts.keep_output()));
+        let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
+        group.into_iter().for_each(cli::github::Group::end);
+        let result = ended.as_ref().map_err(|error| chain(&**error));
+        let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed());
+        let Some(why) = attempts.take(attempt) else { break ended };
+        machine = None;
+        say(&why);
+        begin = Instant::now();
+    };
+    let unwritten = attempts.tell().err();
     let outcome = match (ended, &machine) {
         (Ok(outcome), _) => outcome,
         (Err(error), machine) => {
@@ -99,8 +108,8 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         }
     };
     // A guest that goes away says nothing about the command.
-    if let Some(machine) = machine.as_ref().filter(|_| has_command && is_before_the_end(&outcome)) {
-        say(&format!("{outcome} before the command had ended"));
+    if let Some(machine) = machine.as_ref().filter(|_| has_command && ending::is_before_the_end(&outcome)) {
+        say(attempts.last().cause());
         say_console(machine);
         if !machine.has_modules() && machine.report().durations.command.is_none() {
             say(
@@ -113,15 +122,25 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     // The terminal is the user's again before anything is said.
     drop(machine);
     tell(&outcome, console_was_seen);
+    if attempts.last().ran_out_of_memory() {
+        say(attempts.last().cause());
+    }
     if let Some(error) = unwritten {
         return Err(error.into());
     }
     Ok(status(&outcome))
 }
 
-/// Whether a guest that ended so may not have run its command to the end.
-fn is_before_the_end(outcome: &Outcome) -> bool {
-    matches!(outcome, Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped)
+/// Has every attempt find the same: what the first one reads or takes is gone.
+fn prepare_retries(config: &Config) -> Result<(), Box<dyn Error>> {
+    if let Some(fd) = config.nets.iter().find_map(|net| net.fd) {
+        return Err(
+            format!("cannot try again (--retry) with --net fd={fd}: the first attempt closes the descriptor").into()
+        );
+    }
+    let empty = std::fs::File::open("/dev/null").map_err(|error| format!("cannot open /dev/null: {error}"))?;
+    rustix::stdio::dup2_stdin(empty).map_err(|error| format!("cannot leave standard input: {error}"))?;
+    Ok(())
 }
 
 fn is_of_the_guest(error: &(dyn Error + 'static)) -> bool {
@@ -141,7 +160,7 @@ fn indent(lines: &[String]) -> String {
 }
 
 /// Builds the machine that the flags ask for.
-fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Box<dyn Error>> {
+fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result<Machine, Box<dyn Error>> {
     config.validate()?;
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let mut signals = signal::ENDING.to_vec();
@@ -155,7 +174,11 @@ fn build(run: &cli::Run, config: Config, started: Instant) -> Result<Machine, Bo
         config.memory
     );
     allow_descriptors(&config);
-    let machine = Builder::new(config).started(started).signals(signals).build()?;
+    let mut builder = Builder::new(config).started(started).signals(signals);
+    if keep {
+        builder = builder.keep_output(ending::KEPT);
+    }
+    let machine = builder.build()?;
     log.create()?;
     log::info!("running {what}");
     if !check::hardware_virtualization() {

@@ -1,59 +1,44 @@
-//! The `--report` file: whole or not there.
+//! A file that tells how it went (`--report`, `--junit`): whole or not there.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use bantam::machine::Report;
 use rustix::fs::OFlags;
-use serde::Serialize;
 
 use super::{folder, may_create};
 
-/// Why there is no report.
+/// Why there is no such file.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the report {}", .path.display())]
+#[error("cannot write the {what} {}", .path.display())]
 pub struct Error {
+    what: &'static str,
     path: PathBuf,
     #[source]
     source: io::Error,
 }
 
-/// The report of a machine that has no outcome, as it could not be built or run.
-#[derive(Serialize)]
-#[serde(tag = "outcome", rename = "failed")]
-pub struct Failed {
-    #[serde(flatten)]
-    report: Report,
-}
-
-impl Failed {
-    /// As `report`, if there was a machine, and because of `cause`.
-    pub fn new(report: Report, cause: String) -> Self {
-        Self { report: Report { outcome: None, cause, ..report } }
-    }
-}
-
-/// Where a report will be written.
-pub struct ReportFile {
+/// Where it will be written.
+pub struct OutputFile {
+    what: &'static str,
     path: PathBuf,
     /// Whether `path` is a pipe or a device, which is written to, where a file is replaced.
     stream: bool,
 }
 
-impl ReportFile {
-    /// Checks that a report could be written to `path`, and touches nothing. `-` is standard output.
-    pub fn new(path: &Path) -> Result<Self, Error> {
-        Self::check(path).map_err(|source| Error { path: path.to_owned(), source })
+impl OutputFile {
+    /// Checks that `what` could be written to `path`, and touches nothing. `-` is standard output.
+    pub fn new(what: &'static str, path: &Path) -> Result<Self, Error> {
+        Self::check(what, path).map_err(|source| Error { what, path: path.to_owned(), source })
     }
 
-    fn check(path: &Path) -> io::Result<Self> {
+    fn check(what: &'static str, path: &Path) -> io::Result<Self> {
         let path = if path == Path::new("-") { Path::new("/proc/self/fd/1") } else { path };
         // `/dev/stdout` may lead to a file, which others write to at the same time.
         if ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"].iter().any(|stream| path.starts_with(stream)) {
             OpenOptions::new().append(true).open(path)?;
-            return Ok(Self { path: path.to_owned(), stream: true });
+            return Ok(Self { what, path: path.to_owned(), stream: true });
         }
         // A link stays a link: what it points to is replaced.
         let path = match path.canonicalize() {
@@ -71,22 +56,20 @@ impl ReportFile {
             }
             may_create(&path)?;
         }
-        Ok(Self { path, stream })
+        Ok(Self { what, path, stream })
     }
 
-    /// Writes `report` as JSON.
-    pub fn write(&self, report: &impl Serialize) -> Result<(), Error> {
-        self.try_write(report).map_err(|source| Error { path: self.path.clone(), source })
+    /// Writes all of it.
+    pub fn write(&self, bytes: &[u8]) -> Result<(), Error> {
+        self.try_write(bytes).map_err(|source| Error { what: self.what, path: self.path.clone(), source })
     }
 
-    fn try_write(&self, report: &impl Serialize) -> io::Result<()> {
-        let mut json = serde_json::to_vec_pretty(report)?;
-        json.push(b'\n');
+    fn try_write(&self, bytes: &[u8]) -> io::Result<()> {
         if self.stream {
             // A pipe that nobody reads is not waited for: the signals that would end that are blocked.
             let mut file = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
             rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
-            return file.write_all(&json);
+            return file.write_all(bytes);
         }
         let (mut file, temporary) = create_beside(&self.path)?;
         // Who may read the old one may read the new one, and nobody else.
@@ -95,7 +78,7 @@ impl ReportFile {
         }
         // On the disk first: after a power failure there is the old report or the new one.
         let written =
-            file.write_all(&json).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, &self.path));
+            file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, &self.path));
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
         }
@@ -127,10 +110,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.json");
         fs::write(&path, "old and longer than the new one").unwrap();
-        ReportFile::new(&path).unwrap().write(&[1]).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "[\n  1\n]\n");
+        OutputFile::new("report", &path).unwrap().write(b"new").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        ReportFile::new(&path).unwrap().write(&[2]).unwrap();
+        OutputFile::new("report", &path).unwrap().write(b"newer").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
     }
@@ -140,17 +123,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x".repeat(255));
         let left = [create_beside(&path).unwrap().1, create_beside(&path).unwrap().1];
-        ReportFile::new(&path).unwrap().write(&1).unwrap();
+        OutputFile::new("report", &path).unwrap().write(b"1\n").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");
         assert!(left.iter().all(|path| fs::read(path).unwrap().is_empty()));
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 3);
-    }
-
-    #[test]
-    fn a_failure_is_an_outcome_in_the_report() {
-        let report = serde_json::to_value(Failed::new(Report::default(), "why".into())).unwrap();
-        assert_eq!((&report["outcome"], &report["cause"]), (&"failed".into(), &"why".into()));
-        assert!(report["durations"].is_object());
     }
 
     #[test]
@@ -159,7 +135,7 @@ mod tests {
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         fs::write(&file, "").unwrap();
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        ReportFile::new(&link).unwrap().write(&1).unwrap();
+        OutputFile::new("report", &link).unwrap().write(b"1\n").unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "1\n");
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     }
@@ -169,16 +145,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
-        let report = ReportFile::new(&path).unwrap();
-        assert!(report.write(&1).is_err());
+        let report = OutputFile::new("report", &path).unwrap();
+        assert!(report.write(b"1\n").is_err());
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
-        report.write(&1).unwrap();
+        report.write(b"1\n").unwrap();
         assert_eq!(io::read_to_string(&mut reader).unwrap(), "1\n");
     }
 
     #[test]
     fn a_device_is_written_to() {
-        ReportFile::new(Path::new("/dev/null")).unwrap().write(&1).unwrap();
+        OutputFile::new("report", Path::new("/dev/null")).unwrap().write(b"1\n").unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
@@ -186,7 +162,7 @@ mod tests {
     fn a_place_where_no_file_can_be_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         for bad in [folder.path().to_owned(), folder.path().join("missing/out.json"), "".into(), "..".into()] {
-            assert!(ReportFile::new(&bad).is_err(), "{bad:?}");
+            assert!(OutputFile::new("report", &bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -17,7 +17,7 @@ pub struct Error {
 }
 
 /// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of.
-pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 2]) -> Result<(), Error> {
+pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 3]) -> Result<(), Error> {
     let overlay = config.overlay.iter().map(|overlay| overlay.path.clone());
     let disks: Vec<_> = config.all_disks().map(|disk| disk.path).chain(overlay).collect();
     let kernel = [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref())];

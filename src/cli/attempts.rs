@@ -1,0 +1,222 @@
+//! The attempts of one run, and all who are told of them: the report, the JUnit file, GitHub.
+
+use std::time::Duration;
+
+use bantam::command::Tail;
+use bantam::config::Config;
+use bantam::machine::{Machine, Report};
+use bantam::outcome::Outcome;
+use serde::Serialize;
+
+use super::ending::{self, Ending, Failure, Lines};
+use super::junit::{self, Case};
+use super::output_file::{self, OutputFile};
+use super::{Run, github};
+
+/// One attempt as the report has it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Attempt {
+    /// Of a machine that has none, as it could not be built or run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outcome: Option<&'static str>,
+    #[serde(flatten)]
+    report: Report,
+    failure: Option<Failure>,
+    #[serde(flatten)]
+    lines: Lines,
+    #[serde(skip)]
+    output: Option<[Tail; 2]>,
+    #[serde(skip)]
+    has_run: bool,
+}
+
+impl Attempt {
+    /// What became of `machine`, if there was one, after this time.
+    pub fn new(machine: Option<&Machine>, ended: Result<&Outcome, String>, has_command: bool, time: Duration) -> Self {
+        let mut report = machine.map(Machine::report).unwrap_or_default();
+        report.durations.end.get_or_insert(time);
+        let (outcome, failure) = match ended {
+            Ok(outcome) => {
+                let (failure, cause) = ending::judge(outcome, has_command, report.out_of_memory.as_deref());
+                report.cause = cause;
+                (None, failure)
+            }
+            Err(cause) => {
+                report.outcome = None;
+                report.cause = cause;
+                (Some("failed"), Some(Failure::Error))
+            }
+        };
+        let output = machine.and_then(Machine::kept_output).map(bantam::command::Kept::take);
+        let mut lines = Lines::default();
+        if failure.is_some() {
+            if let Some(machine) = machine.filter(|_| !matches!(report.outcome, Some(Outcome::Panicked(_)))) {
+                // A panic has its own.
+                lines.console_tail = machine.console_tail();
+            }
+            if let Some([stdout, stderr]) = &output {
+                lines.stdout_tail = ending::last_lines(stdout);
+                lines.stderr_tail = ending::last_lines(stderr);
+            }
+        }
+        Self { outcome, report, failure, lines, output, has_run: machine.is_some() }
+    }
+
+    /// How it ended.
+    pub fn cause(&self) -> &str {
+        &self.report.cause
+    }
+
+    /// Whether another attempt may end otherwise: nobody wanted the end, and the flags make a machine.
+    pub fn is_worth_another(&self) -> bool {
+        self.has_run && self.failure.is_some_and(|failure| failure != Failure::Interrupted)
+    }
+
+    /// Whether the guest ended a process for its memory, and the command failed.
+    pub fn ran_out_of_memory(&self) -> bool {
+        self.failure == Some(Failure::OutOfMemory)
+    }
+
+    fn ending(&self) -> Ending {
+        let mut lines = self.lines.clone();
+        if let Some(Outcome::Panicked(panic)) = &self.report.outcome {
+            lines.console_tail.clone_from(&panic.console_tail);
+        }
+        lines.console_tail.iter_mut().for_each(|line| *line = ending::plain(line));
+        let time = self.report.durations.end.unwrap_or_default();
+        Ending { failure: self.failure, cause: self.report.cause.clone(), time, lines }
+    }
+}
+
+/// The last attempt, and those before it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Whole<'a> {
+    #[serde(flatten)]
+    last: &'a Attempt,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    earlier_attempts: &'a [Attempt],
+}
+
+/// What is to be told, and what there is to tell so far.
+pub struct Attempts {
+    report: Option<OutputFile>,
+    junit: Option<OutputFile>,
+    github: bool,
+    /// What is run, and where.
+    name: String,
+    class: String,
+    ended: Vec<Attempt>,
+    most: usize,
+}
+
+impl Attempts {
+    /// Checks that it can be told what `run` asks for.
+    pub fn new(run: &Run, config: &Config) -> Result<Self, output_file::Error> {
+        let open = |what, path: &Option<_>| path.as_deref().map(|path| OutputFile::new(what, path)).transpose();
+        let path = |path: &std::path::Path| path.display().to_string();
+        let kernel = config.kernel.as_deref().map(path).unwrap_or_default();
+        let command = config.command.as_ref().map(|command| command.arguments.join(" "));
+        let (name, class) = match (command.filter(|text| !text.is_empty()), config.rootfs.as_deref().map(path)) {
+            (Some(command), rootfs) => (command, rootfs.unwrap_or(kernel)),
+            (None, Some(rootfs)) => (rootfs, kernel),
+            (None, None) => (kernel, "bantam".into()),
+        };
+        Ok(Self {
+            report: open("report", &run.report)?,
+            junit: open("JUnit file", &run.junit)?,
+            github: run.github,
+            name,
+            class,
+            ended: vec![],
+            most: 1 + usize::from(run.retry),
+        })
+    }
+
+    /// Whether anybody wants to know what the command printed.
+    pub fn keep_output(&self) -> bool {
+        self.report.is_some() || self.junit.is_some() || self.github
+    }
+
+    /// The group for the output of the attempt that begins, if it is to have one.
+    pub fn group(&self) -> Option<github::Group> {
+        self.github.then(|| match self.ended.len() {
+            0 => github::Group::begin(&self.name),
+            earlier => github::Group::begin(&format!("{} (attempt {} of {})", self.name, earlier + 1, self.most)),
+        })
+    }
+
+    /// Takes an attempt that has ended; whether there is to be another one, and in words.
+    pub fn take(&mut self, attempt: Attempt) -> Option<String> {
+        let again = attempt.is_worth_another() && self.ended.len() + 1 < self.most;
+        self.ended.push(attempt);
+        let number = self.ended.len();
+        let cause = self.last().cause();
+        again.then(|| format!("attempt {number} of {} failed, and another follows: {cause}", self.most))
+    }
+
+    /// The last attempt so far.
+    pub fn last(&self) -> &Attempt {
+        self.ended.last().expect("it is asked for after an attempt")
+    }
+
+    /// Tells everybody.
+    pub fn tell(&mut self) -> Result<(), output_file::Error> {
+        let endings: Vec<_> = self.ended.iter().map(Attempt::ending).collect();
+        if self.github {
+            self.tell_github(&endings);
+        }
+        let mut written = Ok(());
+        let (last, earlier) = self.ended.split_last_mut().expect("it is told after an attempt");
+        if let Some(file) = &self.report {
+            let whole = Whole { last, earlier_attempts: earlier };
+            let mut json = serde_json::to_vec_pretty(&whole).expect("a report can be JSON");
+            json.push(b'\n');
+            written = file.write(&json);
+        }
+        if let Some(file) = &self.junit {
+            let time = endings.iter().map(|ending| ending.time).sum();
+            let output = last.output.take().unwrap_or_else(|| [Tail::new(0), Tail::new(0)]);
+            let case = Case { class: self.class.clone(), name: self.name.clone(), attempts: endings, output };
+            written = written.and(file.write(junit::document("bantam run", &[case], time).as_bytes()));
+        }
+        written
+    }
+
+    fn tell_github(&self, endings: &[Ending]) {
+        match endings.split_last() {
+            Some((last, _)) if last.failure.is_some() => github::error(&self.name, last),
+            Some((_, earlier @ [first, ..])) => {
+                let text = format!("it succeeded at attempt {}; the first failed: {}", earlier.len() + 1, first.text());
+                github::warning(&self.name, &text);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_an_outcome_in_the_report() {
+        let failed = Attempt::new(None, Err("why".into()), true, Duration::ZERO);
+        let report = serde_json::to_value(&failed).unwrap();
+        assert_eq!((&report["outcome"], &report["cause"]), (&"failed".into(), &"why".into()));
+        assert_eq!(report["failure"], "error");
+        assert!(report["durations"].is_object());
+        assert!(!failed.is_worth_another(), "it would fail again");
+    }
+
+    #[test]
+    fn earlier_attempts_are_beside_the_last() {
+        let attempt = |why: &str| Attempt::new(None, Err(why.into()), true, Duration::ZERO);
+        let whole = Whole { last: &attempt("two"), earlier_attempts: &[attempt("one")] };
+        let report = serde_json::to_value(&whole).unwrap();
+        assert_eq!((&report["cause"], &report["earlier-attempts"][0]["cause"]), (&"two".into(), &"one".into()));
+        let whole = Whole { last: &attempt("one"), earlier_attempts: &[] };
+        assert!(serde_json::to_value(&whole).unwrap().get("earlier-attempts").is_none());
+    }
+}
