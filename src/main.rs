@@ -14,7 +14,7 @@ use bantam::devices::console;
 use bantam::machine::{Builder, Machine};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
-use bantam::{check, terminal};
+use bantam::{check, memory, terminal};
 use clap::Parser;
 use cli::attempts::{Attempt, Attempts};
 use cli::{Cli, Command, ending};
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         std::process::exit(FAILED.into());
     }));
     signal::ignore_file_size_limit();
+    memory::use_one_arena();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -240,7 +241,7 @@ fn status(outcome: &Outcome) -> ExitCode {
 
 /// Whether what is written to the one is seen where what is written to the other is, at once.
 fn are_one_terminal(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
-    let device = |fd| rustix::fs::fstat(fd).ok().filter(|_| isatty(fd)).map(|stat| stat.st_rdev);
+    let device = |fd| isatty(fd).then(|| rustix::fs::fstat(fd)).and_then(Result::ok).map(|stat| stat.st_rdev);
     device(one).is_some() && device(one) == device(other)
 }
 

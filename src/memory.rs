@@ -3,7 +3,7 @@
 //! The pages are private and anonymous, mapped with `MAP_NORESERVE`: the host commits one only when the guest, or
 //! the loader, first writes it.
 
-#![expect(unsafe_code, reason = "madvise takes an address")]
+#![expect(unsafe_code, reason = "madvise takes an address; mallopt has no safe wrapper")]
 
 use std::ops::Range;
 
@@ -31,6 +31,16 @@ pub enum Error {
     /// The ranges do not make a guest memory: they overlap, are empty, or do not fit the address space.
     #[error("cannot lay out guest memory over {0:#x?}")]
     Layout(Vec<Range<u64>>),
+}
+
+/// Has all threads of this process allocate from one arena. glibc gives each its own otherwise: five system calls, and
+/// a few pages that nobody shares. Allocations are rare in a machine that runs.
+pub fn use_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: changes a parameter of the allocator, at any time.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Reserves guest memory over the given guest-physical ranges, in ascending order.

@@ -1,7 +1,7 @@
 //! Unpacking a kernel's payload on the host, which takes less time and memory than the guest doing it.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use serde::Serialize;
 
@@ -66,9 +66,17 @@ impl fmt::Display for Compression {
 const WINDOW_MAX: u32 = 256 << 20;
 
 /// What is in `packed`; `None` if only the guest can tell.
-pub(super) fn unpack<'a>(compression: Compression, packed: impl Read + 'a) -> Option<io::Result<Box<dyn Read + 'a>>> {
+pub(super) fn unpack<'a>(
+    compression: Compression,
+    packed: impl BufRead + 'a,
+) -> Option<io::Result<Box<dyn Read + 'a>>> {
+    unpack_box(compression, Box::new(packed))
+}
+
+/// Decompressors are large: there is one of each.
+fn unpack_box<'a>(compression: Compression, packed: Box<dyn BufRead + 'a>) -> Option<io::Result<Box<dyn Read + 'a>>> {
     Some(Ok(match compression {
-        Compression::Gzip => Box::new(flate2::read::GzDecoder::new(packed)),
+        Compression::Gzip => Box::new(flate2::bufread::GzDecoder::new(packed)),
         Compression::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(packed, false, WINDOW_MAX >> 10)),
         Compression::Zstd => {
             let decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(packed, WINDOW_MAX.into());

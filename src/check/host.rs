@@ -8,6 +8,8 @@ use std::path::Path;
 use kvm_ioctls::{Cap, Kvm};
 use rustix::process::{getegid, geteuid, getgroups};
 
+use crate::arch::x86_64::cpuid::has_virtualization;
+
 use super::{Row, Table, syscall, without_number};
 
 const KVM: &str = "/dev/kvm";
@@ -42,12 +44,12 @@ pub fn host() -> Table {
     Table(rows)
 }
 
-/// Whether the host's CPU runs guests by itself: VT-x or SVM.
+/// Whether the host's CPU runs guests by itself: VT-x or SVM. Asks the CPU, which is done in no time.
 pub fn hardware_virtualization() -> bool {
-    cpu_virtualization().is_some()
+    has_virtualization()
 }
 
-/// The name of the CPU's virtualisation, if it has one.
+/// The name of the CPU's virtualisation, if it has one that Linux may use: firmware can have turned it off.
 fn cpu_virtualization() -> Option<&'static str> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;

@@ -18,17 +18,21 @@ pub struct Error {
 
 /// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of.
 pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 3]) -> Result<(), Error> {
+    let serial = match &config.serial {
+        console::Spec::File(path) => Some(path.as_path()),
+        _ => None,
+    };
+    let outputs = others.into_iter().chain([("serial console", serial)]);
+    let mut outputs = outputs.filter_map(|(output, path)| Some((output, path?))).peekable();
+    if outputs.peek().is_none() {
+        return Ok(());
+    }
     let overlay = config.overlay.iter().map(|overlay| overlay.path.clone());
     let disks: Vec<_> = config.all_disks().map(|disk| disk.path).chain(overlay).collect();
     let kernel = [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref())];
     let inputs = kernel.into_iter().chain(disks.iter().map(|path| ("disk", Some(path.as_path()))));
     let inputs: Vec<_> = inputs.filter_map(|(input, path)| Some((input, identity(path?)?))).collect();
-    let serial = match &config.serial {
-        console::Spec::File(path) => Some(path.as_path()),
-        _ => None,
-    };
-    for (output, path) in others.into_iter().chain([("serial console", serial)]) {
-        let Some(path) = path else { continue };
+    for (output, path) in outputs {
         let same = identity(path).and_then(|file| inputs.iter().find(|(_, input)| *input == file));
         if let Some((input, _)) = same {
             return Err(Error { output, path: path.to_owned(), input });

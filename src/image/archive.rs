@@ -91,11 +91,6 @@ impl<R: Read> Reader<R> {
         self.left
     }
 
-    /// What the archive is read from.
-    pub fn into_inner(self) -> R {
-        self.input
-    }
-
     /// The next entry; `None` at the end-of-archive mark.
     pub fn next(&mut self) -> io::Result<Option<Entry>> {
         let mut records = Records::default();

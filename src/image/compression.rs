@@ -25,10 +25,15 @@ impl Compression {
 }
 
 /// What is in `packed`, which may not be compressed at all. Streams may be several, one after the other.
-pub(super) fn unpack<'a>(mut packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+pub(super) fn unpack<'a>(packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    unpack_box(Box::new(packed))
+}
+
+/// Decompressors are large: there is one of each.
+fn unpack_box<'a>(mut packed: Box<dyn BufRead + 'a>) -> io::Result<Box<dyn Read + 'a>> {
     let start = packed.fill_buf()?;
     Ok(match Compression::detect(start) {
-        None => Box::new(packed),
+        None => packed,
         Some(Compression::Gzip) => Box::new(flate2::bufread::MultiGzDecoder::new(packed)),
         Some(Compression::Xz) => Box::new(lzma_rust2::XzReader::new_mem_limit(packed, true, WINDOW_MAX >> 10)),
         Some(Compression::Zstd) => Box::new(Zstd { packed: Some(packed), frame: None }),

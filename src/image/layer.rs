@@ -25,13 +25,13 @@ impl From<io::Error> for Refused {
 }
 
 /// Puts what is in the archive `input` into the tree, as the layer above all before it. A layer of an image may have
-/// `whiteouts`. Gives back what it was read from, which may have more bytes behind the end-of-archive mark.
-pub(super) fn unpack<R: Read>(
-    input: R,
+/// `whiteouts`. The input may have more bytes behind the end-of-archive mark, which are not read.
+pub(super) fn unpack(
+    input: &mut dyn Read,
     whiteouts: bool,
     tree: &mut Tree,
     contents: &mut Contents,
-) -> Result<R, Refused> {
+) -> Result<(), Refused> {
     tree.next_layer();
     let mut reader = Reader::new(input);
     let mut last: Option<Vec<u8>> = None;
@@ -51,7 +51,7 @@ pub(super) fn unpack<R: Read>(
         }
         last = Some(path);
     }
-    Ok(reader.into_inner())
+    Ok(())
 }
 
 fn after(entry: &[u8], source: io::Error) -> io::Error {
@@ -67,7 +67,7 @@ pub(super) fn show(path: &[u8]) -> String {
 fn apply(
     mut entry: Entry,
     whiteouts: bool,
-    reader: &mut Reader<impl Read>,
+    reader: &mut Reader<&mut dyn Read>,
     tree: &mut Tree,
     contents: &mut Contents,
 ) -> io::Result<()> {
@@ -173,7 +173,7 @@ mod tests {
         let file = || tempfile::tempfile().unwrap();
         let mut tree = Tree::new(Limits { nodes: 1000, text: 100_000 });
         let mut contents = Contents::new(file(), file(), 1 << 20);
-        unpack(archive, true, &mut tree, &mut contents).map_err(|refused| refused.source.to_string())?;
+        unpack(&mut &*archive, true, &mut tree, &mut contents).map_err(|refused| refused.source.to_string())?;
         erofs::finish(&tree, contents, [0; 16]).map(|_| ()).map_err(|error| error.to_string())
     }
 

@@ -331,7 +331,7 @@ impl Opening<'_> {
         self.build(&digest, |tree, contents| {
             let refused = |refused| unpack_error(&self.source, refused);
             let file = again(&file).map_err(self.read_error())?;
-            layer::unpack(BufReader::with_capacity(256 << 10, file), false, tree, contents).map_err(refused)?;
+            layer::unpack(&mut BufReader::with_capacity(256 << 10, file), false, tree, contents).map_err(refused)?;
             Ok(Config::default())
         })
     }
@@ -393,8 +393,8 @@ impl Opening<'_> {
         let packed = Watched::new(packed, name, layer.stored.size, self.options.progress);
         let mut packed = BufReader::with_capacity(64 << 10, Checked::new(packed, layer.stored, limit));
         let unpacked = compression::unpack(&mut packed)?;
-        let unpacked = BufReader::with_capacity(256 << 10, Checked::new(unpacked, layer.unpacked, limit));
-        let mut unpacked = layer::unpack(unpacked, true, tree, contents)?;
+        let mut unpacked = BufReader::with_capacity(256 << 10, Checked::new(unpacked, layer.unpacked, limit));
+        layer::unpack(&mut unpacked, true, tree, contents)?;
         unpacked.get_mut().finish()?;
         drop(unpacked);
         packed.get_mut().finish().map_err(Refused::from)

@@ -1,7 +1,15 @@
 //! CPUID as a guest sees it: what KVM supports, with the topology of N cores in one socket, one thread each.
 
+use std::arch::x86_64::__cpuid;
+
 use super::needs_x2apic;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+/// Whether the CPU that this runs on has VT-x (CPUID.1:ECX.VMX, bit 5) or SVM (CPUID.8000_0001:ECX.SVM, bit 2).
+pub fn has_virtualization() -> bool {
+    let bit = |leaf, bit: u32| __cpuid(leaf).ecx & 1 << bit != 0;
+    bit(1, 5) || __cpuid(0x8000_0000).eax > 0x8000_0000 && bit(0x8000_0001, 2)
+}
 
 /// The CPUID of vCPU `index` of `cpus`, made from `supported` (`KVM_GET_SUPPORTED_CPUID`). The vCPU's index is its
 /// APIC id. `tsc_deadline` says whether KVM emulates the LAPIC's TSC deadline timer, which that ioctl leaves out.
