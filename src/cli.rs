@@ -5,6 +5,7 @@ pub mod ending;
 pub mod github;
 pub mod image;
 pub mod junit;
+pub mod kernel;
 pub mod log;
 pub mod output_file;
 pub mod outputs;
@@ -89,6 +90,8 @@ pub enum Command {
     Check(Check),
     /// List, fetch and remove the images in the cache.
     Image(image::Image),
+    /// List, import, build and remove the kernels in the cache.
+    Kernel(kernel::Kernel),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -146,9 +149,10 @@ pub struct Run {
     #[arg(long, value_name = "DIR", help_heading = "Command")]
     modules: Option<PathBuf>,
 
-    /// The kernel, an ELF vmlinux or a bzImage [default: /boot/vmlinuz-$(uname -r)].
-    #[arg(long, value_name = "FILE", help_heading = "Boot")]
-    kernel: Option<PathBuf>,
+    /// The kernel, an ELF vmlinux or a bzImage, or the name of one in the cache (`bantam kernel`) [default: the one named
+    /// default, else /boot/vmlinuz-$(uname -r)].
+    #[arg(long, value_name = "FILE|NAME", help_heading = "Boot")]
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk.
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     initrd: Option<PathBuf>,
@@ -239,23 +243,17 @@ pub struct Run {
 
 #[derive(Debug, Args)]
 pub struct Check {
-    /// A kernel to look into as well.
-    #[arg(long, value_name = "FILE")]
+    /// A kernel to look into as well, by its file or its name.
+    #[arg(long, value_name = "FILE|NAME")]
     pub kernel: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,
 }
 
-/// What the flags leave open and the host does not answer.
+/// What the flags ask for and there is not.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot find a kernel: no --kernel FILE is given, and {path} cannot be read")]
-    NoKernel {
-        path: String,
-        #[source]
-        source: io::Error,
-    },
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
 }
@@ -265,17 +263,13 @@ fn cpus(text: &str) -> Result<u32, &'static str> {
 }
 
 impl Run {
-    /// The machine that the flags ask for.
-    pub fn config(&self) -> Result<Config, Error> {
-        let kernel = match &self.kernel {
-            Some(path) => path.clone(),
-            None => running_kernel()?,
-        };
+    /// The machine that the flags ask for, with this kernel.
+    pub fn config(&self, kernel: PathBuf) -> Config {
         let command = self.command();
         let default_serial = if command.is_some() { console::Spec::None } else { console::Spec::default() };
         let file = self.console.clone().map(console::Spec::File);
         let serial = self.serial.clone().or(file).unwrap_or(default_serial);
-        Ok(Config {
+        Config {
             kernel: Some(kernel),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
@@ -294,7 +288,7 @@ impl Run {
             serial,
             boot_timeout: self.boot_timeout,
             timeout: self.timeout,
-        })
+        }
     }
 }
 
@@ -320,15 +314,6 @@ impl Run {
         };
         // An image may name the program.
         Some(command).filter(|command| *command != command::Spec::default())
-    }
-}
-
-/// The kernel that this host runs, where distributions put it.
-fn running_kernel() -> Result<PathBuf, Error> {
-    let path = format!("/boot/vmlinuz-{}", rustix::system::uname().release().to_string_lossy());
-    match rustix::fs::access(&path, Access::READ_OK) {
-        Ok(()) => Ok(path.into()),
-        Err(source) => Err(Error::NoKernel { path, source: source.into() }),
     }
 }
 
@@ -372,7 +357,7 @@ mod tests {
     fn config(flags: &[&str]) -> Config {
         let flags = ["bantam", "run", "--kernel", "k"].iter().chain(flags);
         let Command::Run(run) = Cli::try_parse_from(flags).unwrap().command else { panic!("not a run") };
-        run.config().unwrap()
+        run.config("k".into())
     }
 
     #[test]

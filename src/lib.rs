@@ -43,7 +43,7 @@
 //!
 //! | floor | modules |
 //! | --- | --- |
-//! | 6, around it | [`check`]: is the host ready, is a kernel |
+//! | 6, around it | [`check`]: is the host ready, is a kernel; [`kernels`]: kernels by name, in a cache |
 //! | 5, the machine | [`machine`]: the builder, the board, the run loop with its one inbox |
 //! | 4, what is asked for | [`config`]: one struct for flags, JSON and programs |
 //! | 3, what runs | [`boot`]: kernel, initrd, command line; [`vcpu`]: the thread of a vCPU; [`command`]: one command in the guest |
@@ -65,6 +65,7 @@ pub mod config;
 pub mod devices;
 pub mod image;
 pub mod interrupt;
+pub mod kernels;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -51,6 +51,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(run) => self::run(run, started),
         Command::Check(check) => self::check(check),
+        Command::Kernel(kernel) => kernel.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Image(image) => image.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Completions { shell } => print(&cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
@@ -66,7 +67,16 @@ fn main() -> ExitCode {
 
 /// Runs a machine to its end.
 fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
-    let mut config = run.config()?;
+    let mut unknown = Ok(());
+    let (kernel, mut in_use) = match cli::kernel::find(run.kernel.as_deref()) {
+        // What is printed need not be there, and a report tells that it is not.
+        Err(error @ cli::kernel::Error::Unknown { .. }) => {
+            unknown = Err(error.into());
+            (run.kernel.clone().unwrap_or_default(), None)
+        }
+        found => found?,
+    };
+    let mut config = run.config(kernel);
     if run.print_config {
         config.validate()?;
         let mut json = serde_json::to_vec_pretty(&config)?;
@@ -82,14 +92,16 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
     let (mut image, mut machine) = (None, None);
-    let opened = cli::rootfs::open(&mut config).map(|opened| image = opened);
-    let mut opened: Result<(), Box<dyn Error>> = opened.map_err(Into::into);
+    let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
+    let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
     let mut begin = started;
     let ended = loop {
         let group = attempts.group();
         let built = std::mem::replace(&mut opened, Ok(()));
         let built = built.and_then(|()| build(run, config.clone(), begin, attempts.keep_output()));
+        // Kernel and modules are in the guest's memory, unless they are needed again.
+        in_use = in_use.filter(|_| run.retry > 0);
         let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
         group.into_iter().for_each(cli::github::Group::end);
         let result = ended.as_ref().map_err(|error| chain(&**error));
@@ -212,7 +224,8 @@ fn allow_descriptors(config: &Config) {
 /// Looks at the host, and at a kernel if there is one to look at.
 fn check(check: &cli::Check) -> Result<ExitCode, Box<dyn Error>> {
     let host = check::host();
-    let kernel = check.kernel.as_deref().map(check::kernel);
+    let kernel = check.kernel.as_deref().map(|asked| cli::kernel::find(Some(asked))).transpose()?;
+    let kernel = kernel.map(|(path, _in_use)| check::kernel(&path));
     let ready = host.is_ready() && kernel.as_ref().is_none_or(check::Table::is_ready);
     let text = if check.json {
         let json = serde_json::json!({"ready": ready, "host": host, "kernel": kernel});

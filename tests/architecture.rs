@@ -16,7 +16,7 @@ const FLOORS: &[&[&str]] = &[
     &["boot", "command", "vcpu"],
     &["config"],
     &["machine"],
-    &["check"],
+    &["check", "kernels"],
     &["cli", "main", "lib"],
 ];
 

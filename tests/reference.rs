@@ -53,9 +53,8 @@ fn reference() -> String {
         "# The command's reference\n\n\
          What `--help` prints. This page is made by `UPDATE_DOCS=1 cargo test --test reference`; do not edit it.\n",
     );
-    for command in
-        ["", "run", "check", "image", "image ls", "image pull", "image rm", "image prune", "completions", "man"]
-    {
+    let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm";
+    for command in ["", "run", "check"].into_iter().chain(cached.split('|')).chain(["completions", "man"]) {
         let name = format!("bantam {command}");
         let flags: Vec<_> = command.split_terminator(' ').chain(["--help"]).collect();
         let help: Vec<_> = bantam(&flags).lines().map(|line| format!("{}\n", line.trim_end())).collect();

@@ -4,7 +4,7 @@
 # KVM_HOST=always sends integration tests there on every machine.
 set -euo pipefail
 
-without_guests=(architecture image reference)
+without_guests=(architecture image kernels reference)
 
 here=$(realpath "$(dirname "$0")")
 name=$(basename "$1")

@@ -4,7 +4,7 @@
 //! inside is loaded as the ELF that it is. Only if its compression is not one we read does the guest unpack it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -131,6 +131,32 @@ fn load_file(ram: &GuestRam, path: &Path) -> Result<Kernel, Reason> {
     Err(Reason::NotKernel(not_kernel(&head)))
 }
 
+/// Writes the kernel at `path` to `to`: what is in a bzImage if that can be unpacked, so that no run has to do it; else the
+/// file as it is.
+///
+/// # Errors
+/// When it cannot be read or unpacked, or not be written.
+pub fn extract(path: &Path, to: &mut impl Write) -> Result<Format, Error> {
+    extract_file(path, to).map_err(|reason| Error { path: path.into(), reason })
+}
+
+fn extract_file(path: &Path, to: &mut impl Write) -> Result<Format, Reason> {
+    let (mut file, len) = open(path)?;
+    let mut head = vec![0; HEAD.min(usize::try_from(len).unwrap_or(HEAD))];
+    file.read_exact_at(&mut head, 0)?;
+    if is_bzimage(&head) {
+        let image = BzImage::parse(&head, len)?;
+        if let (Some(unpacked), Some(compression)) = unpack_payload(&file, &image)? {
+            let size = unpacked_size(&file, &image)?;
+            let copied = io::copy(&mut unpacked.take(size), to);
+            copied.map_err(|source| Reason::Unpack { compression, source })?;
+            return Ok(Format::Elf);
+        }
+    }
+    io::copy(&mut file, to)?;
+    Ok(if is_bzimage(&head) { Format::BzImage } else { Format::Elf })
+}
+
 /// Opens a regular file, without waiting at a pipe, and tells its length.
 pub(super) fn open(path: &Path) -> Result<(File, u64), Reason> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
@@ -162,24 +188,31 @@ fn of_elf(Elf { entry, range, acpi }: Elf) -> Kernel {
 }
 
 fn load_bzimage(file: &File, image: &BzImage, ram: &GuestRam) -> Result<Kernel, Reason> {
-    let mut start = [0; 8];
-    file.read_exact_at(&mut start, image.payload.start)?;
-    let compression = Compression::detect(&start);
     let version = image.version.and_then(|offset| read_version(file, offset));
-    let unpacked = compression.and_then(|compression| {
-        let packed = Part { file, range: image.payload.start..image.payload.end - compression.trailer() };
-        let unpacked = unpack(compression, BufReader::with_capacity(READ_AHEAD, packed))?;
-        Some(
-            unpacked
-                .and_then(|unpacked| StreamImage::new(unpacked, unpacked_size(file, image)?))
-                .map_err(|source| Reason::Unpack { compression, source }),
-        )
-    });
-    let kernel = match unpacked {
-        Some(unpacked) => of_elf(elf::load(&mut unpacked?, ram).map_err(Reason::Payload)?),
-        None => load_packed(file, image, ram)?,
+    let (unpacked, compression) = unpack_payload(file, image)?;
+    let kernel = match (unpacked, compression) {
+        (Some(unpacked), Some(compression)) => {
+            let unpacked = unpacked_size(file, image).and_then(|size| StreamImage::new(unpacked, size));
+            let mut unpacked = unpacked.map_err(|source| Reason::Unpack { compression, source })?;
+            of_elf(elf::load(&mut unpacked, ram).map_err(Reason::Payload)?)
+        }
+        _ => load_packed(file, image, ram)?,
     };
     Ok(Kernel { format: Format::BzImage, compression, version, ..kernel })
+}
+
+/// What is in a payload, if it is not for the guest to unpack, and how that is compressed, if it is known.
+#[expect(clippy::type_complexity, reason = "it is taken apart at once")]
+fn unpack_payload<'a>(
+    file: &'a File,
+    image: &BzImage,
+) -> Result<(Option<Box<dyn Read + 'a>>, Option<Compression>), Reason> {
+    let mut start = [0; 8];
+    file.read_exact_at(&mut start, image.payload.start)?;
+    let Some(compression) = Compression::detect(&start) else { return Ok((None, None)) };
+    let packed = Part { file, range: image.payload.start..image.payload.end - compression.trailer() };
+    let unpacked = unpack(compression, BufReader::with_capacity(READ_AHEAD, packed)).transpose();
+    Ok((unpacked.map_err(|source| Reason::Unpack { compression, source })?, Some(compression)))
 }
 
 /// Loads a bzImage as it is, to be unpacked by the guest.

@@ -40,6 +40,15 @@ pub enum Error {
         /// Where it was looked for.
         folder: PathBuf,
     },
+    /// Something could not be written.
+    #[error("cannot write {}", .path.display())]
+    Write {
+        /// What.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// Something could not be read.
     #[error("cannot read {}", .path.display())]
     Read {
@@ -130,6 +139,33 @@ impl Modules {
             self.load_one(&normal(name), &mut seen, &mut loaded)?;
         }
         Ok(loaded)
+    }
+
+    /// Copies those of `names` that there are, and what they need, to `folder`, which is made: unpacked, and with a list of
+    /// what is built in. How many there are.
+    ///
+    /// # Errors
+    /// When one cannot be read, or not be written.
+    pub fn copy<'a>(&self, names: impl IntoIterator<Item = &'a str>, folder: &Path) -> Result<usize, Error> {
+        let (mut loaded, mut seen) = (vec![], HashSet::new());
+        for name in names.into_iter().filter(|name| self.has(name)) {
+            match self.load_one(&normal(name), &mut seen, &mut loaded) {
+                // It is of no use without the others.
+                Err(Error::Missing { .. }) => {}
+                result => result?,
+            }
+        }
+        let write = |path: PathBuf, bytes: &[u8]| {
+            let written = fs::write(&path, bytes).and_then(|()| File::open(&path)?.sync_all());
+            written.map_err(|source| Error::Write { path, source })
+        };
+        fs::create_dir_all(folder).map_err(|source| Error::Write { path: folder.into(), source })?;
+        let built_in: String = self.built_in.iter().map(|name| format!("{name}.ko\n")).collect();
+        write(folder.join("modules.builtin"), built_in.as_bytes())?;
+        for module in &loaded {
+            write(folder.join(&module.name).with_extension("ko"), &module.object)?;
+        }
+        Ok(loaded.len())
     }
 
     fn load_one(&self, name: &str, seen: &mut HashSet<String>, loaded: &mut Vec<Module>) -> Result<(), Error> {
@@ -247,6 +283,19 @@ mod tests {
         fs::write(index, "kernel/fs/jbd2.ko:\nkernel/fs/ext4.ko: kernel/fs/jbd2.ko\n").unwrap();
         let modules = Modules::open(root.path(), VERSION).unwrap();
         assert!(modules.has("ext4") && !modules.has("packed"));
+    }
+
+    #[test]
+    fn a_copy_has_what_is_needed_and_no_more() {
+        let (root, to) = (folder(), tempfile::tempdir().unwrap());
+        let modules = Modules::open(root.path(), VERSION).unwrap();
+        let folder = to.path().join("lib/modules").join(VERSION);
+        assert_eq!(modules.copy(["packed", "crc16", "xfs"], &folder).unwrap(), 4);
+        let copy = Modules::find(&to.path().join("vmlinux"), VERSION).unwrap().unwrap();
+        assert_eq!(names(&copy.load(["packed"]).unwrap()), ["jbd2", "mb_cache", "ext4", "packed"]);
+        assert_eq!(fs::read(folder.join("packed.ko")).unwrap(), object("ext4"));
+        assert!(copy.is_built_in("crc16") && !copy.has("broken"));
+        assert!(matches!(modules.copy(["broken"], &folder), Err(Error::Read { .. })));
     }
 
     #[test]

@@ -80,7 +80,7 @@ fn option(config: &str, name: &str, loss: &str) -> Row {
 
 /// The configuration in the same folder: `config-VERSION`, the version as the kernel tells it, or as its name does:
 /// `vmlinuz-VERSION`.
-fn config_beside(path: &Path, version: Option<&str>) -> Option<String> {
+pub(crate) fn config_beside(path: &Path, version: Option<&str>) -> Option<String> {
     let told = version.and_then(|version| version.split(' ').next());
     let named = path.file_name()?.to_str()?.split_once('-').map(|(_, version)| version);
     let mut candidates = [told, named].into_iter().flatten().map(|v| path.with_file_name(format!("config-{v}")));

@@ -9,6 +9,7 @@ use std::fmt;
 use serde::Serialize;
 
 pub use host::{hardware_virtualization, host, kvm_advice};
+pub(crate) use kernel::config_beside;
 pub use kernel::kernel;
 
 /// What was found of one thing.

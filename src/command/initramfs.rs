@@ -154,7 +154,25 @@ fn file_system(disk: &Path) -> Result<&'static str, Error> {
     kind.ok_or_else(|| Error::NoFileSystem(disk.into()))
 }
 
-/// The modules that are wanted, in the order to load them.
+/// All modules that any command may want.
+pub const MODULES: [&str; 14] = [
+    "virtio_mmio",
+    "vmw_vsock_virtio_transport",
+    "virtio_blk",
+    "virtiofs",
+    "virtio_net",
+    "virtio_rng",
+    "crc32c_generic",
+    "overlay",
+    "erofs",
+    "ext4",
+    "squashfs",
+    "xfs",
+    "btrfs",
+    "iso9660",
+];
+
+/// The modules that are wanted, in the order to load them: of [`MODULES`].
 fn wanted(modules: &Modules, command: &Spec, devices: Devices<'_>, kind: Option<&'static str>) -> Vec<&'static str> {
     let mut wanted = vec!["virtio_mmio", "vmw_vsock_virtio_transport"];
     wanted.extend(devices.disks.then_some("virtio_blk"));
@@ -167,6 +185,7 @@ fn wanted(modules: &Modules, command: &Spec, devices: Devices<'_>, kind: Option<
     wanted.extend(kind);
     wanted.extend((kind.is_some() && !command.rw).then_some("overlay"));
     wanted.extend((devices.overlay.is_some() && kind != Some(overlay::KIND)).then_some(overlay::KIND));
+    debug_assert!(wanted.iter().all(|name| MODULES.contains(name)), "{wanted:?}");
     wanted
 }
 

@@ -23,7 +23,7 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use initramfs::{Devices, Error, Initramfs, Root, Share};
+pub use initramfs::{Devices, Error, Initramfs, MODULES, Root, Share};
 pub use session::{Ended, Ends, Report, Session, Streams};
 pub use tail::{Kept, Tail};
 

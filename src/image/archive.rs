@@ -17,7 +17,7 @@ const PIECES_MAX: usize = 1 << 16;
 
 /// What an entry makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     File,
     Directory,
     Symlink(Vec<u8>),
@@ -30,7 +30,7 @@ pub(super) enum Kind {
 
 /// Who owns a file, and the like.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Metadata {
+pub(crate) struct Metadata {
     /// The permission bits, with set-user-id, set-group-id and sticky.
     pub mode: u16,
     pub uid: u32,
@@ -42,7 +42,7 @@ pub(super) struct Metadata {
 
 /// One entry of an archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// As the archive has it.
     pub path: Vec<u8>,
     pub kind: Kind,
@@ -54,7 +54,7 @@ pub(super) struct Entry {
 }
 
 /// An archive. After [`next`](Self::next) has returned a file, the reader's `Read` gives its data.
-pub(super) struct Reader<R> {
+pub(crate) struct Reader<R> {
     input: R,
     /// Bytes read so far.
     position: u64,
@@ -72,7 +72,7 @@ struct Records {
     pax: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-pub(super) fn invalid(why: impl Into<String>) -> io::Error {
+pub(crate) fn invalid(why: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why.into())
 }
 

@@ -139,7 +139,7 @@ fn scratch(folder: &Path) -> io::Result<File> {
 }
 
 /// Takes a lock, without waiting; whether it was free.
-fn try_lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
+pub(crate) fn try_lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
     match retry_on_intr(|| flock(file, operation)) {
         Ok(()) => Ok(true),
         Err(Errno::WOULDBLOCK) => Ok(false),
@@ -148,7 +148,7 @@ fn try_lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
 }
 
 /// Whether `path` is still the file that is open.
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+pub(crate) fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let open = file.metadata()?;
     match fs::symlink_metadata(path) {
         Ok(there) => Ok((open.dev(), open.ino()) == (there.dev(), there.ino())),
@@ -161,13 +161,17 @@ fn open_folder(path: &Path) -> io::Result<File> {
     File::open(path)
 }
 
+/// The user's folder for what can be made again: `bantam` in `XDG_CACHE_HOME`, or in `~/.cache`. `None` without a home.
+pub(crate) fn user_folder() -> Option<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
+    base.map(|base| base.join("bantam"))
+}
+
 impl Cache {
     /// The user's: `bantam/images` in `XDG_CACHE_HOME`, or in `~/.cache`.
     pub fn of_user() -> Result<Self, Error> {
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let base = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-        let base = base.ok_or(Error::NoHome)?;
-        Ok(Self::new(base.join("bantam").join("images")))
+        Ok(Self::new(user_folder().ok_or(Error::NoHome)?.join("images")))
     }
 
     /// A cache in `folder`, which is made when the first image is.
@@ -436,7 +440,7 @@ impl Cache {
 }
 
 /// Removes a folder that nobody has locked.
-fn clear(path: &Path) -> io::Result<()> {
+pub(crate) fn clear(path: &Path) -> io::Result<()> {
     let lock = open_folder(path)?;
     if try_lock(&lock, FlockOperation::NonBlockingLockExclusive)? {
         fs::remove_dir_all(path)?;

@@ -25,7 +25,7 @@ impl Compression {
 }
 
 /// What is in `packed`, which may not be compressed at all. Streams may be several, one after the other.
-pub(super) fn unpack<'a>(packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
+pub(crate) fn unpack<'a>(packed: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     unpack_box(Box::new(packed))
 }
 

@@ -27,9 +27,9 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-mod archive;
-mod cache;
-mod compression;
+pub(crate) mod archive;
+pub(crate) mod cache;
+pub(crate) mod compression;
 mod config;
 mod contents;
 mod credentials;

@@ -1,5 +1,8 @@
 //! Kernels with and without modules.
 
+use std::path::Path;
+use std::process::Command;
+
 use crate::roots::Root;
 use crate::support::{Guest, Kernel};
 
@@ -39,10 +42,26 @@ fn missing_modules_are_said_before_and_after_the_start() {
 }
 
 #[test]
-fn two_kernels_run_at_once() {
-    let (root, script) = (Root::new(), "cat /proc/version");
-    let (one, other) = (shell(Kernel::Debian61, &root, script).start(), shell(Kernel::Tiny, &root, script).start());
-    let (one, other) = (one.wait(), other.wait());
-    one.require(one.status == 0 && one.stdout.contains("-cloud-amd64"), "Debian's");
-    other.require(other.status == 0 && !other.stdout.contains("-cloud-amd64"), "the small one");
+fn two_kernels_run_at_once_by_their_names() {
+    let (root, cache) = (Root::new(), tempfile::tempdir().unwrap());
+    let names = ["6.1", "6.12"];
+    let mut guests = names.map(|name| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest").join(format!("debian-{name}"));
+        let mut import = Command::new(env!("CARGO_BIN_EXE_bantam"));
+        import.args(["kernel", "import", name]).arg(folder.join("vmlinux")).env("XDG_CACHE_HOME", cache.path());
+        assert!(import.status().unwrap().success(), "{import:?}");
+        let mut guest = Guest::running(name, &["sh", "-c", "cat /proc/version; cat; exit 5"]).root(&root.image());
+        guest.command().env("XDG_CACHE_HOME", cache.path());
+        guest.spawn()
+    });
+    // Neither ends before both are there.
+    for (guest, name) in guests.iter().zip(names) {
+        guest.wait_for(&format!("Linux version {name}."));
+    }
+    guests.iter_mut().for_each(|guest| guest.write("go on"));
+    for mut guest in guests {
+        drop(guest.stdin().take());
+        let ended = guest.wait();
+        ended.require(ended.status == 5 && ended.stdout.ends_with("go on"), "expected status 5");
+    }
 }
