@@ -17,7 +17,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
     make flex bison bc libelf-dev                                # the small guest kernel
     iproute2 iputils-ping e2fsprogs util-linux strace shellcheck # tests
     erofs-utils umoci skopeo docker-registry                     # images
-    fio iperf3                                                   # benchmarks
+    fio iperf3 git runc                                          # benchmarks
 )
 missing=()
 for package in "${packages[@]}"; do

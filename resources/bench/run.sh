@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
-# the other in turn, and prints a table of medians. docs/BENCHMARKS.md says what is measured and how.
+# the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, memory, boot, disk, net; all without any. `start` uses the machine's own KVM, if there is one, even where
+# Items: start, memory, boot, disk, net, share, commands; all without any. `start` uses the machine's own KVM, if there is one, even where
 # that cannot run a guest's kernel; the others need VT-x or SVM, or run in the emulated KVM host.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,14 +18,15 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net|share|commands]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start memory boot disk net)
+(($#)) || items=(start memory boot disk net share commands)
 
 built=$PWD/target/bench
+vmms=(bantam qemu)
 bantam=$(realpath -m "${CARGO_TARGET_DIR:-target}")/release/bantam
 tiny=$PWD/target/guest/tiny/vmlinux
 debian=$PWD/target/guest/debian-6.1/vmlinuz
@@ -43,12 +44,31 @@ build() {
     archive "$root" "$built/base.cpio"
     cat target/guest/tiny/initramfs.cpio "$built/base.cpio" >"$built/boot.cpio"
     gcc -O2 -static -pthread -o "$root/bin/disk" resources/bench/disk.c
-    cp "$(command -v iperf3)" "$root/bin/"
-    for library in $(ldd "$root/bin/iperf3" | grep -o '/[^ ]*'); do
-        install -D "$library" "$root$library"
+    gcc -O2 -static -o "$root/bin/share" resources/bench/share.c
+    local program
+    for program in iperf3 git; do
+        cp "$(command -v "$program")" "$root/bin/"
+        for library in $(ldd "$root/bin/$program" | grep -o '/[^ ]*'); do
+            install -D "$library" "$root$library"
+        done
     done
     archive "$root" "$built/all.cpio"
     cat target/guest/tiny/initramfs.cpio "$built/all.cpio" >"$built/io.cpio"
+    # A root file system for commands, as a folder, an archive, a bundle of runc's, and for QEMU an initramfs.
+    local applet commands=$built/commands
+    mkdir -p "$commands"/{bin,dev,proc,sys,tmp}
+    cp target/guest/busybox/busybox "$commands/bin/"
+    for applet in $("$commands/bin/busybox" --list); do
+        [[ $applet == busybox ]] || ln -s busybox "$commands/bin/$applet"
+    done
+    tar -C "$commands" -cf "$built/commands.tar" .
+    mkdir "$built/bundle"
+    (cd "$built/bundle" && runc spec)
+    sed -i -e 's/"terminal": true/"terminal": false/' -e 's|"path": "rootfs"|"path": "../commands"|' \
+        -e 's/"sh"$/"sh", "-c", "COMMAND"/' "$built/bundle/config.json"
+    cp -a "$commands" "$built/commands-init"
+    cp resources/bench/command-init "$built/commands-init/init"
+    archive "$built/commands-init" "$built/commands.cpio"
 }
 
 archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$2"; }
@@ -56,7 +76,8 @@ archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$
 # machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU, 128 MiB, a serial
 # console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
-# bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by.
+# bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With share=FOLDER it
+# starts QEMU's virtiofsd, which ends with the VMM.
 machine() {
     local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on
     shift 4
@@ -66,6 +87,7 @@ machine() {
             case $device in
             disk=*) command+=(--disk "${device#*=}") ;;
             tap=*) command+=(--net "$device") ;;
+            share=*) command+=(--share "${device#*=}:/mnt") ;;
             esac
         done
         return
@@ -82,15 +104,36 @@ machine() {
             -drive "if=none,id=disk,format=raw,cache=writeback,file=${device#*=}") ;;
         tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=off"
             -device "virtio-net-device,netdev=net") ;;
+        share=*)
+            virtiofsd "${device#*=}"
+            command+=(-object "memory-backend-memfd,id=memory,size=128M,share=on" -machine memory-backend=memory
+                -global virtio-mmio.force-legacy=off # virtiofsd wants it
+                -chardev "socket,id=share,path=$built/virtiofsd.socket"
+                -device "vhost-user-fs-device,chardev=share,tag=share0")
+            ;;
         esac
     done
+}
+
+# virtiofsd FOLDER starts QEMU 7's, or the one in Rust that came after it, and waits for its socket.
+virtiofsd() {
+    local tries daemon=/usr/lib/qemu/virtiofsd source=(-o "source=$1")
+    [[ -x $daemon ]] || daemon=/usr/libexec/virtiofsd source=(--shared-dir "$1")
+    rm -f "$built/virtiofsd.socket"
+    "$daemon" --socket-path="$built/virtiofsd.socket" "${source[@]}" 2>"$built/virtiofsd.log" &
+    for ((tries = 0; tries < 100; tries++)); do
+        [[ ! -S $built/virtiofsd.socket ]] || return 0
+        sleep 0.1
+    done
+    cat "$built/virtiofsd.log" >&2
+    return 1
 }
 
 # in_turn ROUNDS QUICK_ROUNDS FUNCTION [ARGUMENT...] calls it for each VMM, round after round.
 in_turn() {
     local round vmm rounds=${quick:+$2}
     for ((round = 1; round <= ${rounds:-$1}; round++)); do
-        for vmm in bantam qemu; do
+        for vmm in "${vmms[@]}"; do
             "$3" "$vmm" "${@:4}" || { echo "run.sh: $vmm failed: $3 ${*:4}" && tail -n 5 "$built/log"; } >&2
         done
     done
@@ -109,6 +152,15 @@ start() {
     in_turn 1 1 start_calls
     in_turn 31 11 start_time "$tiny" "17 MB ELF kernel (budget 5)"
     in_turn 7 3 start_time "$debian" "14 MB bzImage"
+    vmms=(bantam)
+    in_turn 11 3 start_cached
+    vmms=(bantam qemu)
+}
+
+start_cached() {
+    command=(env "XDG_CACHE_HOME=$built/cache" "$bantam" run --memory 128M --kernel "$tiny" "$built/commands.tar" -- true)
+    [[ -e $built/cache ]] || "${command[@]:0:2}" "$bantam" image pull "$built/commands.tar" >/dev/null
+    figure "$1" "exec to first KVM_RUN, command in a cached archive, ms" "$(measured -r 20 | awk '{ print $2 * 1000 }')"
 }
 
 start_calls() {
@@ -186,11 +238,77 @@ net() {
     kill "$server"
 }
 
+share() {
+    step "Shared folder"
+    local folder
+    folder=$(mktemp -d /dev/shm/bantam-bench.XXXXXX)
+    git -c safe.directory='*' clone --quiet --depth 1 "file://$PWD" "$folder/repository"
+    in_turn 3 1 guest_figures share "share=$folder"
+    rm -r "$folder"
+}
+
+commands() {
+    step "A command"
+    mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    vmms=(bantam qemu runc)
+    in_turn 7 2 command_once
+    in_turn 3 1 command_memory
+    vmms=(bantam qemu)
+}
+
+# run_command VMM TEXT sets `command` to one that has the VMM run a shell command.
+run_command() {
+    case $1 in
+    bantam) command=("$bantam" run --memory 128M --kernel "$tiny" "$built/commands" -- sh -c "$2") ;;
+    qemu) machine qemu "$tiny" "$built/commands.cpio" "quiet rdinit=/init -- \"$2\"" ;;
+    runc)
+        sed -i "s/\"-c\", .*/\"-c\", \"$2\"/" "$built/bundle/config.json"
+        command=(runc run --bundle "$built/bundle" bench)
+        ;;
+    esac
+}
+
+command_once() {
+    local first exit
+    run_command "$1" "echo bench-first"
+    measured 60 bench-first >"$built/times" || return 1
+    { read -r _ first && read -r _ exit; } <"$built/times"
+    figure "$1" "exec to the command's first byte, s" "$first"
+    figure "$1" "exec to exit, s" "$exit"
+}
+
+# What all processes of an instance have, of what they share with others their part.
+command_memory() {
+    local pid tries
+    run_command "$1" "echo bench-idle; sleep 1000"
+    "${command[@]}" </dev/null >"$built/log" 2>&1 &
+    pid=$!
+    for ((tries = 0; tries < 600; tries++)); do
+        ! grep -q bench-idle "$built/log" || break
+        sleep 0.1
+    done
+    sleep 1 # for the guest to become idle
+    figure "$1" "host memory (PSS) of a sleeping command, MiB" "$(descendants "$pid" |
+        xargs -I {} cat /proc/{}/smaps_rollup | awk '/^Pss:/ { kib += $2 } END { print kib / 1024 }')"
+    if [[ $1 == runc ]]; then runc delete --force bench; else kill "$pid"; fi
+    wait "$pid" || true
+    ((tries < 600))
+}
+
+# A process and all below it.
+descendants() {
+    local child
+    echo "$1"
+    for child in $(pgrep -P "$1"); do descendants "$child"; done
+}
+
 # guest_figures VMM WHAT DEVICE: figures that the guest itself prints.
 guest_figures() {
-    local value what seconds=${quick:+0.5}
+    local value what seconds=${quick:+0.5} size=
     [[ $2 != net ]] || seconds=${quick:+2}
-    machine "$1" "$tiny" "$built/io.cpio" "quiet rdinit=/bench bench=$2 seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
+    [[ $2 != share || -z $quick ]] || size="mebibytes=16 files=100"
+    machine "$1" "$tiny" "$built/io.cpio" \
+        "quiet rdinit=/bench bench=$2 $size seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
     measured 120 bench-reboot >/dev/null || return 1
     tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do
         figure "$1" "$what" "$value"

@@ -25,22 +25,33 @@ function show(row, vmm,    n) {
     return !n ? "-" : short(median(row, vmm)) (n > 1 ? " (" short(values[row, vmm, 1]) ")" : "")
 }
 
-END {
-    print "| KVM | measured: median (best) | bantam | QEMU microvm | bantam / QEMU | runs | bantam is |"
+# The rows of the two VMMs; of runc only those that it has figures for.
+function print_table(peer, title,    row, ratio, verdict, better) {
+    print "| KVM | measured: median (best) | bantam | " title " | bantam / " title " | runs | bantam is |"
     print "| --- | --- | ---: | ---: | ---: | ---: | --- |"
     for (row = 1; row <= rows; row++) {
+        if (peer == "runc" && !count[row, peer]) continue
         more[row] = what[row] ~ /\/s$/
         sort(row, "bantam")
-        sort(row, "qemu")
+        sort(row, peer)
         ratio = "-"
         verdict = ""
-        if (count[row, "bantam"] && count[row, "qemu"] && median(row, "bantam") > 0 && median(row, "qemu") > 0) {
-            ratio = median(row, "bantam") / median(row, "qemu")
+        if (count[row, "bantam"] && count[row, peer] && median(row, "bantam") > 0 && median(row, peer) > 0) {
+            ratio = median(row, "bantam") / median(row, peer)
             better = more[row] ? ratio : 1 / ratio
             verdict = better > 1.05 ? "better" : better < 0.95 ? "worse" : "even"
             ratio = sprintf("%.2f", ratio)
         }
-        printf "| %s | %s | %s | %s | %s | %d | %s |\n", where[row], what[row], show(row, "bantam"), show(row, "qemu"),
+        printf "| %s | %s | %s | %s | %s | %d | %s |\n", where[row], what[row], show(row, "bantam"), show(row, peer),
             ratio, count[row, "bantam"], verdict
+    }
+}
+
+END {
+    print_table("qemu", "QEMU microvm")
+    for (row = 1; row <= rows; row++) runc += count[row, "runc"]
+    if (runc) {
+        print ""
+        print_table("runc", "runc")
     }
 }
