@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use rustix::io::Errno;
 
 use super::tree::ROOT;
-use super::wire::{IN_HEADER, OUT_HEADER, Reply, fattr, init, op};
+use super::wire::{IN_HEADER, OPEN_KILL_SUIDGID, OUT_HEADER, Reply, WRITE_KILL_SUIDGID, fattr, init, op};
 use super::*;
 use crate::virtio::testing::{BUFFERS, Driver};
 
@@ -322,6 +322,34 @@ fn extended_attributes_are_those_of_users() {
     let mut args = Reply::default();
     args.u32(5).u32(0).bytes(b"security.capability\0value");
     assert_eq!(guest.ask(op::SETXATTR, node, &args.0), Err(Errno::OPNOTSUPP));
+}
+
+#[test]
+fn who_writes_takes_privileges_away() {
+    let mut guest = Guest::new();
+    let (node, handle) = guest.create("file", 0o755).unwrap();
+    let path = guest.path("file");
+    let mode = || fs::metadata(&path).unwrap().mode() & 0o7777;
+    let give = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+
+    give(0o6755);
+    let mut write = Reply::default();
+    write.u64(handle).u64(0).u32(1).u32(WRITE_KILL_SUIDGID).u64(0).u32(0).u32(0).bytes(b"x");
+    guest.ask(op::WRITE, 0, &write.0).unwrap();
+    assert_eq!(mode(), 0o755);
+
+    // Without the group's right to execute, that bit means something else.
+    give(0o6745);
+    let mut open = Reply::default();
+    open.u32((libc::O_WRONLY | libc::O_TRUNC).cast_unsigned()).u32(OPEN_KILL_SUIDGID);
+    guest.ask(op::OPEN, node, &open.0).unwrap();
+    assert_eq!(mode(), 0o2745);
+
+    give(0o4755);
+    let mut truncate = Reply::default();
+    truncate.u32(fattr::SIZE | fattr::KILL_SUIDGID).u32(0).u64(0).u64(7).bytes(&[0; 64]);
+    guest.ask(op::SETATTR, node, &truncate.0).unwrap();
+    assert_eq!((mode(), fs::metadata(&path).unwrap().len()), (0o755, 7));
 }
 
 #[test]

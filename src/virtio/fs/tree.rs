@@ -328,6 +328,9 @@ impl Tree {
                 None => return Err(Errno::INVAL),
             }
         }
+        if has(fattr::KILL_SUIDGID) && node.kind == FileType::RegularFile {
+            Self::kill_suid_gid(node.fd.as_fd())?;
+        }
         if has(fattr::ATIME) || has(fattr::MTIME) {
             let time = |set, now, (seconds, nanoseconds): (u64, u32)| Timespec {
                 tv_sec: i64::from_le_bytes(seconds.to_le_bytes()),
@@ -346,6 +349,15 @@ impl Tree {
             fs::utimensat(&node.fd, "", &times, AtFlags::EMPTY_PATH)?;
         }
         self.attr(number)
+    }
+
+    /// Takes a file's set-user-id bit away, and the set-group-id bit where it means that. Linux does so by itself when a
+    /// process without CAP_FSETID writes; ours may have it where the guest's has not.
+    pub fn kill_suid_gid(file: BorrowedFd<'_>) -> Result<()> {
+        let mode = Mode::from_raw_mode(stat(file)?.st_mode);
+        let group = if mode.contains(Mode::XGRP) { Mode::SGID } else { Mode::empty() };
+        let kept = mode - Mode::SUID - group;
+        if kept == mode { Ok(()) } else { fs::chmod(Self::path_of(file), kept) }
     }
 
     /// The file system's figures.

@@ -33,7 +33,6 @@ pub mod op {
     pub const GETXATTR: u32 = 22;
     pub const LISTXATTR: u32 = 23;
     pub const REMOVEXATTR: u32 = 24;
-    pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
     pub const READDIR: u32 = 28;
@@ -59,7 +58,13 @@ pub mod init {
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
+    pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 }
+
+/// In a WRITE's flags: the file loses its set-user-id and set-group-id bits, `FUSE_WRITE_KILL_SUIDGID`.
+pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// The same in an OPEN's flags, where it truncates: `FUSE_OPEN_KILL_SUIDGID`.
+pub const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 
 /// Which attributes SETATTR sets: `FATTR_*`.
 pub mod fattr {
@@ -73,6 +78,7 @@ pub mod fattr {
     pub const FH: u32 = 1 << 6;
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
+    pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// `struct fuse_in_header`.
