@@ -10,7 +10,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::memory::GuestRam;
 
-/// The most buffers of a list: what one system call takes (`UIO_MAXIOV`), less one for the `rest` of [`Iovecs::readv`].
+/// The most buffers of a list: what one system call takes (`UIO_MAXIOV`), less one for the `rest` of [`Iovecs::readv`]
+/// or the `front` of [`Iovecs::writev_after`].
 pub const MAX: usize = 1023;
 
 /// Why a buffer cannot be part of a list.
@@ -190,6 +191,16 @@ impl Iovecs {
         let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
         // SAFETY: the list's buffers are in mapped guest memory.
         retry(|| unsafe { libc::writev(fd, list, count) })
+    }
+
+    /// writev(2) from `front` and then the buffers.
+    pub fn writev_after(&mut self, fd: impl AsFd, front: &[u8]) -> io::Result<usize> {
+        self.list.insert(0, libc::iovec { iov_base: front.as_ptr().cast_mut().cast(), iov_len: front.len() });
+        let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
+        // SAFETY: the list's buffers are in mapped guest memory, or `front`, which is borrowed for the call and only read.
+        let result = retry(|| unsafe { libc::writev(fd, list, count) });
+        self.list.remove(0);
+        result
     }
 
     /// preadv(2) into the buffers, from byte `offset` of the file. It may read less than there is room for.

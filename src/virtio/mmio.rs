@@ -182,7 +182,7 @@ impl Mmio {
             | VIRTIO_MMIO_SHM_LEN_HIGH
             | VIRTIO_MMIO_SHM_BASE_LOW
             | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            // The configuration does not change: its generation is always the first.
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.changed_config().map_or(0, |(generation, _)| generation),
             _ => 0,
         }
     }
@@ -337,7 +337,9 @@ impl BusDevice for Mmio {
             Err(_) => return,
         };
         if let Some(at) = config {
-            let bytes = self.config.get(at as usize..).unwrap_or_default();
+            let changed = self.interrupt.changed_config();
+            let config = changed.as_ref().map_or(&self.config, |(_, config)| config);
+            let bytes = config.get(at as usize..).unwrap_or_default();
             let len = bytes.len().min(data.len());
             data[..len].copy_from_slice(&bytes[..len]);
         } else if let (0, Ok(word)) = (offset % 4, <&mut [u8; 4]>::try_from(data)) {

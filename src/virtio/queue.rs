@@ -3,8 +3,8 @@
 //! Virtio 1.2, section 2.7 (split virtqueues).
 
 use std::fmt::Display;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -55,6 +55,8 @@ pub struct InterruptState {
     status: AtomicU32,
     needs_reset: AtomicBool,
     failures: AtomicU32,
+    /// How often the device changed its configuration, and what that is now.
+    config: Mutex<(u32, Box<[u8]>)>,
     /// Interrupts so far.
     pub raised: Counter,
 }
@@ -63,7 +65,8 @@ impl InterruptState {
     /// Nothing pending on `line`.
     pub fn new(line: Arc<dyn Interrupt>) -> Self {
         let (status, failures) = (AtomicU32::new(0), AtomicU32::new(0));
-        Self { line, status, needs_reset: AtomicBool::new(false), failures, raised: Counter::default() }
+        let (needs_reset, config) = (AtomicBool::new(false), Mutex::default());
+        Self { line, status, needs_reset, failures, config, raised: Counter::default() }
     }
 
     /// Sets `bits` in `InterruptStatus` and interrupts the guest.
@@ -97,6 +100,20 @@ impl InterruptState {
     /// Whether the device gave up since the last reset.
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// The device's configuration is another from now on, also after a reset: a configuration change interrupt.
+    pub fn change_config(&self, config: &[u8]) {
+        let mut changed = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        *changed = (changed.0.wrapping_add(1), config.into());
+        drop(changed);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    /// How often the configuration has changed, and what it is since.
+    pub fn changed_config(&self) -> Option<(u32, Box<[u8]>)> {
+        let changed = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        (changed.0 > 0).then(|| changed.clone())
     }
 
     /// The driver reset the device.

@@ -1,12 +1,16 @@
-//! The network device: virtio 1.2, section 5.1, on a [`Tap`].
+//! The network device: virtio 1.2, section 5.1, on a [`Tap`] or on [`passt`].
 //!
-//! Packets are read and written in the guest's own buffers, without a copy; checksums and segmentation are left to
-//! whoever ends up needing them, as the header in front of each packet says (`IFF_VNET_HDR`). When one side is slow
-//! the other is held up rather than packets dropped: with no receive buffers, packets stay in the tap's queue; with a
-//! full tap, they stay in the transmit ring.
+//! Packets of a tap are read and written in the guest's own buffers, without a copy; checksums and segmentation are left
+//! to whoever ends up needing them, as the header in front of each packet says (`IFF_VNET_HDR`). When one side is slow
+//! the other is held up rather than packets dropped: with no receive buffers, packets stay with the host; when that takes
+//! no more, they stay in the transmit ring.
 
+mod host;
 mod mac;
+pub mod passt;
+mod publish;
 mod rx;
+mod stream;
 pub mod tap;
 #[cfg(test)]
 mod tests;
@@ -22,8 +26,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
 pub use mac::{BadMac, MacAddr};
+pub use publish::{BadPublish, Publish};
 pub use tap::Tap;
 
+use self::host::Backend;
+use self::passt::Passt;
 use self::rx::Rx;
 use self::tap::offload;
 use self::tx::Tx;
@@ -44,10 +51,13 @@ const HEADER: usize = 12;
 const MAX_PACKET: usize = HEADER + 18 + 65535;
 /// The most packets moved in one go, so that both directions have their turn and the device can be stopped.
 const BATCH: u32 = 64;
-/// What the tap is watched as.
-const TAP: u32 = 0;
+/// What the host's end is watched as.
+const HOST: u32 = 0;
+/// Where the status is in the configuration, and the link's bit of it.
+const CONFIG_STATUS: usize = 6;
+const LINK_UP: u8 = 1;
 
-/// A network interface to be made. Exactly one of `tap` and `fd` is given.
+/// A network interface to be made. Exactly one of `tap`, `fd` and `user` is given.
 ///
 /// ```
 /// use bantam::virtio::net::Spec;
@@ -63,22 +73,38 @@ pub struct Spec {
     pub tap: Option<String>,
     /// The number of an open descriptor of a tap, which the device takes over.
     pub fd: Option<RawFd>,
+    /// Whether the guest's network is made of connections of this user, by [`passt`].
+    pub user: bool,
+    /// Ports of the host that lead to the guest; only with `user`.
+    pub publish: Vec<Publish>,
     /// The guest's address. Without it, one that is always the same for the tap's name: choose it for guests of
     /// several hosts on one Ethernet.
     pub mac: Option<MacAddr>,
-    /// The most bytes in a frame that the guest is told to send, and that a tap created here takes: 68 to 65521.
+    /// The most bytes in a frame that the guest is told to send, and that a tap created here takes: 68 to 65521, with
+    /// `user` 65520 at most, which it also is without a wish.
     pub mtu: Option<u16>,
 }
 
 /// Why there is no network device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Neither a tap's name nor a descriptor, or both.
-    #[error("cannot choose the network device's tap: give either tap=NAME or fd=N")]
-    OneTap,
-    /// An MTU that no Ethernet tap has.
-    #[error("mtu={0} cannot be used: it must be 68 to 65521 bytes")]
-    Mtu(u16),
+    /// Neither a tap's name nor a descriptor nor the user's network, or more than one.
+    #[error("cannot choose what the network device is on: give either tap=NAME, fd=N or user")]
+    OneHost,
+    /// An MTU that there cannot be.
+    #[error("mtu={mtu} cannot be used: it must be 68 to {max} bytes")]
+    Mtu {
+        /// What was asked for.
+        mtu: u16,
+        /// The largest.
+        max: u16,
+    },
+    /// Ports with a network that has its own addresses.
+    #[error("cannot publish port {0}: only a user network has published ports")]
+    Publish(Publish),
+    /// passt does not run.
+    #[error(transparent)]
+    Passt(#[from] passt::Error),
     /// There is no tap to work with.
     #[error(transparent)]
     Tap(#[from] tap::Error),
@@ -87,20 +113,34 @@ pub enum Error {
 impl Spec {
     /// Checks what can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
-        match self.mtu {
-            _ if self.tap.is_some() == self.fd.is_some() => Err(Error::OneTap),
-            Some(mtu) if !(68..=65521).contains(&mtu) => Err(Error::Mtu(mtu)),
+        let max = if self.user { passt::MTU } else { 65521 };
+        let hosts = [self.tap.is_some(), self.fd.is_some(), self.user];
+        match (self.mtu, self.publish.first()) {
+            _ if hosts.iter().filter(|given| **given).count() != 1 => Err(Error::OneHost),
+            (Some(mtu), _) if !(68..=max).contains(&mtu) => Err(Error::Mtu { mtu, max }),
+            (_, Some(port)) if !self.user => Err(Error::Publish(*port)),
             _ => Ok(()),
         }
     }
 
-    /// Opens the tap and makes the device.
+    /// The guest's address in a user network.
+    pub fn user_mac(&self) -> Option<MacAddr> {
+        self.user.then(|| self.mac.unwrap_or_else(|| MacAddr::from_name("user")))
+    }
+
+    /// Opens the tap, or starts passt, and makes the device. Whether passt has its ports is known when the device
+    /// [is ready](Net::wait_until_ready).
     pub fn open(&self) -> Result<Net, Error> {
         self.validate()?;
-        let tap = match (&self.tap, self.fd) {
-            (Some(name), None) => Tap::open(name)?,
-            (None, Some(fd)) => Tap::from_fd(fd)?,
-            _ => return Err(Error::OneTap),
+        let tap = match (&self.tap, self.fd, self.user_mac()) {
+            (Some(name), ..) => Tap::open(name)?,
+            (_, Some(fd), _) => Tap::from_fd(fd)?,
+            (_, _, Some(mac)) => {
+                let mtu = self.mtu.unwrap_or(passt::MTU);
+                let passt = Passt::start(&self.publish, mac, mtu)?;
+                return Ok(Net::with(Backend::User(passt), mac, Some(mtu)));
+            }
+            _ => return Err(Error::OneHost),
         };
         if let Some(mtu) = self.mtu
             && tap.created()
@@ -122,7 +162,7 @@ pub struct Statistics {
     pub rx_bytes: Counter,
     /// Packets that were longer than any buffer the driver gave, or came when the device was stopped.
     pub rx_drops: Counter,
-    /// Failed reads from the tap.
+    /// Failed reads from the host.
     pub rx_errors: Counter,
     /// How often receiving stopped because the driver had given no buffers.
     pub rx_stops: Counter,
@@ -130,20 +170,20 @@ pub struct Statistics {
     pub tx_packets: Counter,
     /// Their bytes, without headers.
     pub tx_bytes: Counter,
-    /// Packets that the tap refused.
+    /// Packets that the host refused.
     pub tx_drops: Counter,
     /// Requests that were no packet.
     pub tx_errors: Counter,
-    /// How often transmitting stopped because the tap was full.
+    /// How often transmitting stopped because the host took no more.
     pub tx_stops: Counter,
 }
 
 /// A network device.
 pub struct Net {
-    tap: Tap,
+    host: Backend,
     features: u64,
     config: [u8; 12],
-    /// The offloads that the tap's packets may have.
+    /// The offloads that a tap's packets may have.
     offloads: u32,
     statistics: Arc<Statistics>,
     running: Option<Running>,
@@ -161,7 +201,7 @@ struct Running {
 /// Whose turn it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wait {
-    /// The tap has to become readable or writable.
+    /// The host has to become readable or writable.
     Host,
     /// The driver has to make something available.
     Driver,
@@ -194,27 +234,38 @@ fn guest_offloads(features: u64) -> u32 {
 impl Net {
     /// A network device on `tap`, whose guest has the address `mac` and is told of the `mtu`, if there is one.
     pub fn new(tap: Tap, mac: MacAddr, mtu: Option<u16>) -> Self {
+        Self::with(Backend::Tap(tap), mac, mtu)
+    }
+
+    fn with(host: Backend, mac: MacAddr, mtu: Option<u16>) -> Self {
+        let known = if let Backend::Tap(tap) = &host { tap.offloads() } else { 0 };
         let mut features = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS;
         for (offload, guest, host) in OFFLOADS {
-            if tap.offloads() & offload != 0 {
+            if known & offload != 0 {
                 features |= 1 << guest | 1 << host;
             }
         }
         // struct virtio_net_config (5.1.4): mac, status, max_virtqueue_pairs, mtu.
         let mut config = [0; 12];
         config[..6].copy_from_slice(&mac.bytes());
-        config[6] = 1; // VIRTIO_NET_S_LINK_UP
+        config[CONFIG_STATUS] = LINK_UP;
         config[8] = 1;
         if let Some(mtu) = mtu {
             features |= 1 << VIRTIO_NET_F_MTU;
             config[10..].copy_from_slice(&mtu.to_le_bytes());
         }
-        Self { tap, features, config, offloads: 0, statistics: Arc::default(), running: None }
+        Self { host, features, config, offloads: 0, statistics: Arc::default(), running: None }
     }
 
-    /// The tap.
-    pub fn tap(&self) -> &Tap {
-        &self.tap
+    /// Waits until what it is on is ready; a tap is at once.
+    ///
+    /// # Errors
+    /// When passt could not do what it was started for.
+    pub fn wait_until_ready(&mut self) -> Result<(), Error> {
+        match &mut self.host {
+            Backend::Tap(_) => Ok(()),
+            Backend::User(passt) => Ok(passt.wait_until_ready()?),
+        }
     }
 
     /// What it did so far.
@@ -224,31 +275,36 @@ impl Net {
 
     fn receive(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(RX)) {
-            running.rx_wait = running.rx.run(&self.tap, ram, queue, &self.statistics)?;
+            running.rx_wait = running.rx.run(&mut self.host, ram, queue, &self.statistics)?;
         }
         self.watch(io)
     }
 
     fn transmit(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(TX)) {
-            running.tx_wait = running.tx.run(&self.tap, ram, queue, &self.statistics)?;
+            running.tx_wait = running.tx.run(&mut self.host, ram, queue, &self.statistics)?;
         }
         self.watch(io)
     }
 
-    /// Watches the tap for what is waited for.
+    /// Watches the host for what is waited for.
     fn watch(&mut self, io: &Io) -> Result<(), device::Error> {
+        let gone = self.host.is_gone();
+        if gone && self.config[CONFIG_STATUS] & LINK_UP != 0 {
+            log::warn!("passt has ended: the guest's user network is gone, and its card has no link");
+            self.config[CONFIG_STATUS] &= !LINK_UP;
+            io.interrupt.change_config(&self.config);
+        }
         let Some(running) = &mut self.running else { return Ok(()) };
         let mut wanted = EventFlags::empty();
-        wanted.set(EventFlags::IN, running.rx_wait == Wait::Host);
-        wanted.set(EventFlags::OUT, running.tx_wait == Wait::Host);
+        wanted.set(EventFlags::IN, running.rx_wait == Wait::Host && !gone);
+        wanted.set(EventFlags::OUT, running.tx_wait == Wait::Host && !gone);
         if wanted == running.watched {
             return Ok(());
         }
         // Watched for nothing, it would still report errors, over and over.
-        let result = if wanted.is_empty() { io.unwatch(&self.tap) } else { io.watch(TAP, &self.tap, wanted) };
-        result
-            .map_err(|source| device::Error::Host { what: format!("cannot watch tap {}", self.tap.name()), source })?;
+        let result = if wanted.is_empty() { io.unwatch(&self.host) } else { io.watch(HOST, &self.host, wanted) };
+        result.map_err(|source| device::Error::Host { what: format!("cannot watch {}", self.host), source })?;
         running.watched = wanted;
         Ok(())
     }
@@ -277,13 +333,15 @@ impl VirtioDevice for Net {
 
     fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
         let offloads = guest_offloads(features);
-        self.tap.set_offloads(offloads).map_err(|error| device::Error::Host {
-            what: format!("cannot start the network device on tap {}", self.tap.name()),
-            source: io::Error::other(error),
-        })?;
-        if self.offloads & !offloads != 0 {
-            // Packets that came for the last driver may be such as this one does not take (5.1.6.4.1).
-            self.statistics.rx_drops.add(self.tap.discard());
+        if let Backend::Tap(tap) = &self.host {
+            tap.set_offloads(offloads).map_err(|error| device::Error::Host {
+                what: format!("cannot start the network device on {}", self.host),
+                source: io::Error::other(error),
+            })?;
+            if self.offloads & !offloads != 0 {
+                // Packets that came for the last driver may be such as this one does not take (5.1.6.4.1).
+                self.statistics.rx_drops.add(tap.discard());
+            }
         }
         self.offloads = offloads;
         let rx_wait = if io.queue(RX).is_some() { Wait::Host } else { Wait::Driver };
@@ -298,7 +356,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
-        // While the tap is waited for, there is nothing to do for the driver.
+        // While the host is waited for, there is nothing to do for the driver.
         match (&self.running, index) {
             (Some(Running { rx_wait: Wait::Driver, .. }), RX) => self.receive(io),
             (Some(Running { tx_wait: Wait::Driver, .. }), TX) => self.transmit(io),
@@ -319,9 +377,9 @@ impl VirtioDevice for Net {
     fn stop(&mut self, io: &mut Io) {
         let Some(mut running) = self.running.take() else { return };
         if !running.watched.is_empty()
-            && let Err(error) = io.unwatch(&self.tap)
+            && let Err(error) = io.unwatch(&self.host)
         {
-            log::error!("cannot stop watching tap {}: {error}", self.tap.name());
+            log::error!("cannot stop watching {}: {error}", self.host);
         }
         if let Some((_, queue)) = io.queue(RX) {
             running.rx.stop(queue, &self.statistics);

@@ -1,11 +1,11 @@
-//! From the tap to the guest: packets are read straight into the buffers that the driver made available.
+//! From the host to the guest: packets are read straight into the buffers that the driver made available.
 //!
 //! Virtio 1.2, 5.1.6.4 (processing of incoming packets).
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
 
+use super::host::Host;
 use super::{BATCH, HEADER, MAX_PACKET, Reject, Statistics, Wait, gone, push_chain};
 use crate::memory::GuestRam;
 use crate::virtio::device::Error;
@@ -56,16 +56,16 @@ impl Rx {
         }
     }
 
-    /// Moves packets until the tap or the ring is empty, at most [`BATCH`] of them; what it then waits for.
+    /// Moves packets until the host has none or the ring is empty, at most [`BATCH`] of them; what it then waits for.
     pub fn run(
         &mut self,
-        tap: impl AsFd,
+        host: &mut impl Host,
         ram: &GuestRam,
         queue: &mut Queue,
         statistics: &Statistics,
     ) -> Result<Wait, Error> {
         queue.disable_kicks(ram)?;
-        let mut wait = Wait::Host;
+        let mut wait = None;
         for _ in 0..BATCH {
             let packet = match self.parked.take() {
                 Some(packet) => packet,
@@ -76,17 +76,21 @@ impl Rx {
                         if queue.enable_kicks(ram)? {
                             continue;
                         }
-                        wait = Wait::Driver;
+                        wait = Some(Wait::Driver);
                         break;
                     }
-                    match self.iovecs.readv(&tap, &mut self.spill) {
+                    match host.receive(&mut self.iovecs, &mut self.spill) {
                         Ok(length) => Packet { length, placed: length.min(self.iovecs.bytes()) },
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            wait = Some(Wait::Host);
+                            break;
+                        }
                         Err(error) if gone(&error) => {
                             return Err(Error::Host { what: "cannot read from the tap".into(), source: error });
                         }
                         Err(_) => {
                             statistics.rx_errors.inc();
+                            wait = Some(Wait::Host);
                             break;
                         }
                     }
@@ -101,16 +105,21 @@ impl Rx {
                 Fit::Never => statistics.rx_drops.inc(),
                 Fit::Later => {
                     self.parked = Some(packet);
-                    wait = Wait::Driver;
+                    wait = Some(Wait::Driver);
                     break;
                 }
             }
         }
-        if wait == Wait::Driver {
+        if wait == Some(Wait::Driver) {
             statistics.rx_stops.inc();
         }
         queue.notify(ram)?;
-        Ok(wait)
+        if wait.is_none() && host.has_more() {
+            // The descriptor may have nothing more to say.
+            queue.kick_again()?;
+            return Ok(Wait::Driver);
+        }
+        Ok(wait.unwrap_or(Wait::Host))
     }
 
     /// Gives back what was taken and not used. A packet that was waiting for buffers is lost.

@@ -14,6 +14,7 @@ use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::host::Host;
 use super::*;
 use crate::memory::{self, GuestRam};
 use crate::virtio::queue::{InterruptState, Queue};
@@ -64,6 +65,17 @@ fn put(ram: &GuestRam, addr: u64, data: &[u8]) {
     ram.write_slice(data, GuestAddress(addr)).unwrap();
 }
 
+/// In place of a tap.
+impl Host for UnixDatagram {
+    fn receive(&mut self, buffers: &mut Iovecs, rest: &mut [u8]) -> io::Result<usize> {
+        buffers.readv(self, rest)
+    }
+
+    fn send(&mut self, packet: &mut Iovecs) -> io::Result<()> {
+        packet.writev(self).map(drop)
+    }
+}
+
 /// A receiving half with a socket in place of the tap.
 struct Receiver {
     rx: Rx,
@@ -87,7 +99,7 @@ fn receiver(size: u16, mergeable: bool) -> Receiver {
 
 impl Receiver {
     fn run(&mut self) -> Result<Wait, device::Error> {
-        self.rx.run(&self.tap, &self.ram, &mut self.queue, &self.statistics)
+        self.rx.run(&mut self.tap, &self.ram, &mut self.queue, &self.statistics)
     }
 
     /// Sends a packet of `length` bytes with the header, numbered bytes after it.
@@ -331,7 +343,7 @@ fn transmitter(size: u16) -> Transmitter {
 
 impl Transmitter {
     fn run(&mut self) -> Wait {
-        self.tx.run(&self.tap, &self.ram, &mut self.queue, &self.statistics).unwrap()
+        self.tx.run(&mut self.tap, &self.ram, &mut self.queue, &self.statistics).unwrap()
     }
 }
 
@@ -447,7 +459,7 @@ proptest! {
         let _ = r.run();
         let moved = r.statistics.rx_packets.get() + r.statistics.rx_drops.get();
         prop_assert!(moved <= 4);
-        let _ = t.tx.run(&t.tap, &t.ram, &mut t.queue, &t.statistics);
+        let _ = t.tx.run(&mut t.tap, &t.ram, &mut t.queue, &t.statistics);
         let sent = t.statistics.tx_packets.get();
         for _ in 0..sent {
             prop_assert!(t.host.recv(&mut [0; 100]).is_ok());
@@ -459,8 +471,8 @@ proptest! {
 #[test]
 fn a_spec_names_one_tap() {
     let validate = |json: &str| serde_json::from_str::<Spec>(json).unwrap().validate().map_err(|e| e.to_string());
-    assert!(validate("{}").unwrap_err().contains("either tap=NAME or fd=N"));
-    assert!(validate(r#"{"tap": "a", "fd": 3}"#).unwrap_err().contains("either tap=NAME or fd=N"));
+    assert!(validate("{}").unwrap_err().contains("either tap=NAME, fd=N or user"));
+    assert!(validate(r#"{"tap": "a", "fd": 3}"#).unwrap_err().contains("either tap=NAME, fd=N or user"));
     assert!(validate(r#"{"tap": "a", "mtu": 67}"#).unwrap_err().contains("68 to 65521"));
     assert_eq!(validate(r#"{"fd": 3, "mtu": 9000}"#), Ok(()));
     let unknown = serde_json::from_str::<Spec>(r#"{"tap": "a", "vlan": 3}"#).unwrap_err();
@@ -514,7 +526,8 @@ struct Machine {
 
 /// A device on the tap `tap0`, and the host's UDP socket, at 10.0.0.1, to the guest, at 10.0.0.2.
 fn on_tap(mtu: Option<u16>) -> (Net, UdpSocket) {
-    let spec = Spec { tap: Some("tap0".into()), mac: Some("02:00:00:00:00:02".parse().unwrap()), mtu, fd: None };
+    let spec =
+        Spec { tap: Some("tap0".into()), mac: Some("02:00:00:00:00:02".parse().unwrap()), mtu, ..Spec::default() };
     let net = spec.open().unwrap();
     ip("addr add 10.0.0.1/24 dev tap0");
     ip("neigh add 10.0.0.2 lladdr 02:00:00:00:00:02 dev tap0");
@@ -542,7 +555,7 @@ impl Machine {
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         epoll::wait(&self.io.events, rustix::buffer::spare_capacity(&mut events), Some(&now)).unwrap();
         if !events.is_empty() {
-            self.net.host_ready(TAP, &mut self.io).unwrap();
+            self.net.host_ready(HOST, &mut self.io).unwrap();
         }
         !events.is_empty()
     }
@@ -778,7 +791,7 @@ fn a_tap_that_goes_away_needs_a_reset() {
     let mut m = machine(net, 0);
     m.add_buffers(8);
     ip("link del tap0");
-    let error = m.net.host_ready(TAP, &mut m.io).unwrap_err();
+    let error = m.net.host_ready(HOST, &mut m.io).unwrap_err();
     assert!(error.to_string().contains("cannot read from"), "{error}");
     m.net.stop(&mut m.io);
 }

@@ -1,10 +1,10 @@
-//! From the guest to the tap: packets are written straight from the driver's buffers.
+//! From the guest to the host: packets are written straight from the driver's buffers.
 //!
 //! Virtio 1.2, 5.1.6.2 (packet transmission).
 
 use std::io;
-use std::os::fd::AsFd;
 
+use super::host::Host;
 use super::{BATCH, HEADER, MAX_PACKET, Statistics, Wait, gone, push_chain};
 use crate::memory::GuestRam;
 use crate::virtio::device::Error;
@@ -21,17 +21,17 @@ impl Tx {
         Self { iovecs: Iovecs::new(ram) }
     }
 
-    /// Moves packets until the ring is empty or the tap is full, at most [`BATCH`] of them; what it then waits for.
+    /// Moves packets until the ring is empty or the host takes no more, at most [`BATCH`] of them; what it then waits for.
     pub fn run(
         &mut self,
-        tap: impl AsFd,
+        host: &mut impl Host,
         ram: &GuestRam,
         queue: &mut Queue,
         statistics: &Statistics,
     ) -> Result<Wait, Error> {
         queue.disable_kicks(ram)?;
         let mut moved = 0;
-        let wait = loop {
+        let mut wait = loop {
             if moved == BATCH {
                 queue.kick_again()?;
                 break Wait::Driver;
@@ -46,10 +46,10 @@ impl Tx {
             let head = chain.head_index();
             self.iovecs.clear();
             match push_chain(&mut self.iovecs, chain, false, queue.size()) {
-                Ok(HEADER..=MAX_PACKET) => match self.iovecs.writev(&tap) {
-                    Ok(bytes) => {
+                Ok(length @ HEADER..=MAX_PACKET) => match host.send(&mut self.iovecs) {
+                    Ok(()) => {
                         statistics.tx_packets.inc();
-                        statistics.tx_bytes.add(bytes.saturating_sub(HEADER) as u64);
+                        statistics.tx_bytes.add((length - HEADER) as u64);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         queue.undo_pop();
@@ -60,8 +60,8 @@ impl Tx {
                         queue.undo_pop();
                         return Err(Error::Host { what: "cannot write to the tap".into(), source: error });
                     }
-                    // A header that makes no sense (EINVAL), an interface that is down (EIO), no memory: as on a
-                    // wire, the packet is lost.
+                    // A header that makes no sense (EINVAL), an interface that is down (EIO), an address that is not
+                    // for the guest, no memory: as on a wire, the packet is lost.
                     Err(_) => statistics.tx_drops.inc(),
                 },
                 _ => statistics.tx_errors.inc(),
@@ -69,6 +69,9 @@ impl Tx {
             queue.add_used(ram, head, 0)?;
         };
         queue.notify(ram)?;
+        if host.flush().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            wait = Wait::Host;
+        }
         Ok(wait)
     }
 }
