@@ -8,6 +8,7 @@ use super::{Spec, overlay, protocol};
 use crate::boot::cpio::Archive;
 use crate::boot::filesystem;
 use crate::boot::modules::{self, Module, Modules};
+use crate::virtio::net::{MacAddr, passt};
 
 /// The init, as build.rs made it.
 const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/init"));
@@ -71,6 +72,8 @@ pub struct Devices<'a> {
     pub disks: bool,
     /// Whether there are network cards.
     pub nets: bool,
+    /// The address of the card that is in the user's network, if one is.
+    pub user_net: Option<MacAddr>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
 }
@@ -133,11 +136,22 @@ impl Initramfs {
         for (key, value) in [("folder", &command.workdir), ("user", &command.user), ("hostname", &command.hostname)] {
             value.iter().for_each(|value| say(key, value));
         }
+        if let Some(mac) = devices.user_net {
+            say("network", &network(mac));
+        }
         if command.tty {
             say("terminal", &window.to_string());
         }
         Ok(Self { archive: archive(&spec, &loaded), has_modules: modules.is_some() })
     }
+}
+
+/// What the init sets up the card with this address with: the addresses of both, the prefix' length, the gateway and the
+/// name server, as hexadecimal bytes.
+fn network(mac: MacAddr) -> String {
+    let (guest, gateway, server) = (passt::GUEST.octets(), passt::GATEWAY.octets(), passt::NAME_SERVER.octets());
+    let bytes = [&mac.bytes()[..], &guest, &[passt::PREFIX_LENGTH], &gateway, &server].concat();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The variables without those that a later one replaces.

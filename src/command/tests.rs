@@ -47,8 +47,13 @@ fn the_init_is_told_everything() {
     };
     let disk = tempfile::NamedTempFile::new().unwrap();
     disk.as_file().write_all(b"hsqs").unwrap();
-    let devices = Devices { root: Some(Root::Disk(disk.path())), ..Devices::default() };
+    let user_net = Some("52:54:00:12:34:5a".parse().unwrap());
+    let devices = Devices { root: Some(Root::Disk(disk.path())), user_net, ..Devices::default() };
     let spec = told(&command, devices);
+    let network = spec.network.as_ref().unwrap();
+    assert_eq!((network.card, network.prefix_length), ([0x52, 0x54, 0, 0x12, 0x34, 0x5a], 24));
+    let addresses = [[10, 0, 2, 15], [10, 0, 2, 2], [10, 0, 2, 3]];
+    assert_eq!([network.address, network.gateway, network.name_server], addresses);
     assert_eq!(spec.root, Told::Writable(c"squashfs".into()));
     assert_eq!(spec.arguments, [c"sh", c"-c", c"a\nb"].map(ToOwned::to_owned));
     assert_eq!((spec.variable("A"), spec.variable("B")), (Some(&b"2"[..]), Some(&b"x=y"[..])));
@@ -57,7 +62,8 @@ fn the_init_is_told_everything() {
     assert_eq!((spec.user.as_deref(), spec.host_name.as_deref()), (Some(&b"me:us"[..]), Some(&b"box"[..])));
     assert_eq!(spec.terminal, Some(24 << 16 | 80));
 
-    let spec = told(&Spec::new(["true"]), devices);
+    let spec = told(&Spec::new(["true"]), Devices { user_net: None, ..devices });
+    assert_eq!(spec.network, None);
     assert_eq!((spec.root, spec.terminal), (Told::Overlay(c"squashfs".into()), None));
     assert_eq!(spec.upper, None);
     let kept = told(&Spec::new(["true"]), Devices { overlay: Some(2), ..devices });

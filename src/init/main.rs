@@ -13,6 +13,7 @@ extern crate alloc;
 mod account;
 mod child;
 mod file;
+mod network;
 #[path = "../command/protocol.rs"]
 mod protocol;
 mod relay;
@@ -116,7 +117,8 @@ fn run(control: Fd, spec: &mut Spec) -> Result<(), String> {
     if let Some(name) = &spec.host_name {
         sys::set_host_name(name).map_err(|error| format!("cannot set the host name: {error}"))?;
     }
-    raise_loopback();
+    network::set_up(spec)?;
+    network::write_names(spec);
     let account = child::prepare(spec)?;
     let signals = 1 << (SIGCHLD - 1);
     let signal_fd = sys::set_signal_mask(signals).and_then(|()| sys::signal_fd(signals));
@@ -177,27 +179,6 @@ fn terminal(spec: &Spec) -> Result<Carried, String> {
 fn set_size(terminal: Fd, size: u32) {
     let size = [(size >> 16) as u16, size as u16, 0, 0];
     let _ = sys::ioctl(terminal, TIOCSWINSZ, size.as_ptr() as usize);
-}
-
-/// Brings the loopback interface up; a kernel without a network has none.
-fn raise_loopback() {
-    /// `struct ifreq`: the name, then the flags.
-    #[repr(C, align(8))]
-    struct Request {
-        name: [u8; 16],
-        flags: u16,
-        rest: [u8; 22],
-    }
-    const SIOCGIFFLAGS: usize = 0x8913;
-    const SIOCSIFFLAGS: usize = 0x8914;
-    const UP: u16 = 1;
-    let Ok(socket) = sys::socket(2, 2) else { return };
-    let mut request = Request { name: *b"lo\0\0\0\0\0\0\0\0\0\0\0\0\0\0", flags: 0, rest: [0; 22] };
-    if sys::ioctl(socket, SIOCGIFFLAGS, &raw mut request as usize).is_ok() {
-        request.flags |= UP;
-        let _ = sys::ioctl(socket, SIOCSIFFLAGS, &raw const request as usize);
-    }
-    sys::close(socket);
 }
 
 /// The command while it runs.

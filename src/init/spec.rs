@@ -25,6 +25,32 @@ pub struct Share {
     pub readonly: bool,
 }
 
+/// The card in the user's network, and its surroundings.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Network {
+    /// The card's own address.
+    pub card: [u8; 6],
+    pub address: [u8; 4],
+    pub prefix_length: u8,
+    pub gateway: [u8; 4],
+    pub name_server: [u8; 4],
+}
+
+impl Network {
+    /// All of it as hexadecimal bytes.
+    fn parse(text: &[u8]) -> Option<Self> {
+        let mut bytes = text.chunks(2).map(|digits| u8::from_str_radix(core::str::from_utf8(digits).ok()?, 16).ok());
+        let mut next = || bytes.next()?;
+        Some(Self {
+            card: [next()?, next()?, next()?, next()?, next()?, next()?],
+            address: [next()?, next()?, next()?, next()?],
+            prefix_length: next()?,
+            gateway: [next()?, next()?, next()?, next()?],
+            name_server: [next()?, next()?, next()?, next()?],
+        })
+    }
+}
+
 /// What to do.
 #[derive(Debug)]
 pub struct Spec {
@@ -40,6 +66,7 @@ pub struct Spec {
     /// `USER` or `USER:GROUP`, by name or number.
     pub user: Option<Vec<u8>>,
     pub host_name: Option<Vec<u8>>,
+    pub network: Option<Network>,
     /// The command gets a terminal of this size: rows << 16 | columns.
     pub terminal: Option<u32>,
 }
@@ -57,6 +84,7 @@ impl Spec {
             folder: None,
             user: None,
             host_name: None,
+            network: None,
             terminal: None,
         };
         for entry in text.split_inclusive(|byte| *byte == 0) {
@@ -83,6 +111,7 @@ impl Spec {
                 b"folder" => spec.folder = Some(string),
                 b"user" => spec.user = Some(value.into()),
                 b"hostname" => spec.host_name = Some(value.into()),
+                b"network" => spec.network = Some(Network::parse(value)?),
                 b"terminal" => spec.terminal = core::str::from_utf8(value).ok()?.parse().ok(),
                 _ => return None,
             }

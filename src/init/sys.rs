@@ -85,6 +85,7 @@ macro_rules! call {
 pub const READ: i32 = 0;
 pub const WRITE_ONLY: i32 = 1;
 pub const READ_WRITE: i32 = 2;
+pub const CREATE: i32 = 0o100;
 pub const CLOEXEC: i32 = 0o2000000;
 pub const NOCTTY: i32 = 0o400;
 pub const NONBLOCK: i32 = 0o4000;
@@ -98,8 +99,9 @@ pub fn write(fd: Fd, bytes: &[u8]) -> Result<usize> {
     call!(1, fd, bytes.as_ptr(), bytes.len())
 }
 
+/// A file that is made has mode 644.
 pub fn open(path: &CStr, flags: i32) -> Result<Fd> {
-    call!(2, path.as_ptr(), flags | CLOEXEC, 0).map(|fd| fd as Fd)
+    call!(2, path.as_ptr(), flags | CLOEXEC, 0o644).map(|fd| fd as Fd)
 }
 
 pub fn close(fd: Fd) {
@@ -217,6 +219,11 @@ pub fn symlink(target: &CStr, path: &CStr) -> Result<()> {
     call!(88, target.as_ptr(), path.as_ptr()).map(drop)
 }
 
+/// How many bytes of the target there are.
+pub fn read_link(path: &CStr, target: &mut [u8]) -> Result<usize> {
+    call!(89, path.as_ptr(), target.as_mut_ptr(), target.len())
+}
+
 pub fn chown_fd(fd: Fd, user: u32, group: u32) -> Result<()> {
     call!(93, fd, user, group).map(drop)
 }
@@ -254,6 +261,7 @@ pub const MS_NOSUID: usize = 2;
 pub const MS_NODEV: usize = 4;
 pub const MS_NOEXEC: usize = 8;
 pub const MS_REMOUNT: usize = 32;
+pub const MS_BIND: usize = 4096;
 pub const MS_MOVE: usize = 8192;
 
 pub fn mount(source: &CStr, target: &CStr, kind: &CStr, flags: usize, data: &CStr) -> Result<()> {

@@ -81,7 +81,7 @@ impl Builder {
             return Err(Error::TooManyDevices { asked, max });
         }
         // First, before a number that is not open becomes that of something opened here.
-        let handed_over = handed_over(&config)?;
+        let first_nets = first_nets(&config)?;
         let disks = open_disks(&config)?;
         let shares = open_shares(&config)?;
 
@@ -107,7 +107,7 @@ impl Builder {
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
-        let nets = open_nets(&config, handed_over)?;
+        let nets = open_nets(&config, first_nets)?;
         let vsock = open_vsock(&config, ends)?;
         let devices =
             disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
@@ -150,10 +150,15 @@ fn count_devices(config: &Config) -> usize {
     disks + config.nets.len() + shares + usize::from(vsock) + usize::from(config.rng)
 }
 
-/// The network cards on descriptors, each at its place.
-fn handed_over(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
+/// The network cards on descriptors, each at its place, and those whose network takes a while to start.
+fn first_nets(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
     config.nets.iter().try_for_each(net::Spec::validate)?;
-    config.nets.iter().map(|spec| spec.fd.map(|_| spec.open()).transpose()).collect()
+    let open = |spec: &net::Spec| spec.fd.map(|_| spec.open()).transpose();
+    let mut cards = config.nets.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    for (spec, card) in config.nets.iter().zip(&mut cards).filter(|(spec, _)| spec.user) {
+        *card = Some(spec.open()?);
+    }
+    Ok(cards)
 }
 
 fn open_disks(config: &Config) -> Result<Vec<NamedDevice>, blk::Error> {
@@ -171,12 +176,13 @@ fn open_overlay(config: &Config) -> Result<Option<NamedDevice>, Error> {
 }
 
 /// Opens the other network cards.
-fn open_nets(config: &Config, handed_over: Vec<Option<net::Net>>) -> Result<Vec<NamedDevice>, net::Error> {
+fn open_nets(config: &Config, first: Vec<Option<net::Net>>) -> Result<Vec<NamedDevice>, net::Error> {
     let open = |(i, (spec, card)): (usize, (&net::Spec, Option<net::Net>))| {
-        let card = card.map_or_else(|| spec.open(), Ok)?;
+        let mut card = card.map_or_else(|| spec.open(), Ok)?;
+        card.wait_until_ready()?;
         Ok((format!("net{i}"), Box::new(card) as _))
     };
-    config.nets.iter().zip(handed_over).enumerate().map(open).collect()
+    config.nets.iter().zip(first).enumerate().map(open).collect()
 }
 
 /// The tag by which the guest mounts a share.
@@ -229,6 +235,7 @@ fn initramfs(
         overlay: config.overlay.as_ref().map(|_| config.all_disks().count()),
         disks: config.all_disks().next().is_some(),
         nets: !config.nets.is_empty(),
+        user_net: config.nets.iter().find_map(net::Spec::user_mac),
         rng: config.rng,
     };
     let version = kernel.version.clone().or_else(|| inspect::version(ram, kernel.range.clone()));
