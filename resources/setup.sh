@@ -16,6 +16,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
 [[ $purpose == quickstart ]] || packages+=(
     make flex bison bc libelf-dev                                # the small guest kernel
     iproute2 iputils-ping e2fsprogs util-linux strace shellcheck # tests
+    passt dnsmasq-base                                           # networks without root
     erofs-utils umoci skopeo docker-registry                     # images
     fio iperf3 git runc                                          # benchmarks
 )

@@ -176,10 +176,18 @@ pub struct Run {
     #[arg(long = "disk", value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe]")]
     #[arg(value_parser = kv::from_str::<blk::Spec>, help_heading = "Devices")]
     disks: Vec<blk::Spec>,
-    /// Add a network card, on a tap by name or on an open tap's descriptor (fd=N).
-    #[arg(long = "net", value_name = "[tap=]NAME[,mac=ADDR][,mtu=N]")]
-    #[arg(value_parser = kv::from_str::<net::Spec>, help_heading = "Devices")]
-    nets: Vec<net::Spec>,
+    /// Add a network card: in a network of this user's own connections (user), on a tap by name, or on an open tap's
+    /// descriptor (fd=N).
+    ///
+    /// A user network needs no privilege, and the program passt. The guest reaches what this user does, but not the host's
+    /// loopback interface; it has the address 10.0.2.15, the gateway 10.0.2.2 and the name server 10.0.2.3, with COMMAND
+    /// from the start, else by DHCP. `none` is the same as no --net.
+    #[arg(long = "net", value_name = "user|none|[tap=]NAME[,mac=ADDR][,mtu=N]")]
+    #[arg(value_parser = net, help_heading = "Devices")]
+    nets: Vec<Net>,
+    /// Lead a port of the host, on all addresses or on ADDR, to one of the guest. It needs --net user.
+    #[arg(short, long, value_name = "[ADDR:]HOSTPORT:GUESTPORT[/udp]", help_heading = "Devices")]
+    publish: Vec<net::Publish>,
 
     /// Share a folder of the host with the guest.
     ///
@@ -254,8 +262,28 @@ pub struct Check {
 /// What the flags ask for and there is not.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    #[error("cannot publish port {0}: that needs a user network (--net user)")]
+    NoUserNetwork(net::Publish),
+    #[error("cannot have both --net none and a network card")]
+    NoneAndSome,
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
+}
+
+/// What --net says.
+#[derive(Debug, Clone)]
+enum Net {
+    None,
+    Card(net::Spec),
+}
+
+fn net(text: &str) -> Result<Net, kv::Error> {
+    match text.split(',').next() {
+        Some("none") if text == "none" => Ok(Net::None),
+        // Elsewhere a first value without a key is a tap.
+        Some("user") => kv::from_str(&format!("user=on{}", &text["user".len()..])).map(Net::Card),
+        _ => kv::from_str(text).map(Net::Card),
+    }
 }
 
 fn cpus(text: &str) -> Result<u32, &'static str> {
@@ -264,12 +292,12 @@ fn cpus(text: &str) -> Result<u32, &'static str> {
 
 impl Run {
     /// The machine that the flags ask for, with this kernel.
-    pub fn config(&self, kernel: PathBuf) -> Config {
+    pub fn config(&self, kernel: PathBuf) -> Result<Config, Error> {
         let command = self.command();
         let default_serial = if command.is_some() { console::Spec::None } else { console::Spec::default() };
         let file = self.console.clone().map(console::Spec::File);
         let serial = self.serial.clone().or(file).unwrap_or(default_serial);
-        Config {
+        Ok(Config {
             kernel: Some(kernel),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
@@ -279,7 +307,7 @@ impl Run {
             rootfs: self.rootfs.clone(),
             overlay: self.overlay.clone(),
             disks: self.disks.clone(),
-            nets: self.nets.clone(),
+            nets: self.nets()?,
             shares: self.shares.clone(),
             vsock: self.vsock.clone(),
             rng: !self.no_rng,
@@ -288,11 +316,27 @@ impl Run {
             serial,
             boot_timeout: self.boot_timeout,
             timeout: self.timeout,
-        }
+        })
     }
 }
 
 impl Run {
+    /// The network cards.
+    fn nets(&self) -> Result<Vec<net::Spec>, Error> {
+        let cards =
+            self.nets.iter().filter_map(|net| if let Net::Card(card) = net { Some(card.clone()) } else { None });
+        let mut cards: Vec<_> = cards.collect();
+        if !cards.is_empty() && cards.len() < self.nets.len() {
+            return Err(Error::NoneAndSome);
+        }
+        match (self.publish.first(), cards.iter_mut().find(|card| card.user)) {
+            (Some(port), None) => return Err(Error::NoUserNetwork(*port)),
+            (_, Some(card)) => card.publish.extend(&self.publish),
+            (None, None) => {}
+        }
+        Ok(cards)
+    }
+
     /// The command, if there is one.
     fn command(&self) -> Option<command::Spec> {
         let variable = |variable: &String| match variable.contains('=') {
@@ -357,7 +401,7 @@ mod tests {
     fn config(flags: &[&str]) -> Config {
         let flags = ["bantam", "run", "--kernel", "k"].iter().chain(flags);
         let Command::Run(run) = Cli::try_parse_from(flags).unwrap().command else { panic!("not a run") };
-        run.config("k".into())
+        run.config("k".into()).unwrap()
     }
 
     #[test]
@@ -395,6 +439,20 @@ mod tests {
         assert_eq!(kept.overlay, Some(Overlay { size: Some(Size::gib(1)), ..Overlay::new("changes") }));
         let error = config(&["--rw", "root.img"]).validate().unwrap_err().to_string();
         assert!(error.contains("its name is missing"), "{error}");
+    }
+
+    #[test]
+    fn networks_are_told_apart() {
+        let cards = |flags: &str| config(&flags.split(' ').collect::<Vec<_>>()).nets;
+        let ports = ["80:8080", "127.0.0.1:53:53/udp"].map(|port| port.parse().unwrap());
+        let user = net::Spec { user: true, ..Default::default() };
+        assert_eq!(cards("--net none"), []);
+        assert_eq!(cards("--net user")[0], user);
+        let published = net::Spec { publish: ports.to_vec(), ..user.clone() };
+        assert_eq!(cards("--net user,publish=80:8080 -p 127.0.0.1:53:53/udp")[0], published);
+        assert_eq!(cards("-p 80:8080 --publish 127.0.0.1:53:53/udp --net user,mtu=1500")[0].publish, ports);
+        let tap = net::Spec { tap: Some("user".into()), ..Default::default() };
+        assert_eq!(cards("--net tap=user --net user"), [tap, user]);
     }
 
     #[test]

@@ -76,7 +76,7 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         }
         found => found?,
     };
-    let mut config = run.config(kernel);
+    let mut config = run.config(kernel)?;
     if run.print_config {
         config.validate()?;
         let mut json = serde_json::to_vec_pretty(&config)?;

@@ -542,6 +542,47 @@ fn a_disk_that_another_machine_writes_is_refused() {
 }
 
 #[test]
+fn a_user_network_that_cannot_be_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--net", "user,tap=tap0"], &["tap=NAME, fd=N or user"]);
+    folder.refuses(&["--net", "user=off"], &["tap=NAME, fd=N or user"]);
+    folder.refuses(&["--net", "user,mtu=65521"], &["mtu=65521", "68 to 65520"]);
+    folder.refuses(&["--net", "user", "--net", "user"], &["two network cards", "same addresses"]);
+    folder.refuses(&["--net", "none", "--net", "user"], &["--net none"]);
+    folder.refuses(&["-p", "80:80"], &["cannot publish port 80:80", "--net user"]);
+    folder.refuses(&["--net", "none", "-p", "80:80"], &["cannot publish port 80:80", "--net user"]);
+    folder.refuses(&["--net", "tap0,publish=80:80"], &["cannot publish port 80:80", "user network"]);
+    folder
+        .refuses(&["--net", "user", "-p", "80"], &["`80`", "no port of the guest", "[ADDR:]HOSTPORT:GUESTPORT[/udp]"]);
+    folder.refuses(&["--net", "user,publish=0:80"], &["publish=0:80", "1 to 65535"]);
+}
+
+#[test]
+fn passt_that_does_not_do_what_it_should_is_said() {
+    let folder = Folder::new();
+    let run = |path: &Path, flags: &[&str]| {
+        let flags = [&["run", "--kernel", "kernel", "--serial", "none", "--net", "user"], flags].concat();
+        output(folder.command(BANTAM, &flags).env("PATH", path))
+    };
+    let bin = folder.path("bin");
+    fs::create_dir(&bin).unwrap();
+    refused(&run(&bin, &[]), &["cannot start passt", "no such program in PATH", "sudo apt install passt"]);
+    folder.write("bin/passt", b"#!/bin/sh\necho no network for you >&2\nexit 3\n");
+    folder.mode("bin/passt", 0o755);
+    refused(&run(&bin, &[]), &["cannot start passt", "exit status: 3", ": no network for you"]);
+    folder.mode("bin/passt", 0o644);
+    refused(&run(&bin, &[]), &["cannot start passt", "Permission denied"]);
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let path = std::env::var_os("PATH").unwrap();
+    let publish = format!("127.0.0.1:{port}:80");
+    refused(&run(path.as_ref(), &["-p", &publish]), &["cannot publish the host's port", &publish, "in use"]);
+    let publish = "192.0.2.77:8080:80/udp";
+    refused(&run(path.as_ref(), &["-p", publish]), &["cannot publish the host's port", publish, "requested address"]);
+}
+
+#[test]
 fn a_tap_that_cannot_be_used_is_refused() {
     let folder = Folder::new();
     folder.refuses(&["--net", "a-name-that-is-too-long"], &["a-name-that-is-too-long"]);

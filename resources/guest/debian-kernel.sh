@@ -23,12 +23,13 @@ if [[ ! -e $folder/vmlinux ]]; then
     "$here/vmlinux.sh" "$folder/vmlinuz" >"$folder/vmlinux.partial"
     mv "$folder/vmlinux.partial" "$folder/vmlinux"
 fi
-if [[ ! -e $folder/lib ]]; then
+if [[ -z $(find "$folder/lib" -name 'virtio_net.ko*' 2>/dev/null) ]]; then
     # What `bantam run` needs for a command.
-    rm -rf "$folder/lib.partial"
+    rm -rf "${folder:?}/lib" "$folder/lib.partial"
     mkdir "$folder/lib.partial"
     dpkg --fsys-tarfile "$folder/package.deb" | tar -x -C "$folder/lib.partial" --transform 's,^\./usr/,./,' --wildcards \
         '*/modules.builtin' '*/kernel/lib' '*/kernel/crypto' '*/kernel/net/vmw_vsock' '*/kernel/drivers/virtio' \
+        '*/kernel/net/core' '*/kernel/drivers/net/'{virtio_net,net_failover}'.ko*' \
         '*/kernel/drivers/block' '*/kernel/drivers/char/hw_random' '*/kernel/fs/'{overlayfs,erofs,squashfs,fuse}
     mv "$folder/lib.partial/lib" "$folder/lib"
     rmdir "$folder/lib.partial"

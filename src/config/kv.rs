@@ -4,7 +4,7 @@
 //! A first value without a key belongs to the struct's first field. Booleans are `on` and `off`, or `true` and
 //! `false`; their key alone is `on`. A comma within a value is written twice; a value may contain `=`.
 
-use serde::de::value::StrDeserializer;
+use serde::de::value::{SeqDeserializer, StrDeserializer};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
@@ -247,6 +247,10 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
         visitor.visit_newtype_struct(self)
     }
 
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_seq(SeqDeserializer::new(std::iter::once(self.0)))
+    }
+
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _name: &'static str,
@@ -260,7 +264,7 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
     }
 
     forward_to_deserialize_any! {
-        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct identifier
+        i128 u128 f32 f64 char str string bytes byte_buf unit unit_struct tuple tuple_struct map struct identifier
         ignored_any
     }
 }
@@ -290,10 +294,12 @@ mod tests {
         #[serde(default)]
         cache: Cache,
         mtu: Option<u16>,
+        #[serde(default)]
+        ports: Vec<u16>,
     }
 
     fn disk(path: &str) -> Disk {
-        Disk { path: path.into(), readonly: false, id: None, cache: Cache::Writeback, mtu: None }
+        Disk { path: path.into(), readonly: false, id: None, cache: Cache::Writeback, mtu: None, ports: vec![] }
     }
 
     #[test]
@@ -316,13 +322,13 @@ mod tests {
             (",a", "a key=value is missing beside a comma (a comma within a value is written twice)"),
             ("a,id", "`id` has no value: write id=VALUE"),
             ("a,cache", "`cache` has no value: write cache=VALUE"),
-            ("a,read", "`read` is not known here: expected path, readonly, id, cache, mtu"),
+            ("a,read", "`read` is not known here: expected path, readonly, id, cache, mtu, ports"),
             ("a,readonly,readonly=off", "`readonly` is given twice"),
             ("a,id=", "`id` has no value: write id=VALUE"),
             ("path=", "`path` has no value: write path=VALUE"),
             ("a,path=b", "`path` is given twice"),
             ("a,id=x,id=x", "`id` is given twice"),
-            ("a,read=on", "`read` is not known here: expected path, readonly, id, cache, mtu"),
+            ("a,read=on", "`read` is not known here: expected path, readonly, id, cache, mtu, ports"),
             ("id=x", "`path` is not given"),
             ("a,readonly=yes", "`readonly=yes` cannot be used: expected on or off"),
             ("a,cache=none", "`cache=none` cannot be used: expected writeback or unsafe"),

@@ -89,6 +89,9 @@ pub enum Error {
     /// Two network cards on one descriptor.
     #[error("cannot put two network cards on the descriptor fd={0}: it is given twice")]
     SameDescriptor(RawFd),
+    /// Two network cards with the same addresses.
+    #[error("cannot have two network cards in user networks: they would have the same addresses")]
+    TwoUserNetworks,
 }
 
 /// A machine to be built. Paths are the host's.
@@ -329,6 +332,8 @@ impl Config {
             Err(Error::SameTap(tap.to_owned()))
         } else if let Some(fd) = given_twice(self.nets.iter().filter_map(|net| net.fd)) {
             Err(Error::SameDescriptor(fd))
+        } else if self.nets.iter().filter(|net| net.user).count() > 1 {
+            Err(Error::TwoUserNetworks)
         } else {
             self.overlay.as_ref().map_or(Ok(()), |overlay| self.validate_overlay(overlay))?;
             self.command.as_ref().map_or(Ok(()), |command| self.validate_command(command))
@@ -386,6 +391,8 @@ mod tests {
         assert!(refused(cards(card(Some("t"), None), card(Some("t"), None))).contains("tap `t`"));
         assert!(refused(cards(card(None, Some(5)), card(None, Some(5)))).contains("fd=5"));
         assert_eq!(cards(card(None, Some(5)), card(None, Some(6))).validate_on(host), Ok(()));
+        let user = net::Spec { user: true, ..Default::default() };
+        assert!(refused(cards(user.clone(), user)).contains("the same addresses"));
     }
 
     #[test]
