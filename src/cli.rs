@@ -10,6 +10,7 @@ pub mod log;
 pub mod output_file;
 pub mod outputs;
 pub mod rootfs;
+pub mod test;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -92,6 +93,9 @@ pub enum Command {
     Image(image::Image),
     /// List, import, build and remove the kernels in the cache.
     Kernel(kernel::Kernel),
+    /// Run commands in many machines: kernels x root file systems x commands.
+    #[command(after_long_help = test::EXAMPLES)]
+    Test(test::Test),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -238,6 +242,9 @@ pub struct Run {
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Limits")]
     #[arg(conflicts_with = "tty")]
     pub retry: u16,
+    /// End with the process that started this one, and take signals that it had blocked.
+    #[arg(long, hide = true)]
+    pub supervised: bool,
     /// Print the machine as JSON, and do not run it.
     #[arg(long, help_heading = "Output")]
     pub print_config: bool,

@@ -17,6 +17,7 @@ use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
 use clap::Parser;
 use cli::attempts::{Attempt, Attempts};
+use cli::test::{Test, Verdict};
 use cli::{Cli, Command, ending};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         Command::Check(check) => self::check(check),
         Command::Kernel(kernel) => kernel.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Image(image) => image.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
+        Command::Test(test) => self::test(test),
         Command::Completions { shell } => print(&cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
     };
@@ -67,6 +69,9 @@ fn main() -> ExitCode {
 
 /// Runs a machine to its end.
 fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    if run.supervised {
+        signal::end_with_parent();
+    }
     let mut unknown = Ok(());
     let (kernel, mut in_use) = match cli::kernel::find(run.kernel.as_deref()) {
         // What is printed need not be there, and a report tells that it is not.
@@ -221,6 +226,16 @@ fn allow_descriptors(config: &Config) {
     }
 }
 
+/// Runs tests.
+fn test(test: &Test) -> Result<ExitCode, Box<dyn Error>> {
+    let verdict = test.run().map_err(Box::new)?;
+    Ok(match verdict {
+        Verdict::Passed => ExitCode::SUCCESS,
+        Verdict::Failed => ExitCode::FAILURE,
+        Verdict::Ended(number) => signaled(number),
+    })
+}
+
 /// Looks at the host, and at a kernel if there is one to look at.
 fn check(check: &cli::Check) -> Result<ExitCode, Box<dyn Error>> {
     let host = check::host();
@@ -246,10 +261,12 @@ fn status(outcome: &Outcome) -> ExitCode {
         Outcome::Crashed(_) => ExitCode::from(CRASHED),
         Outcome::BootTimedOut { .. } => ExitCode::from(BOOT_TIMED_OUT),
         Outcome::TimedOut { .. } => ExitCode::from(TIMED_OUT),
-        Outcome::Signaled(number) | Outcome::Killed(number) => {
-            ExitCode::from(u8::try_from(*number).map_or(FAILED, |number| SIGNALED | number))
-        }
+        Outcome::Signaled(number) | Outcome::Killed(number) => signaled(*number),
     }
+}
+
+fn signaled(number: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(number).map_or(FAILED, |number| SIGNALED | number))
 }
 
 /// Whether what is written to the one is seen where what is written to the other is, at once.

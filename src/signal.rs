@@ -76,6 +76,23 @@ impl Drop for SignalFd {
     }
 }
 
+/// Has this process be killed when the one that started it ends, and this thread take the signals that end a program,
+/// which it may have been started with blocked.
+pub fn end_with_parent() {
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset initialises the set that it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: initialised just above.
+    let mut set = unsafe { set.assume_init() };
+    for signal in ENDING {
+        // SAFETY: `set` is an initialised signal set.
+        unsafe { libc::sigaddset(&mut set, signal) };
+    }
+    // SAFETY: `set` is initialised, and the one before is not asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut()) };
+}
+
 /// Has a file that reaches the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills.
 pub fn ignore_file_size_limit() {
     // SAFETY: to ignore a signal runs nobody's code.

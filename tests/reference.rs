@@ -54,7 +54,7 @@ fn reference() -> String {
          What `--help` prints. This page is made by `UPDATE_DOCS=1 cargo test --test reference`; do not edit it.\n",
     );
     let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm";
-    for command in ["", "run", "check"].into_iter().chain(cached.split('|')).chain(["completions", "man"]) {
+    for command in ["", "run", "check"].into_iter().chain(cached.split('|')).chain(["test", "completions", "man"]) {
         let name = format!("bantam {command}");
         let flags: Vec<_> = command.split_terminator(' ').chain(["--help"]).collect();
         let help: Vec<_> = bantam(&flags).lines().map(|line| format!("{}\n", line.trim_end())).collect();
@@ -92,6 +92,42 @@ fn the_configuration_shown_is_what_is_printed() {
     let (_, shown) = blocks.iter().find(|(language, _)| language == "json").unwrap();
     let flags: Vec<_> = command.split_whitespace().skip(1).filter(|flag| *flag != "\\").collect();
     assert_eq!(&bantam(&flags), shown, "docs/config.md: {command}");
+}
+
+#[test]
+fn the_test_file_shown_has_the_cases_shown() {
+    let blocks = blocks(&read("docs/ci.md"));
+    let (_, file) = blocks.iter().find(|(language, code)| language == "toml" && code.contains("[[kernel]]")).unwrap();
+    let (_, shown) = blocks.iter().find(|(_, code)| code.starts_with("debian-12/alpine/unit\n")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("kernels/lib/modules")).unwrap();
+    for name in ["kernels/vmlinuz-6.1", "kernels/vmlinux", "rootfs.tar"] {
+        fs::write(folder.path().join(name), "").unwrap();
+    }
+    let path = folder.path().join("ci.toml");
+    fs::write(&path, file).unwrap();
+    assert_eq!(&bantam(&["test", "--list", path.to_str().unwrap()]), shown);
+}
+
+#[test]
+fn every_key_of_the_test_file_is_explained() {
+    // An unknown key is told with all that are known, if none is near.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ci.toml");
+    let text = read("docs/ci.md");
+    let (_, text) = text.split_once("\n### The file\n").unwrap();
+    let command = "[[command]]\nname = 'a'\nrun = 'x'";
+    for table in ["", "[defaults]", "[[kernel]]", "[[root]]", "[[command]]", "[[exclude]]", "[[include]]"] {
+        let before = if table.is_empty() { "" } else { command };
+        fs::write(&path, format!("{before}\n{table}\nnothing-like-it = 1")).unwrap();
+        let output = Command::new(BANTAM).arg("test").arg(&path).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        let (_, known) = error.trim_end().rsplit_once(": expected ").unwrap();
+        for key in known.split(", ") {
+            let explained = [format!("`{key}`"), format!("`[{key}]`"), format!("`[[{key}]]`")];
+            assert!(explained.iter().any(|key| text.contains(key)), "docs/ci.md does not explain {key}");
+        }
+    }
 }
 
 /// Every key of `value`, and of what is in it.
