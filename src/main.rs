@@ -182,7 +182,8 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
     config.validate()?;
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let mut signals = signal::ENDING.to_vec();
-    // A terminal that changes its size.
+    // A terminal that a shell had while this process was stopped, or that changes its size.
+    signals.push(libc::SIGCONT);
     signals.extend(config.command.as_ref().filter(|command| command.tty).map(|_| libc::SIGWINCH));
     let signals = SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
     let what = format!(

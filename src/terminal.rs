@@ -9,13 +9,28 @@ use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 use vmm_sys_util::signal::{block_signal, unblock_signal};
 
-/// What standard input's terminal was like, while it is not.
-static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+/// What standard input's terminal was like and what it is now, while it is raw.
+static SAVED: Mutex<Option<Saved>> = Mutex::new(None);
+
+struct Saved {
+    before: Termios,
+    raw: Termios,
+}
 
 /// Makes standard input's terminal what it was before [`Raw::enter`]. For a panic hook; else [`Raw`]'s drop does it.
 pub fn restore() {
     if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        let _ = set(&saved);
+        let _ = set(&saved.before);
+    }
+}
+
+/// Makes standard input's terminal raw once more, if it was to be. For a process that was stopped and goes on: a shell has
+/// used the terminal meanwhile.
+pub fn resume() {
+    if let Some(saved) = &*SAVED.lock().unwrap_or_else(PoisonError::into_inner)
+        && in_foreground()
+    {
+        let _ = set(&saved.raw);
     }
 }
 
@@ -59,7 +74,7 @@ impl Raw {
         let mut raw = before.clone();
         raw.make_raw();
         raw.output_modes |= output_modes;
-        *saved = Some(before);
+        *saved = Some(Saved { before, raw: raw.clone() });
         drop(saved);
         let raw_guard = Raw(());
         set(&raw)?;

@@ -7,13 +7,17 @@ use super::{Row, Table, without_number};
 use crate::boot::inspect::{self, Inspection};
 
 /// The options of a kernel's configuration that bantam's devices need, and what does not work without.
-const OPTIONS: [(&str, &str); 6] = [
+const OPTIONS: [(&str, &str); 10] = [
     ("SERIAL_8250_CONSOLE", "nothing is seen on the serial console"),
     ("BLK_DEV_INITRD", "no --initrd"),
     ("VIRTIO_MMIO", "no virtio devices"),
     ("VIRTIO_BLK", "no --disk"),
     ("VIRTIO_NET", "no --net"),
     ("HW_RANDOM_VIRTIO", "no randomness from the host"),
+    ("VIRTIO_VSOCKETS", "no COMMAND, no --vsock"),
+    ("OVERLAY_FS", "no COMMAND whose root can be written to, but by --rw"),
+    ("EROFS_FS", "no COMMAND in a directory, an archive or a container image"),
+    ("VIRTIO_FS", "no --share"),
 ];
 
 /// Looks into the kernel at `path`, without booting it. If it has no configuration in it, `config-VERSION` beside it is
@@ -72,7 +76,7 @@ fn option(config: &str, name: &str, loss: &str) -> Row {
     let row_name = format!("CONFIG_{name}");
     match setting {
         Some("y") => Row::ok(row_name, ""),
-        Some("m") => Row::ok(row_name, "module: load it in the initrd"),
+        Some("m") => Row::ok(row_name, "module: load it in the initrd (for a COMMAND bantam does)"),
         _ if name == "SERIAL_8250_CONSOLE" => Row::missing(row_name, loss),
         _ => Row::absent(row_name, loss),
     }
@@ -112,7 +116,10 @@ mod tests {
         assert_eq!(status("VIRTIO"), Status::Absent, "a longer name is another option");
         assert_eq!(status("SERIAL_8250_CONSOLE"), Status::Missing);
         let module = option(CONFIG, "VIRTIO_BLK", "loss");
-        assert_eq!((module.status, module.detail.as_str()), (Status::Ok, "module: load it in the initrd"));
+        assert_eq!(
+            (module.status, module.detail.as_str()),
+            (Status::Ok, "module: load it in the initrd (for a COMMAND bantam does)")
+        );
     }
 
     #[test]

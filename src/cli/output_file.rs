@@ -42,7 +42,11 @@ impl OutputFile {
         }
         // A link stays a link: what it points to is replaced.
         let path = match path.canonicalize() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+            // Nor is one replaced that leads to no file yet.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match fs::read_link(path) {
+                Ok(target) => folder(path).join(target),
+                Err(_) => path.to_owned(),
+            },
             real => real?,
         };
         let stream = match fs::metadata(&path) {
@@ -134,10 +138,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));
         fs::write(&file, "").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        OutputFile::new("report", &link).unwrap().write(b"1\n").unwrap();
-        assert_eq!(fs::read_to_string(&file).unwrap(), "1\n");
-        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        for is_there in [true, false] {
+            OutputFile::new("report", &link).unwrap().write(b"1\n").unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "1\n", "{is_there}");
+            assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+            fs::remove_file(&file).unwrap();
+        }
     }
 
     #[test]

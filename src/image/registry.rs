@@ -68,7 +68,7 @@ impl Registry {
             if from > 0 {
                 request = request.header(header::RANGE, format!("bytes={from}-"));
             }
-            let response = request.call().map_err(into_io)?;
+            let response = request.call().map_err(|error| named(server, into_io(error)))?;
             match response.status().as_u16() {
                 200 | 206 => return Ok(response),
                 401 if !last => {
@@ -120,7 +120,7 @@ impl Registry {
         if let Some(basic) = basic {
             request = request.header(header::AUTHORIZATION, basic);
         }
-        let response = request.call().map_err(into_io)?;
+        let response = request.call().map_err(|error| named(realm, into_io(error)))?;
         let status = response.status().as_u16();
         if status != 200 {
             let text = format!("{realm} gives no token: it answers {status}");
@@ -163,6 +163,11 @@ fn with_tls(_config: Builder) -> io::Result<Builder> {
         io::ErrorKind::Unsupported,
         "this bantam has no TLS: build it with `--features tls`, or copy the image (skopeo copy docker://... oci:...)",
     ))
+}
+
+/// An error with whom it was about.
+fn named(server: &str, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("cannot ask {server}: {error}"))
 }
 
 fn into_io(error: ureq::Error) -> io::Error {

@@ -46,7 +46,8 @@ impl Builder {
     }
 
     /// Has the signals of `signals` end the machine, with [`Outcome::Signaled`](crate::outcome::Outcome::Signaled). A
-    /// command that runs gets the first one, and if it has a terminal, `SIGWINCH` as often as it comes.
+    /// command that runs gets the first one. `SIGWINCH` tells it of its terminal's size, and `SIGCONT` makes the console's
+    /// terminal raw once more, as often as they come; these end nothing.
     pub fn signals(mut self, signals: SignalFd) -> Self {
         self.signals = Some(signals);
         self

@@ -16,7 +16,7 @@ use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
 use crate::kvm::{self, Exit};
 use crate::outcome::{Crash, CrashKind, Outcome, Panic};
-use crate::vcpu;
+use crate::{terminal, vcpu};
 
 /// Input that waits for the guest; more is left in the pipe.
 const INPUT_BYTES: usize = 4096;
@@ -158,8 +158,8 @@ impl Machine {
             let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt, retry];
             let deadline = deadlines.into_iter().flatten().min();
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
-            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take())
-                && !self.pass_on(signal)
+            if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten()
+                && !self.command.as_mut().is_some_and(|session| session.signal(signal))
             {
                 return Ok(Outcome::Signaled(signal));
             }
@@ -222,14 +222,15 @@ impl Machine {
         }
     }
 
-    /// Passes a signal on to the command; false if it is for the machine.
-    fn pass_on(&mut self, signal: i32) -> bool {
-        let Some(session) = &mut self.command else { return signal == libc::SIGWINCH };
-        if signal == libc::SIGWINCH {
-            session.resize();
-            return true;
+    /// The signal that has come, if it does not just tell of the terminal: of its size, or that a shell had it meanwhile.
+    fn take_signal(&mut self) -> Option<i32> {
+        let signal = self.signals.as_ref()?.take()?;
+        match signal {
+            libc::SIGCONT => terminal::resume(),
+            libc::SIGWINCH => self.command.iter_mut().for_each(|session| session.resize()),
+            _ => return Some(signal),
         }
-        session.signal(signal)
+        None
     }
 
     fn see(&mut self, sight: Sight) {
@@ -416,7 +417,7 @@ impl Machine {
                 return ended;
             }
             let ready = self.wait(deadline, false);
-            if let Some(signal) = self.signals.as_ref().filter(|_| ready.signal).and_then(|fd| fd.take()) {
+            if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten() {
                 if patient {
                     ended = Ok(Outcome::Signaled(signal));
                 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use rustix::termios::{LocalModes, OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use serde_json::json;
 
 use crate::support::{Ended, Guest, Kernel, Running};
@@ -125,6 +125,22 @@ fn ctrl_a_x_ends_it() {
     terminal.write("\x01x");
     let ended = terminal.end(running, 0);
     assert_eq!((&ended.report["outcome"], ended.stderr.as_str()), (&json!("stopped"), ""));
+}
+
+#[test]
+fn it_is_raw_again_after_a_stop() {
+    let (mut terminal, running) = Terminal::start(tiny("echo ready; sleep 1000"), &[]);
+    running.wait_for("ready");
+    let raw = settings(&terminal.user);
+    running.signal(Signal::STOP);
+    // A shell has what it had, and its own settings.
+    let mut shell = tcgetattr(&terminal.user).unwrap();
+    shell.local_modes |= LocalModes::ICANON | LocalModes::ECHO;
+    tcsetattr(&terminal.user, OptionalActions::Now, &shell).unwrap();
+    running.signal(Signal::CONT);
+    eventually(|| settings(&terminal.user) == raw);
+    terminal.write("\x01x");
+    terminal.end(running, 0);
 }
 
 #[test]
