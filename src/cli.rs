@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bantam::command;
-use bantam::config::{Config, Overlay, Share, Size, duration, kv};
+use bantam::config::{Config, Overlay, Quota, Share, Size, duration, kv};
 use bantam::devices::console;
 use bantam::virtio::{blk, net, vsock};
 use clap::builder::styling::{AnsiColor, Styles};
@@ -217,6 +217,14 @@ pub struct Run {
     #[arg(long, value_name = "FILE", help_heading = "Console", conflicts_with = "serial")]
     console: Option<PathBuf>,
 
+    /// Let the machine have this much CPU time: a percentage of one CPU, 50% or 150%.
+    ///
+    /// A control group does that if this user may make one; else vCPUs pause, and devices are not counted.
+    #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
+    cpu_quota: Option<Quota>,
+    /// Let the command have at most N processes and threads.
+    #[arg(long, value_name = "N", help_heading = "Limits")]
+    pids: Option<u32>,
     /// End the machine if it has not reached user space after this time: 500ms, 60s, 2m.
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     boot_timeout: Option<Duration>,
@@ -320,6 +328,7 @@ impl Run {
             rng: !self.no_rng,
             command,
             modules: self.modules.clone(),
+            cpu_quota: self.cpu_quota,
             serial,
             boot_timeout: self.boot_timeout,
             timeout: self.timeout,
@@ -360,6 +369,7 @@ impl Run {
             workdir: self.workdir.clone(),
             user: self.user.clone(),
             hostname: self.hostname.clone(),
+            pids: self.pids,
             tty: self.tty,
             rw: self.rw,
         };

@@ -1,5 +1,7 @@
 //! The thread of a vCPU: commands in, reports out.
 
+mod throttle;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -12,6 +14,8 @@ use crate::bus::Bus;
 use crate::kvm::{self, Exit, Kicker, Vcpu};
 use crate::metrics::Counter;
 use crate::signal;
+pub use throttle::Budget;
+use throttle::Throttle;
 
 /// What a vCPU's thread has to say.
 #[derive(Debug)]
@@ -29,6 +33,8 @@ pub enum Report {
     },
     /// KVM failed.
     Failed(kvm::Error),
+    /// It cannot be kept within its CPU time.
+    Throttle(io::Error),
     /// The answer to [`Thread::ask_stopped`].
     Stopped(bool),
 }
@@ -41,6 +47,8 @@ pub struct Metrics {
     device_accesses: Counter,
     /// Kicks and signals.
     interruptions: Counter,
+    /// How often it had to wait for CPU time, of a quota without a control group.
+    throttled: Counter,
 }
 
 // Commands; of two that wait, the greater one counts.
@@ -60,11 +68,12 @@ pub struct Thread {
 
 impl Thread {
     /// Runs `vcpu`, number `index`, on a thread of its own that serves its accesses from the buses and tells `report`
-    /// what happens.
+    /// what happens. With a `budget` it takes no more CPU time than that has.
     pub fn spawn(
         mut vcpu: Vcpu,
         index: u32,
         buses: Arc<Buses>,
+        budget: Option<Arc<Budget>>,
         report: impl Fn(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let signal = signal::kick_signal()?;
@@ -77,7 +86,10 @@ impl Thread {
                 if let Err(error) = unblock_signal(signal) {
                     log::error!("vCPU {index}: cannot unblock the signal that kicks it: {error:?}");
                 }
-                run(&mut vcpu, &buses, &command, &metrics, report)
+                match budget.map(|budget| Throttle::new(budget, signal)).transpose() {
+                    Ok(throttle) => run(&mut vcpu, &buses, &command, &metrics, throttle, report),
+                    Err(source) => report(Report::Throttle(source)),
+                }
             }
         })?;
         Ok(Thread { thread, command, kicker, signal, metrics })
@@ -105,6 +117,8 @@ impl Thread {
         self.kicker.kick();
         // Fails only for a thread that has ended, which needs no kick.
         let _ = self.thread.kill(self.signal);
+        // It may be waiting for CPU time.
+        self.thread.thread().unpark();
     }
 }
 
@@ -117,18 +131,32 @@ pub struct Buses {
     pub mmio: Bus,
 }
 
-fn run(vcpu: &mut Vcpu, buses: &Buses, command: &AtomicU8, metrics: &Metrics, report: impl Fn(Report)) {
+fn run(
+    vcpu: &mut Vcpu,
+    buses: &Buses,
+    command: &AtomicU8,
+    metrics: &Metrics,
+    mut throttle: Option<Throttle>,
+    report: impl Fn(Report),
+) {
     report(Report::Started);
+    // Takes its first slice.
+    throttle.as_mut().map(Throttle::wait);
     loop {
         match vcpu.run(&buses.pio, &buses.mmio) {
             Ok(Exit::Served) => metrics.device_accesses.inc(),
             Ok(Exit::Interrupted) => {
                 metrics.interruptions.inc();
-                vcpu.clear_kick();
-                match command.swap(NONE, Ordering::SeqCst) {
-                    NONE => {}
-                    ASK_STOPPED => report(Report::Stopped(vcpu.is_stopped())),
-                    _ => return,
+                loop {
+                    vcpu.clear_kick();
+                    match command.swap(NONE, Ordering::SeqCst) {
+                        NONE => {}
+                        ASK_STOPPED => report(Report::Stopped(vcpu.is_stopped())),
+                        _ => return,
+                    }
+                    let Some(wait) = throttle.as_mut().and_then(Throttle::wait) else { break };
+                    metrics.throttled.inc();
+                    thread::park_timeout(wait);
                 }
             }
             Ok(exit) => {

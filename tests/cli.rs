@@ -295,6 +295,12 @@ fn a_mistaken_flag_is_refused() {
     folder.refuses(&["--timeout", "0s"], &["--timeout", "`0s`"]);
     folder.refuses(&["--boot-timeout", "soon"], &["--boot-timeout", "`soon`"]);
     folder.refuses(&["--serial", "tty"], &["--serial", "file=PATH"]);
+    for quota in ["50", "0%", "0.5", "all"] {
+        folder.refuses(&["--cpu-quota", quota], &["--cpu-quota", &format!("'{quota}'"), "such as 50% or 150%"]);
+    }
+    folder.refuses(&["--pids", "many"], &["--pids", "'many'"]);
+    folder.refuses(&["--pids", "0", "disk", "--", "true"], &["cannot run a command in 0 processes"]);
+    folder.refuses(&["--pids", "5"], &["cannot run a command: its name is missing"]);
 }
 
 #[test]

@@ -139,6 +139,9 @@ impl Initramfs {
         if let Some(mac) = devices.user_net {
             say("network", &network(mac));
         }
+        if let Some(count) = command.pids {
+            say("pids", &count.to_string());
+        }
         if command.tty {
             say("terminal", &window.to_string());
         }

@@ -24,7 +24,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 pub use initramfs::{Devices, Error, Initramfs, MODULES, Root, Share};
-pub use session::{Ended, Ends, Report, Session, Streams};
+pub use session::{Ended, Ends, PidsLimit, Report, Session, Streams};
 pub use tail::{Kept, Tail};
 
 /// The parameter that has the kernel start the init.
@@ -54,6 +54,8 @@ pub struct Spec {
     pub user: Option<String>,
     /// The guest's host name.
     pub hostname: Option<String>,
+    /// How many processes and threads it may have together.
+    pub pids: Option<u32>,
     /// Whether it gets a terminal, which is the one on the host's standard input.
     pub tty: bool,
     /// Whether the root, a disk or a folder, is written to. If not, what is written is in the guest's memory and gone at
@@ -73,6 +75,9 @@ pub enum BadSpec {
     /// A variable without a value.
     #[error("cannot put `{0}` into the command's environment: expected NAME=VALUE")]
     Variable(String),
+    /// Not even the command itself.
+    #[error("cannot run a command in 0 processes: it is one itself")]
+    NoProcess,
     /// A name that Linux does not take.
     #[error("cannot name the guest `{0}`: a host name has 1 to {HOST_NAME_MAX} bytes")]
     HostName(String),
@@ -99,6 +104,9 @@ impl Spec {
         }
         if let Some(variable) = self.env.iter().find(|variable| variable.find('=').is_none_or(|at| at == 0)) {
             return Err(BadSpec::Variable(variable.clone()));
+        }
+        if self.pids == Some(0) {
+            return Err(BadSpec::NoProcess);
         }
         match &self.hostname {
             Some(name) if name.is_empty() || name.len() > HOST_NAME_MAX => Err(BadSpec::HostName(name.clone())),

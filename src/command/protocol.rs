@@ -16,8 +16,12 @@ pub const STDERR: u32 = CONTROL + 3;
 /// Bytes of a message.
 pub const MESSAGE: usize = 8;
 
-/// To the host: the guest is ready, the command is about to be started.
+/// To the host: the guest is ready, the command is about to be started; the value is what limits its processes, or 0.
 pub const STARTED: u32 = 1;
+/// A control group limits them.
+pub const PIDS_BY_GROUP: u32 = 1;
+/// The kernel's limit of all threads does.
+pub const PIDS_BY_THREADS: u32 = 2;
 /// To the host: the command has ended; the value is its wait status, as `wait(2)` has it. All output was sent.
 pub const ENDED: u32 = 2;
 /// To the host: the command could not be started; the value is how many bytes of text follow.

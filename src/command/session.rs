@@ -1,6 +1,7 @@
 //! The host's side of a command that runs: its streams, its signals, and its end.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -62,11 +63,39 @@ pub enum Ended {
     Killed(i32),
 }
 
+/// What limits the command's processes, in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PidsLimit {
+    /// A control group.
+    Group,
+    /// The kernel's limit of all threads, with some to spare.
+    Threads,
+}
+
+impl PidsLimit {
+    fn of(value: u32) -> Option<Self> {
+        match value {
+            protocol::PIDS_BY_GROUP => Some(Self::Group),
+            protocol::PIDS_BY_THREADS => Some(Self::Threads),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for PidsLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Group => "a control group of the guest",
+            Self::Threads => "the guest's limit of all threads, as its kernel has no control groups for processes",
+        })
+    }
+}
+
 /// What a session tells the machine.
 #[derive(Debug)]
 pub enum Report {
     /// The guest is about to start the command.
-    Started,
+    Started(Option<PidsLimit>),
     /// The command has ended, and all its output was passed on.
     Ended(Ended),
     /// The guest cannot start the command; why.
@@ -216,7 +245,7 @@ fn listen(mut control: UnixStream, mut writers: Vec<JoinHandle<()>>, report: &im
     let mut bytes = [0; protocol::MESSAGE];
     while control.read_exact(&mut bytes).is_ok() {
         match protocol::parse(bytes) {
-            (protocol::STARTED, _) => report(Report::Started),
+            (protocol::STARTED, limit) => report(Report::Started(PidsLimit::of(limit))),
             (protocol::FAILED, length) => {
                 let mut text = vec![];
                 let _ = Read::by_ref(&mut control).take(FAILURE_MAX.min(length.into())).read_to_end(&mut text);

@@ -173,7 +173,7 @@ impl Fixture {
 fn the_end_is_told_after_all_output() {
     let mut fixture = Fixture::start();
     fixture.say(protocol::STARTED, 0);
-    assert!(matches!(fixture.report(), Report::Started));
+    assert!(matches!(fixture.report(), Report::Started(_)));
     fixture.stdin.take().unwrap().write_all(b"in").unwrap();
     let mut text = String::new();
     fixture.guest[1].as_ref().unwrap().read_to_string(&mut text).unwrap();

@@ -3,6 +3,7 @@
 pub mod duration;
 pub mod kv;
 mod overlay;
+mod quota;
 mod share;
 mod size;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use overlay::Overlay;
+pub use quota::{BadQuota, Quota};
 pub use share::{BadShare, Share};
 pub use size::{BadSize, Size};
 
@@ -136,6 +138,8 @@ pub struct Config {
     pub command: Option<command::Spec>,
     /// Where the modules of the kernel are for that, if not beside the kernel or with the host's own.
     pub modules: Option<PathBuf>,
+    /// The CPU time of vCPUs and devices together.
+    pub cpu_quota: Option<Quota>,
     /// Where the serial console is.
     pub serial: console::Spec,
     /// How long the guest may take to reach user space.
@@ -164,6 +168,7 @@ impl Default for Config {
             rng: true,
             command: None,
             modules: None,
+            cpu_quota: None,
             serial: console::Spec::default(),
             boot_timeout: None,
             timeout: None,
@@ -291,6 +296,12 @@ impl Config {
     /// Sets where the kernel's modules are.
     pub fn modules(mut self, folder: impl Into<PathBuf>) -> Self {
         self.modules = Some(folder.into());
+        self
+    }
+
+    /// Limits the CPU time.
+    pub fn cpu_quota(mut self, quota: Quota) -> Self {
+        self.cpu_quota = Some(quota);
         self
     }
 

@@ -9,6 +9,7 @@ use core::ptr::null;
 
 use crate::account::{self, Account};
 use crate::file;
+use crate::pids;
 use crate::spec::Spec;
 use crate::sys::{self, Fd};
 
@@ -64,6 +65,7 @@ fn become_command(spec: &Spec, account: &Account, streams: Streams) -> ! {
         // As other runners of containers do, so that an image need not have it.
         let _ = file::make_folders(folder);
     }
+    let prepared = prepared.and_then(|()| if spec.pids.is_some() { pids::enter() } else { Ok(()) });
     if let Err(error) = prepared.and_then(|()| become_user(account)) {
         refuse(name, NOT_RUN, &format!("{error}"));
     }

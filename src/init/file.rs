@@ -27,6 +27,14 @@ pub fn read(path: &CStr) -> sys::Result<Vec<u8>> {
     result
 }
 
+/// Writes to a file that is there.
+pub fn write(path: &CStr, bytes: &[u8]) -> sys::Result<()> {
+    let fd = sys::open(path, sys::WRITE_ONLY)?;
+    let written = sys::write(fd, bytes);
+    sys::close(fd);
+    written.map(drop)
+}
+
 /// Makes a folder; it may be there already.
 pub fn make_folder(path: &CStr, mode: u32) -> sys::Result<()> {
     match sys::mkdir(path, mode) {

@@ -14,6 +14,7 @@ mod account;
 mod child;
 mod file;
 mod network;
+mod pids;
 #[path = "../command/protocol.rs"]
 mod protocol;
 mod relay;
@@ -125,7 +126,8 @@ fn run(control: Fd, spec: &mut Spec) -> Result<(), String> {
     let signal_fd = signal_fd.map_err(|error| format!("cannot wait for processes: {error}"))?;
 
     let (streams, relays, terminal) = if spec.terminal.is_some() { terminal(spec)? } else { pipes()? };
-    tell(control, protocol::STARTED, 0);
+    let limited = spec.pids.map(pids::limit).transpose()?;
+    tell(control, protocol::STARTED, limited.unwrap_or(0));
     let pid = child::start(spec, &account, streams)?;
     for fd in [streams.stdin, streams.stdout, streams.stderr] {
         sys::close(fd);

@@ -67,6 +67,8 @@ pub struct Spec {
     pub user: Option<Vec<u8>>,
     pub host_name: Option<Vec<u8>>,
     pub network: Option<Network>,
+    /// How many processes and threads the command may have.
+    pub pids: Option<u32>,
     /// The command gets a terminal of this size: rows << 16 | columns.
     pub terminal: Option<u32>,
 }
@@ -85,6 +87,7 @@ impl Spec {
             user: None,
             host_name: None,
             network: None,
+            pids: None,
             terminal: None,
         };
         for entry in text.split_inclusive(|byte| *byte == 0) {
@@ -112,6 +115,7 @@ impl Spec {
                 b"user" => spec.user = Some(value.into()),
                 b"hostname" => spec.host_name = Some(value.into()),
                 b"network" => spec.network = Some(Network::parse(value)?),
+                b"pids" => spec.pids = Some(core::str::from_utf8(value).ok()?.parse().ok()?),
                 b"terminal" => spec.terminal = core::str::from_utf8(value).ok()?.parse().ok(),
                 _ => return None,
             }

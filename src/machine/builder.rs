@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::inbox::Inbox;
-use super::{Durations, Error, Machine};
+use super::quota::Quota;
+use super::{Durations, Error, Limits, Machine};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
@@ -101,6 +102,9 @@ impl Builder {
             vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
         }
 
+        let quota = config.cpu_quota.map(Quota::new);
+        let limits = Limits { cpu_quota: quota.as_ref().map(Quota::to_string), pids: None };
+
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
         let output = Output::default();
         let mut board = Board::new(&vm);
@@ -128,6 +132,8 @@ impl Builder {
             signals,
             command: session,
             kept,
+            quota,
+            limits,
             has_modules: command.is_some_and(|command| command.has_modules),
             vcpus,
             threads: Vec::new(),

@@ -3,6 +3,7 @@
 mod board_x86_64;
 mod builder;
 mod inbox;
+mod quota;
 mod report;
 mod run;
 
@@ -15,7 +16,8 @@ use std::time::Instant;
 use board_x86_64::Port;
 pub use builder::Builder;
 use inbox::{Event, Inbox, Sender};
-pub use report::{Durations, Report};
+use quota::Quota;
+pub use report::{Durations, Limits, Report};
 
 use crate::command::Kept;
 use crate::config::Config;
@@ -25,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
-use crate::{arch, boot, bus, command, config, devices, kvm, memory, virtio};
+use crate::{arch, boot, bus, cgroup, command, config, devices, kvm, memory, virtio};
 
 /// Why a machine could not be built or run. How the guest fared is no error but an [`Outcome`].
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +85,9 @@ pub enum Error {
     /// What the command changes cannot be kept.
     #[error(transparent)]
     Overlay(#[from] command::overlay::Error),
+    /// Threads cannot be put into the control group that was made for them.
+    #[error(transparent)]
+    Quota(#[from] cgroup::Error),
     /// The command's streams cannot be used.
     #[error("cannot give the command its standard streams")]
     Streams(#[source] io::Error),
@@ -126,6 +131,8 @@ pub struct Machine {
     command: Option<command::Session>,
     kept: Option<Kept>,
     has_modules: bool,
+    quota: Option<Quota>,
+    limits: Limits,
     /// Not yet running.
     vcpus: Vec<kvm::Vcpu>,
     /// Running.
@@ -184,6 +191,7 @@ impl Machine {
             cause: self.outcome.as_ref().map(Outcome::to_string).unwrap_or_default(),
             outcome: self.outcome.clone(),
             out_of_memory: self.watch.out_of_memory.clone(),
+            limits: self.limits.clone(),
             durations: self.times,
             statistics: self.metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json())).collect(),
         }

@@ -18,10 +18,22 @@ pub struct Report {
     pub cause: String,
     /// The kernel's line about the last process that it ended because memory ran out, if it did.
     pub out_of_memory: Option<String>,
+    /// What enforces the limits that were asked for.
+    pub limits: Limits,
     /// From the start of the process to certain moments.
     pub durations: Durations,
     /// Counters of each device and vCPU, by name.
     pub statistics: BTreeMap<String, serde_json::Value>,
+}
+
+/// What enforces a limit, in words; absent for one that was not asked for.
+#[derive(Debug, Clone, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Limits {
+    /// That of CPU time.
+    pub cpu_quota: Option<String>,
+    /// That of the command's processes; it is known when the command starts.
+    pub pids: Option<String>,
 }
 
 /// Milliseconds from the start; absent for what was not reached.

@@ -1,22 +1,24 @@
 //! The run loop: one thread, one inbox, and what becomes of the machine.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::sync::TryLockError;
+use std::sync::{Arc, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::inbox::Event;
+use super::quota::Quota;
 use super::{Error, Machine};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
 use crate::kvm::{self, Exit};
 use crate::outcome::{Crash, CrashKind, Outcome, Panic};
-use crate::{terminal, vcpu};
+use crate::terminal;
+use crate::vcpu::{self, Budget};
 
 /// Input that waits for the guest; more is left in the pipe.
 const INPUT_BYTES: usize = 4096;
@@ -112,11 +114,21 @@ impl Machine {
             let report = move |report| sender.send(Event::Command(report));
             session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
         }
+        let quota = self.quota.take();
+        let started = match &quota {
+            Some(Quota::Group(group)) => group.within(|| self.start_vcpus(idle, None))?,
+            Some(Quota::Budget(budget)) => self.start_vcpus(idle, Some(budget)),
+            None => self.start_vcpus(idle, None),
+        };
+        self.quota = quota;
+        started.map_err(|source| Error::Thread { what: "vCPU", source })
+    }
+
+    fn start_vcpus(&mut self, idle: Vec<kvm::Vcpu>, budget: Option<&Arc<Budget>>) -> io::Result<()> {
         for (index, vcpu) in (0u32..).zip(idle) {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
-            let thread = vcpu::Thread::spawn(vcpu, index, self.buses.clone(), report)
-                .map_err(|source| Error::Thread { what: "vCPU", source })?;
+            let thread = vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), report)?;
             self.threads.push(thread);
         }
         Ok(())
@@ -178,6 +190,9 @@ impl Machine {
                 return Some(Ok(Outcome::Crashed(crash(vcpu, exit, rip, cpl))));
             }
             Event::Vcpu(_, vcpu::Report::Failed(error)) => return Some(Err(Error::Kvm(error))),
+            Event::Vcpu(_, vcpu::Report::Throttle(source)) => {
+                return Some(Err(Error::Thread { what: "timer of the CPU quota for the vCPU", source }));
+            }
             Event::Vcpu(vcpu, vcpu::Report::Stopped(stopped)) => {
                 if let Some(halt) = &mut self.watch.halt {
                     halt.answered.insert(vcpu);
@@ -208,7 +223,11 @@ impl Machine {
     /// Takes what the command's session reports.
     fn hear(&mut self, report: command::Report) -> Step {
         match report {
-            command::Report::Started => {
+            command::Report::Started(limit) => {
+                if let Some(limit) = limit {
+                    log::info!("the command's processes are limited by {limit}");
+                    self.limits.pids = Some(limit.to_string());
+                }
                 self.watch.user_space = true;
                 self.times.user_space.get_or_insert_with(|| self.started.elapsed());
                 self.times.command = Some(self.started.elapsed());
@@ -363,7 +382,7 @@ impl Machine {
     fn stop_threads(&mut self) {
         self.threads.iter().for_each(vcpu::Thread::stop);
         for (index, thread) in self.threads.iter().enumerate() {
-            let metrics = std::sync::Arc::clone(&thread.metrics);
+            let metrics = Arc::clone(&thread.metrics);
             self.metrics.push((format!("vcpu{index}"), metrics));
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));

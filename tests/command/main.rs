@@ -8,6 +8,7 @@ mod support;
 mod images;
 mod kept;
 mod kernels;
+mod limits;
 mod net;
 mod roots;
 mod status;

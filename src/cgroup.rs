@@ -1,0 +1,192 @@
+//! A control group (version 2) of one machine, below that of this process, where that was delegated to the user.
+//!
+//! It is a threaded group (Documentation/admin-guide/cgroup-v2.rst, "Threads"): threads can be put into it while the rest of
+//! the process stays where it is, and the group above need not be empty. It is locked (flock) by the process that made it;
+//! what a killed process has left is empty and unlocked, and removed by the next that makes one beside it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+
+const PREFIX: &str = "bantam-";
+/// How long threads that have just ended may still count, at most.
+const LAST_THREAD: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// Why there is no control group for a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no hierarchy of version 2, or this process is not in it.
+    #[error("this process is in no control group of version 2 that is mounted")]
+    None,
+    /// Its own group cannot give what is wanted.
+    #[error("the control group {} has no {controller} controller", .group.display())]
+    NoController {
+        /// This process' group.
+        group: PathBuf,
+        /// What is wanted of it.
+        controller: &'static str,
+    },
+    /// It does not let this user.
+    #[error("cannot {what} the control group {}", .path.display())]
+    Refused {
+        /// What was attempted.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A control group. It goes when this is dropped.
+#[derive(Debug)]
+pub struct Group {
+    path: PathBuf,
+    /// Holds the lock.
+    _lock: File,
+}
+
+impl Group {
+    /// Makes a group that may use the CPUs for `quota` microseconds of each `period`.
+    ///
+    /// # Errors
+    /// When this process may not make one.
+    pub fn with_cpu_quota(quota: u64, period: u64) -> Result<Self, Error> {
+        let own = own_group().ok_or(Error::None)?;
+        let controllers = fs::read_to_string(own.join("cgroup.controllers"));
+        if !controllers.is_ok_and(|names| names.split_whitespace().any(|name| name == "cpu")) {
+            return Err(Error::NoController { group: own, controller: "cpu" });
+        }
+        let below = &own.join("cgroup.subtree_control");
+        sweep(&own);
+        let group = make(&own)?;
+        group.write("cgroup.type", "threaded")?;
+        let enabled = fs::read_to_string(below).unwrap_or_default();
+        if !enabled.split_whitespace().any(|name| name == "cpu") {
+            // It stays: others may have come to need it.
+            let refused = |source| Error::Refused { what: "give CPU quotas below", path: own.clone(), source };
+            fs::write(below, "+cpu").map_err(refused)?;
+        }
+        group.write("cpu.max", &format!("{quota} {period}"))?;
+        Ok(group)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs `start` with this thread in the group: the threads that it starts are in it, and stay.
+    ///
+    /// # Errors
+    /// When this thread cannot be put there, or not back; `start` has not run if it is not there.
+    pub fn within<T>(&self, start: impl FnOnce() -> T) -> Result<T, Error> {
+        self.write("cgroup.threads", "0")?;
+        let started = start();
+        let own = self.path.parent().unwrap_or(&self.path);
+        let refused = |source| Error::Refused { what: "go back to", path: own.into(), source };
+        fs::write(own.join("cgroup.threads"), "0").map_err(refused).map(|()| started)
+    }
+
+    fn write(&self, file: &str, text: &str) -> Result<(), Error> {
+        let refused = |source| Error::Refused { what: "set up", path: self.path.clone(), source };
+        fs::write(self.path.join(file), text).map_err(refused)
+    }
+
+    /// Waits until no thread is in it, and removes it.
+    fn remove(&self) -> io::Result<()> {
+        let events = File::open(self.path.join("cgroup.events"))?;
+        let is_populated = || fs::read_to_string(self.path.join("cgroup.events")).map(|it| it.contains("populated 1"));
+        // A change is told by POLLPRI, once the file was read.
+        let _ = io::read_to_string(&events)?;
+        if is_populated()? {
+            poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&LAST_THREAD))?;
+        }
+        fs::remove_dir(&self.path)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            log::info!("cannot remove the control group {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Makes an empty group, locked.
+fn make(own: &Path) -> Result<Group, Error> {
+    let mut number = std::process::id();
+    loop {
+        let path = own.join(format!("{PREFIX}{number}"));
+        let made = fs::create_dir(&path).and_then(|()| File::open(&path));
+        match made {
+            // Another machine of this process, or what a process of the same number has left.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number = number.wrapping_add(1),
+            // Another process took it for one that was left.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && own.exists() => {}
+            made => {
+                let lock = made.map_err(|source| Error::Refused { what: "make", path: path.clone(), source })?;
+                if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() {
+                    return Ok(Group { path, _lock: lock });
+                }
+            }
+        }
+    }
+}
+
+/// Removes what killed processes have left. A group with a thread in it cannot be removed.
+fn sweep(own: &Path) {
+    for entry in fs::read_dir(own).into_iter().flatten().flatten() {
+        let is_ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let path = entry.path();
+        if let Some(lock) = File::open(&path).ok().filter(|_| is_ours)
+            && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+/// The folder of this process' group.
+fn own_group() -> Option<PathBuf> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    find_group(&groups, &mounts)
+}
+
+/// The folder of the group that `groups` names (cgroups(7), /proc/PID/cgroup), below where `mounts` says that it is
+/// mounted (proc_pid_mountinfo(5)).
+fn find_group(groups: &str, mounts: &str) -> Option<PathBuf> {
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    mounts.lines().find_map(|line| {
+        let (fields, rest) = line.split_once(" - ")?;
+        let mut fields = fields.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        let below = Path::new(own).strip_prefix(root).ok().filter(|_| rest.starts_with("cgroup2 "))?;
+        Some(Path::new(point).join(below))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_group_is_below_the_mount_that_shows_it() {
+        let mounts = "25 30 0:23 / /sys rw,nosuid - sysfs sysfs rw\n\
+                      36 25 0:32 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
+        let found = |groups: &str| find_group(groups, mounts);
+        assert_eq!(found("0::/user.slice/a.scope\n"), Some("/sys/fs/cgroup/user.slice/a.scope".into()));
+        assert_eq!(found("1:cpu:/x\n0::/\n"), Some("/sys/fs/cgroup/".into()));
+        assert_eq!(found("1:cpu:/x\n"), None);
+        assert_eq!(find_group("0::/a/b", &mounts.replace("0:32 / ", "0:32 /a ")), Some("/sys/fs/cgroup/b".into()));
+        // Outside of what a container sees.
+        assert_eq!(find_group("0::/c", &mounts.replace("0:32 / ", "0:32 /a ")), None);
+        assert_eq!(find_group("0::/", "25 30 0:23 / /sys rw - sysfs sysfs rw\n"), None);
+    }
+}
