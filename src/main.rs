@@ -104,13 +104,15 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let ended = loop {
         let group = attempts.group();
         let built = std::mem::replace(&mut opened, Ok(()));
-        let built = built.and_then(|()| build(run, config.clone(), begin, attempts.keep_output()));
+        let wanted = attempts.are_wanted();
+        let config = if run.retry > 0 { config.clone() } else { std::mem::take(&mut config) };
+        let built = built.and_then(|()| build(run, config, begin, wanted));
         // Kernel and modules are in the guest's memory, unless they are needed again.
         in_use = in_use.filter(|_| run.retry > 0);
         let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
         group.into_iter().for_each(cli::github::Group::end);
         let result = ended.as_ref().map_err(|error| chain(&**error));
-        let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed());
+        let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);
         let Some(why) = attempts.take(attempt) else { break ended };
         machine = None;
         say(&why);

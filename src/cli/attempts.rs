@@ -32,13 +32,19 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// What became of `machine`, if there was one, after this time.
-    pub fn new(machine: Option<&Machine>, ended: Result<&Outcome, String>, has_command: bool, time: Duration) -> Self {
-        let mut report = machine.map(Machine::report).unwrap_or_default();
+    /// What became of `machine`, if there was one, after this time. All of it is only looked at if it is `wanted`.
+    pub fn new(
+        machine: Option<&Machine>,
+        ended: Result<&Outcome, String>,
+        has_command: bool,
+        time: Duration,
+        wanted: bool,
+    ) -> Self {
+        let mut report = machine.filter(|_| wanted).map(Machine::report).unwrap_or_default();
         report.durations.end.get_or_insert(time);
         let (outcome, failure) = match ended {
             Ok(outcome) => {
-                let (failure, cause) = ending::judge(outcome, has_command, report.out_of_memory.as_deref());
+                let (failure, cause) = ending::judge(outcome, has_command, machine.and_then(Machine::out_of_memory));
                 report.cause = cause;
                 (None, failure)
             }
@@ -50,7 +56,7 @@ impl Attempt {
         };
         let output = machine.and_then(Machine::kept_output).map(bantam::command::Kept::take);
         let mut lines = Lines::default();
-        if failure.is_some() {
+        if failure.is_some() && wanted {
             if let Some(machine) = machine.filter(|_| !matches!(report.outcome, Some(Outcome::Panicked(_)))) {
                 // A panic has its own.
                 lines.console_tail = machine.console_tail();
@@ -134,8 +140,8 @@ impl Attempts {
         })
     }
 
-    /// Whether anybody wants to know what the command printed.
-    pub fn keep_output(&self) -> bool {
+    /// Whether anybody wants to know what happened, and what the command printed.
+    pub fn are_wanted(&self) -> bool {
         self.report.is_some() || self.junit.is_some() || self.github
     }
 
@@ -202,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_an_outcome_in_the_report() {
-        let failed = Attempt::new(None, Err("why".into()), true, Duration::ZERO);
+        let failed = Attempt::new(None, Err("why".into()), true, Duration::ZERO, true);
         let report = serde_json::to_value(&failed).unwrap();
         assert_eq!((&report["outcome"], &report["cause"]), (&"failed".into(), &"why".into()));
         assert_eq!(report["failure"], "error");
@@ -212,7 +218,7 @@ mod tests {
 
     #[test]
     fn earlier_attempts_are_beside_the_last() {
-        let attempt = |why: &str| Attempt::new(None, Err(why.into()), true, Duration::ZERO);
+        let attempt = |why: &str| Attempt::new(None, Err(why.into()), true, Duration::ZERO, true);
         let whole = Whole { last: &attempt("two"), earlier_attempts: &[attempt("one")] };
         let report = serde_json::to_value(&whole).unwrap();
         assert_eq!((&report["cause"], &report["earlier-attempts"][0]["cause"]), (&"two".into(), &"one".into()));

@@ -180,6 +180,11 @@ impl Machine {
         self.kept.as_ref()
     }
 
+    /// What the guest's kernel last said of a process that it ended because memory ran out, if it did.
+    pub fn out_of_memory(&self) -> Option<&str> {
+        self.watch.out_of_memory.as_deref()
+    }
+
     /// Whether modules were found for the kernel that runs a command; one with everything built in needs none.
     pub fn has_modules(&self) -> bool {
         self.has_modules

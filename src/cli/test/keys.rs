@@ -174,6 +174,17 @@ fn distance(one: &str, other: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused_at_one_of_its_lines(text in "[ab=\\[\\]{}'\"\\\\ \\n.,#1é-]{0,40}") {
+            let source = Source { path: Path::new("t"), text: &text };
+            if let Err(error) = source.keys(&["a"]) {
+                prop_assert!(error.line <= 1 + text.matches('\n').count());
+            }
+        }
+    }
 
     #[test]
     fn the_nearest_name_is_told_if_it_is_near() {

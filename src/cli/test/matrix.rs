@@ -116,3 +116,46 @@ impl Matrix {
         Case { names, flags, cmdline, has_command, operands }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, memory: &str, env: &str) -> Entry {
+        let settings = Settings { single: [("memory", memory.to_owned())].into(), several: vec![env.to_owned()] };
+        Entry { name: name.into(), settings, ..Entry::default() }
+    }
+
+    fn matrix() -> Matrix {
+        let kernels = vec![Entry { flags: vec!["--kernel=k".into()], ..entry("k", "1M", "--env=A=1") }];
+        let roots = vec![Entry { rootfs: Some("r.img".into()), ..entry("r", "2M", "--env=A=2") }];
+        let words = vec!["true".into()];
+        let commands = vec![Entry { words, name: "x".into(), ..Entry::default() }, entry("y", "3M", "--env=A=3")];
+        let defaults = Settings { single: [("timeout", "10m".to_owned())].into(), several: vec![] };
+        Matrix { defaults, axes: [kernels, roots, commands], excluded: vec![], included: vec![] }
+    }
+
+    #[test]
+    fn what_is_more_special_counts_or_comes_last() {
+        let cases = matrix().cases();
+        assert_eq!(cases[0].name(), "k/r/x");
+        assert_eq!(cases[0].flags, ["--memory=2M", "--timeout=10m", "--env=A=1", "--env=A=2", "--kernel=k"]);
+        assert_eq!((&*cases[0].operands.concat(), &*cases[0].cmdline), ("r.img--true", "quiet"));
+        assert!(cases[1].flags.contains(&"--memory=3M".into()) && !cases[1].has_command, "{:?}", cases[1]);
+    }
+
+    #[test]
+    fn an_exclusion_has_exceptions() {
+        let pattern = |root: &[&str], command: &[&str]| {
+            Pattern([
+                vec![],
+                root.iter().map(|it| it.to_string()).collect(),
+                command.iter().map(|it| it.to_string()).collect(),
+            ])
+        };
+        let names = |matrix: Matrix| matrix.cases().iter().map(Case::name).collect::<Vec<_>>();
+        assert_eq!(names(Matrix { excluded: vec![pattern(&["r"], &["x"])], ..matrix() }), ["k/r/y"]);
+        let included = vec![pattern(&[], &["x"])];
+        assert_eq!(names(Matrix { excluded: vec![pattern(&["r"], &[])], included, ..matrix() }), ["k/r/x"]);
+    }
+}
