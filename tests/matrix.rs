@@ -105,6 +105,7 @@ fn each_kind_of_end_has_a_reason_of_its_own() {
         r#"{MACHINE}
 [[command]]
 name = "pass"
+pids = 100
 run = ["sh", "-c", "printf 'fine \\033[31m\\377<&>]]>'; exit $STATUS"]
 env = "STATUS=0"
 [[command]]
@@ -216,7 +217,7 @@ run = "true"
     assert!(text(&output.stdout).contains(": 1 stopped, 1 not run"), "{}", text(&output.stdout));
     let cases = read_junit(&junit);
     let [first, second] = ["first", "second"].map(|name| &cases[&format!("tiny/busybox/{name}")][0]);
-    assert!(first.starts_with("error:interrupted:the machine was ended by signal "), "{first}");
+    assert!(first.starts_with("error:interrupted:the machine was ended by signal 15, as all were:"), "{first}");
     assert!(second.starts_with("skipped:"), "{second}");
 
     // Nobody is left behind by one that is killed.

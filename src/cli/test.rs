@@ -266,7 +266,12 @@ impl Suite {
         }
     }
 
-    fn take(&mut self, index: usize, ended: Ended) {
+    fn take(&mut self, index: usize, mut ended: Ended) {
+        let last = ended.attempts.last_mut().filter(|last| last.failure == Some(Failure::Interrupted));
+        if let Some((last, number)) = last.zip(self.signal) {
+            // It was sent another one.
+            last.cause = format!("the machine was ended by signal {number}, as all were");
+        }
         let case = for_junit(&self.cases[index], ended, "");
         self.screen.ended(&self.names[index], &case);
         self.ended[index] = Some(Ended { attempts: case.attempts, output: case.output });

@@ -10,15 +10,16 @@ use super::matrix::{Entry, Matrix, Pattern, Settings};
 use crate::cli::{Cli, Command, Run, kernel};
 
 /// Keys that are flags of `bantam run` by the same name; the last one counts.
-const SINGLE: [&str; 8] = ["boot-timeout", "cpus", "hostname", "memory", "retry", "timeout", "user", "workdir"];
+const SINGLE: [&str; 10] =
+    ["boot-timeout", "cpu-quota", "cpus", "hostname", "memory", "pids", "retry", "timeout", "user", "workdir"];
 /// Keys that are flags of `bantam run`, which may be there several times.
 const SEVERAL: [(&str, &str); 2] = [("env", "env"), ("shares", "share")];
 
 /// `$more` and the keys of settings.
 macro_rules! with_settings {
     ($($more:literal),*) => {
-        &[$($more,)* "boot-timeout", "cpus", "env", "hostname", "memory", "options", "retry", "shares", "timeout", "user",
-          "workdir"]
+        &[$($more,)* "boot-timeout", "cpu-quota", "cpus", "env", "hostname", "memory", "options", "pids", "retry", "shares",
+          "timeout", "user", "workdir"]
     };
 }
 

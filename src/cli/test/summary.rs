@@ -61,7 +61,8 @@ impl Screen {
     /// Shows what is going on.
     pub fn show(&self, text: &str) {
         if self.live {
-            let columns = tcgetwinsize(stderr()).map_or(80, |size| usize::from(size.ws_col)).max(20);
+            let columns = tcgetwinsize(stderr()).map_or(0, |size| usize::from(size.ws_col));
+            let columns = if columns == 0 { 80 } else { columns };
             let line: String = text.chars().take(columns - 1).collect();
             let _ = io::stderr().write_all(format!("\r\x1b[K{line}").as_bytes());
         }
