@@ -53,6 +53,7 @@ kernel target/guest/debian-6.1 bookworm linux-image-cloud-amd64 resources/guest/
 if [[ $purpose == test ]]; then
     kernel target/guest/debian-6.12 trixie linux-image-cloud-amd64 resources/guest/init "${guest_modules[@]}"
     resources/guest-kernel/build.sh
+    resources/guest-kernel/bantam.sh check
     gcc -O2 -Wall -static -o target/guest/vsock resources/guest/vsock.c
 fi
 if [[ -z $hardware_kvm || $purpose == test ]]; then

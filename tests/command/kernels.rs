@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::roots::Root;
+use rustix::process::geteuid;
+
+use crate::roots::{Root, tree};
 use crate::support::{Guest, Kernel};
 
 fn shell(kernel: Kernel, root: &Root, script: &str) -> Guest {
@@ -64,4 +66,27 @@ fn two_kernels_run_at_once_by_their_names() {
         let ended = guest.wait();
         ended.require(ended.status == 5 && ended.stdout.ends_with("go on"), "expected status 5");
     }
+}
+
+#[test]
+fn the_small_kernel_has_all_that_a_command_needs_built_in() {
+    let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest/bantam/vmlinux");
+    if !kernel.exists() {
+        return eprintln!("SKIPPED: resources/guest-kernel/bantam.sh build makes the kernel, in some minutes");
+    }
+    let (tree, folder) = (tree(), tempfile::tempdir().unwrap());
+    std::fs::write(folder.path().join("file"), "shared\n").unwrap();
+    let script = "cat /src/file; echo x >/x; ls /sys/bus/virtio/drivers/*; busybox unshare -p -f -n -m -i -u true
+        busybox grep -E 'cmdline|Seccomp:' /proc/self/status; cat /sys/fs/cgroup/cgroup.controllers; busybox nproc";
+    let mut guest = Guest::running(&kernel, &["sh", "-c", script]).root(tree.path());
+    guest.command().env("XDG_CACHE_HOME", folder.path());
+    let guest = guest.option("--share", format!("{}:/src", folder.path().display())).cpus(2).option("--pids", 100);
+    let guest = guest.option("--vsock", format!("cid=3,socket={}/vsock", folder.path().display()));
+    let ended = if geteuid().is_root() { guest.net("kernel0") } else { guest }.run();
+    ended.require(ended.status == 0 && ended.stdout.starts_with("shared\n"), "it runs and has the share");
+    let drivers = ["virtio_blk", "virtio_net", "virtio_rng", "virtiofs", "vmw_vsock_virtio_transport"];
+    for word in drivers.iter().chain(&["Seccomp:\t0", "cpuset cpu io memory pids", "\n2\n"]) {
+        ended.require(ended.stdout.contains(word), word);
+    }
+    assert_eq!(ended.report["limits"]["pids"], "a control group of the guest");
 }
