@@ -177,7 +177,10 @@ pub struct Run {
     memory: Size,
 
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
-    #[arg(long = "disk", value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe]")]
+    #[arg(
+        long = "disk",
+        value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe][,bw=SIZE][,iops=N]"
+    )]
     #[arg(value_parser = kv::from_str::<blk::Spec>, help_heading = "Devices")]
     disks: Vec<blk::Spec>,
     /// Add a network card: in a network of this user's own connections (user), on a tap by name, or on an open tap's
@@ -186,7 +189,7 @@ pub struct Run {
     /// A user network needs no privilege, and the program passt. The guest reaches what this user does, but not the host's
     /// loopback interface; it has the address 10.0.2.15, the gateway 10.0.2.2 and the name server 10.0.2.3, with COMMAND
     /// from the start, else by DHCP. `none` is the same as no --net.
-    #[arg(long = "net", value_name = "user|none|[tap=]NAME[,mac=ADDR][,mtu=N]")]
+    #[arg(long = "net", value_name = "user|none|[tap=]NAME[,mac=ADDR][,mtu=N][,bw=SIZE][,pps=N]")]
     #[arg(value_parser = net, help_heading = "Devices")]
     nets: Vec<Net>,
     /// Lead a port of the host, on all addresses or on ADDR, to one of the guest. It needs --net user.

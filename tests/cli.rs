@@ -564,6 +564,17 @@ fn a_user_network_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn limits_that_are_none_are_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--disk", "disk,bw=0"], &["bw=0", "zero"]);
+    folder.refuses(&["--disk", "disk,bw=fast"], &["bw=fast", "no size", "512M"]);
+    folder.refuses(&["--disk", "disk,iops=0"], &["iops=0", "nonzero"]);
+    folder.refuses(&["--disk", "disk,pps=9"], &["`pps` is not known", "iops"]);
+    folder.refuses(&["--net", "tap0,pps=0"], &["pps=0", "nonzero"]);
+    folder.refuses(&["--net", "user,bw=1Mbit"], &["bw=1Mbit", "no size"]);
+}
+
+#[test]
 fn passt_that_does_not_do_what_it_should_is_said() {
     let folder = Folder::new();
     let run = |path: &Path, flags: &[&str]| {

@@ -5,7 +5,6 @@ pub mod kv;
 mod overlay;
 mod quota;
 mod share;
-mod size;
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -13,10 +12,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::size::{BadSize, Size};
 pub use overlay::Overlay;
 pub use quota::{BadQuota, Quota};
 pub use share::{BadShare, Share};
-pub use size::{BadSize, Size};
 
 use crate::command::{self, BadSpec};
 use crate::devices::console;

@@ -10,6 +10,7 @@ pub mod iovec;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+mod rate_limiter;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -240,6 +240,16 @@ impl Queue {
     /// After as many requests as the ring has descriptors, or 10 ms, it returns even if there are more, having
     /// kicked itself: a driver that never stops adding cannot keep the device from being stopped.
     pub fn serve(&mut self, ram: &GuestRam, mut request: impl FnMut(Chain<'_>) -> u32) -> Result<(), Error> {
+        self.serve_some(ram, |chain| Some(request(chain)))
+    }
+
+    /// As [`serve`](Self::serve), to the first chain that `request` does not handle now: that one stays available, and
+    /// the driver need not notify.
+    pub fn serve_some(
+        &mut self,
+        ram: &GuestRam,
+        mut request: impl FnMut(Chain<'_>) -> Option<u32>,
+    ) -> Result<(), Error> {
         let mut budget = self.size();
         let start = Instant::now();
         let mut notified = start;
@@ -247,7 +257,10 @@ impl Queue {
         loop {
             while let Some(chain) = self.pop(ram)? {
                 let head = chain.head_index();
-                let written = request(chain);
+                let Some(written) = request(chain) else {
+                    self.undo_pop();
+                    return self.notify(ram);
+                };
                 self.add_used(ram, head, written)?;
                 let now = Instant::now();
                 if now - notified >= NOTIFY_AFTER {
@@ -390,6 +403,26 @@ mod tests {
             ram.write_obj(1u16, GuestAddress(event)).unwrap();
             queue.serve(&ram, |_| 0).unwrap();
             assert_eq!(line.0.load(Ordering::SeqCst), 1);
+        }
+    }
+
+    #[test]
+    fn what_is_not_handled_now_stays_available() {
+        for event_idx in [false, true] {
+            let (ram, mut driver, mut queue, line) = queue(event_idx);
+            for _ in 0..3 {
+                driver.add(&[(BUFFERS, 1, false)]);
+            }
+            let mut left = 2;
+            let two = |_: Chain<'_>| {
+                left -= 1;
+                (left >= 0).then_some(5)
+            };
+            queue.serve_some(&ram, two).unwrap();
+            assert_eq!(driver.used(), [(0, 5), (1, 5)]);
+            assert!(line.0.load(Ordering::SeqCst) > 0, "the driver hears of the two");
+            queue.serve(&ram, |_| 6).unwrap();
+            assert_eq!(driver.used(), [(2, 6)]);
         }
     }
 

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -53,6 +54,27 @@ fn what_the_guest_writes_and_reads_is_in_the_file() {
     assert_eq!(ended.counted("blk0", "errors"), 0);
     let requests = ended.counted("blk0", "reads");
     assert!(read / requests > 64 << 10, "{requests} requests for {read} bytes: they have one segment each");
+}
+
+#[test]
+fn a_limited_disk_is_slow_and_right() {
+    let images = Images::new();
+    let content = noise(6 * MIB);
+    let disk = images.add("disk", &content);
+    let script = "
+        echo before=$(sha256sum </dev/vda)
+        dd if=/dev/vda of=/block bs=1M status=none
+        dd if=/block of=/dev/vda bs=64K conv=fsync
+    ";
+    let spec = format!("{},bw=1M,iops=100", disk.display());
+    let start = Instant::now();
+    let ended = Guest::new(Kernel::Tiny).disk(spec).script(script).run().succeeded();
+    assert!(ended.value("before").starts_with(&sha256(&content)));
+    assert!(fs::read(&disk).unwrap() == content);
+    assert!(ended.counted("blk0", "throttled") > 1);
+    assert_eq!(ended.counted("blk0", "errors"), 0);
+    // 12 MiB, of which one second's, and one request, is not waited for.
+    assert!(start.elapsed() > Duration::from_secs(9));
 }
 
 #[test]

@@ -24,6 +24,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Its rate cannot be limited.
+    #[error("cannot make a timer for the disk's rate limit")]
+    Timer(#[source] io::Error),
     /// It can be opened, but not for writing.
     #[error("cannot open disk image {path} for writing (readonly=on would read it)")]
     ReadOnly {

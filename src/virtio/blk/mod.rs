@@ -8,9 +8,12 @@ mod ioctl;
 mod layout;
 
 use std::io;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
+use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -22,8 +25,10 @@ use self::layout::Layout;
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::Iovecs;
 use super::queue::Chain;
+use super::rate_limiter::RateLimiter;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics};
+use crate::size::Size;
 
 /// Bytes in a sector, the unit of all that the driver asks for.
 const SECTOR: u64 = 512;
@@ -48,6 +53,8 @@ const CONFIG_SIZE: usize = 60;
 /// log2 of the sectors in the blocks that file systems and page cache use: smaller writes read first.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// What the rate limit's timer is watched as.
+const LIMIT: u32 = 0;
 /// Host errors of one device that are logged as such.
 const LOGGED_ERRORS: u64 = 5;
 
@@ -66,12 +73,18 @@ pub struct Spec {
     /// When what the guest wrote is safe.
     #[serde(default)]
     pub cache: Cache,
+    /// How many bytes may be read and written in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw: Option<Size>,
+    /// How many requests may be done in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<NonZeroU32>,
 }
 
 impl Spec {
     /// A writable disk at `path`, safe when the guest flushes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), readonly: false, id: None, cache: Cache::default() }
+        Self { path: path.into(), readonly: false, id: None, cache: Cache::default(), bw: None, iops: None }
     }
 }
 
@@ -104,6 +117,9 @@ pub struct Blk {
     written: u64,
     /// Requests that the host failed.
     host_errors: u64,
+    limit: Option<RateLimiter>,
+    /// How many bytes of data the request had.
+    moved: u64,
 }
 
 /// What the device has done.
@@ -119,6 +135,8 @@ struct Counts {
     write_zeroes: Counter,
     /// Requests that failed, or that were none.
     errors: Counter,
+    /// How often requests waited for the rate limit.
+    throttled: Counter,
 }
 
 /// Why a request was not done.
@@ -158,7 +176,23 @@ impl Blk {
             iovecs: None,
             written: 0,
             host_errors: 0,
+            limit: RateLimiter::new(spec.bw, spec.iops).map_err(Error::Timer)?,
+            moved: 0,
         })
+    }
+
+    /// Does one request unless the rate limit has it wait.
+    fn limited_request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Option<u32> {
+        if self.limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
+            self.counts.throttled.inc();
+            return None;
+        }
+        self.moved = 0;
+        let written = self.request(ram, chain, iovecs);
+        if let Some(limit) = &mut self.limit {
+            limit.take(self.moved, Instant::now());
+        }
+        Some(written)
     }
 
     /// Does one request; how many bytes it wrote to guest memory, from the first writable one on.
@@ -226,6 +260,7 @@ impl Blk {
         let offset = self.data_offset(sector, len)?;
         self.layout.writable.list(iovecs).map_err(|_| Failure::Driver("a read into what is not memory"))?;
         self.counts.reads.inc();
+        self.moved = len;
         let result = self.image.read(iovecs, offset);
         self.written = len - iovecs.bytes() as u64;
         self.counts.read_bytes.add(self.written);
@@ -241,6 +276,7 @@ impl Blk {
         let offset = self.data_offset(sector, len)?;
         self.layout.readable.list(iovecs).map_err(|_| Failure::Driver("a write from what is not memory"))?;
         self.counts.writes.inc();
+        self.moved = len;
         let result = self.image.write(iovecs, offset);
         self.counts.written_bytes.add(len - iovecs.bytes() as u64);
         result.map_err(|error| Failure::Host("write", error))?;
@@ -414,13 +450,31 @@ impl VirtioDevice for Blk {
     fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
         self.features = features;
         self.iovecs.get_or_insert_with(|| Iovecs::new(&io.ram));
+        if let Some(limit) = &self.limit {
+            let watched = io.watch(LIMIT, limit, EventFlags::IN);
+            watched.map_err(|source| device::Error::Host { what: "cannot watch a timer".into(), source })?;
+        }
         Ok(())
     }
 
+    fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), device::Error> {
+        self.limit.iter_mut().for_each(RateLimiter::woken);
+        self.queue_ready(0, io)
+    }
+
+    fn stop(&mut self, io: &mut Io) {
+        if let Some(Err(error)) = self.limit.as_ref().map(|limit| io.unwatch(limit)) {
+            log::error!("cannot stop watching a timer: {error}");
+        }
+    }
+
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        if self.limit.as_ref().is_some_and(RateLimiter::is_waiting) {
+            return Ok(());
+        }
         let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
         let mut iovecs = self.iovecs.take().expect("start made it, and it is put back below");
-        let result = queue.serve(ram, |chain| self.request(ram, chain, &mut iovecs));
+        let result = queue.serve_some(ram, |chain| self.limited_request(ram, chain, &mut iovecs));
         self.iovecs = Some(iovecs);
         Ok(result?)
     }

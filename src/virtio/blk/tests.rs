@@ -133,7 +133,7 @@ fn sectors_are_read_and_written_in_place() {
         disk.metrics.to_json(),
         serde_json::json!({
             "reads": 1, "read-bytes": 1024, "writes": 1, "written-bytes": 512,
-            "flushes": 1, "discards": 0, "write-zeroes": 0, "errors": 0, "interrupts": 3
+            "flushes": 1, "discards": 0, "write-zeroes": 0, "errors": 0, "throttled": 0, "interrupts": 3
         })
     );
 }
@@ -436,6 +436,33 @@ fn a_request_may_lie_over_its_own_ring() {
     disk.header(VIRTIO_BLK_T_IN, 0);
     disk.driver.rings[0].add(&[(HEADER, 16, false), (used, 0x1000, true), (STATUS, 1, true)]);
     disk.driver.notify(0);
+    disk.driver.start();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
+}
+
+#[test]
+fn a_limit_has_requests_wait_and_none_is_lost() {
+    // The first one owes more than the bucket holds.
+    let mut disk = Disk::with(|spec| spec.bw = Some(Size::bytes(900 << 10)));
+    let all = [(DATA, 1 << 20, true)];
+    let start = Instant::now();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 0, &all), (OK, (1 << 20) + 1));
+    assert_eq!(disk.count("throttled"), 0);
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 1, &[(DATA, 512, true)]), (OK, 513));
+    assert_eq!((disk.count("throttled"), disk.driver.get(DATA, 512)), (1, sector(1).to_vec()));
+    assert!(start.elapsed() >= std::time::Duration::from_millis(100));
+
+    let mut disk = Disk::with(|spec| spec.iops = NonZeroU32::new(20));
+    let start = Instant::now();
+    for number in 0..24 {
+        assert_eq!(disk.request(VIRTIO_BLK_T_IN, number, &[(DATA, 512, true)]), (OK, 513));
+    }
+    assert!(disk.count("throttled") > 0 && disk.count("reads") == 24);
+    assert!(start.elapsed() >= std::time::Duration::from_millis(150));
+    // A reset in the middle of waiting.
+    disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    disk.driver.notify(0);
+    disk.driver.write(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS, 0);
     disk.driver.start();
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
 }

@@ -17,6 +17,7 @@ mod tests;
 mod tx;
 
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -37,7 +38,9 @@ use self::tx::Tx;
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::{self, Iovecs};
 use super::queue::Chain;
+use super::rate_limiter::RateLimiter;
 use crate::metrics::{Counter, Metrics};
+use crate::size::Size;
 
 /// Index of the queue of receive buffers.
 const RX: usize = 0;
@@ -53,6 +56,8 @@ const MAX_PACKET: usize = HEADER + 18 + 65535;
 const BATCH: u32 = 64;
 /// What the host's end is watched as.
 const HOST: u32 = 0;
+/// What the timers of the queues' rate limits are watched as.
+const LIMITS: [u32; 2] = [1, 2];
 /// Where the status is in the configuration, and the link's bit of it.
 const CONFIG_STATUS: usize = 6;
 const LINK_UP: u8 = 1;
@@ -83,6 +88,10 @@ pub struct Spec {
     /// The most bytes in a frame that the guest is told to send, and that a tap created here takes: 68 to 65521, with
     /// `user` 65520 at most, which it also is without a wish.
     pub mtu: Option<u16>,
+    /// How many bytes of frames may go in each direction in a second.
+    pub bw: Option<Size>,
+    /// How many frames may go in each direction in a second.
+    pub pps: Option<NonZeroU32>,
 }
 
 /// Why there is no network device.
@@ -102,6 +111,9 @@ pub enum Error {
     /// Ports with a network that has its own addresses.
     #[error("cannot publish port {0}: only a user network has published ports")]
     Publish(Publish),
+    /// The rate cannot be limited.
+    #[error("cannot make a timer for the network device's rate limit")]
+    Timer(#[source] io::Error),
     /// passt does not run.
     #[error(transparent)]
     Passt(#[from] passt::Error),
@@ -132,6 +144,12 @@ impl Spec {
     /// [is ready](Net::wait_until_ready).
     pub fn open(&self) -> Result<Net, Error> {
         self.validate()?;
+        let limit = || RateLimiter::new(self.bw, self.pps).map_err(Error::Timer);
+        let limits = [limit()?, limit()?];
+        Ok(Net { limits, ..self.open_unlimited()? })
+    }
+
+    fn open_unlimited(&self) -> Result<Net, Error> {
         let tap = match (&self.tap, self.fd, self.user_mac()) {
             (Some(name), ..) => Tap::open(name)?,
             (_, Some(fd), _) => Tap::from_fd(fd)?,
@@ -166,6 +184,8 @@ pub struct Statistics {
     pub rx_errors: Counter,
     /// How often receiving stopped because the driver had given no buffers.
     pub rx_stops: Counter,
+    /// How often receiving waited for the rate limit.
+    pub rx_throttled: Counter,
     /// Packets taken from the guest.
     pub tx_packets: Counter,
     /// Their bytes, without headers.
@@ -176,6 +196,8 @@ pub struct Statistics {
     pub tx_errors: Counter,
     /// How often transmitting stopped because the host took no more.
     pub tx_stops: Counter,
+    /// How often transmitting waited for the rate limit.
+    pub tx_throttled: Counter,
 }
 
 /// A network device.
@@ -185,6 +207,8 @@ pub struct Net {
     config: [u8; 12],
     /// The offloads that a tap's packets may have.
     offloads: u32,
+    /// Of each queue, by its index.
+    limits: [Option<RateLimiter>; 2],
     statistics: Arc<Statistics>,
     running: Option<Running>,
 }
@@ -205,6 +229,8 @@ enum Wait {
     Host,
     /// The driver has to make something available.
     Driver,
+    /// The rate limit has to allow more.
+    Limit,
 }
 
 /// The feature bit of each offload, of packets to the guest (`GUEST_`) and from it (`HOST_`, CSUM).
@@ -254,7 +280,7 @@ impl Net {
             features |= 1 << VIRTIO_NET_F_MTU;
             config[10..].copy_from_slice(&mtu.to_le_bytes());
         }
-        Self { host, features, config, offloads: 0, statistics: Arc::default(), running: None }
+        Self { host, features, config, offloads: 0, limits: [None, None], statistics: Arc::default(), running: None }
     }
 
     /// Waits until what it is on is ready; a tap is at once.
@@ -275,14 +301,14 @@ impl Net {
 
     fn receive(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(RX)) {
-            running.rx_wait = running.rx.run(&mut self.host, ram, queue, &self.statistics)?;
+            running.rx_wait = running.rx.run(&mut self.host, ram, queue, &mut self.limits[RX], &self.statistics)?;
         }
         self.watch(io)
     }
 
     fn transmit(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(TX)) {
-            running.tx_wait = running.tx.run(&mut self.host, ram, queue, &self.statistics)?;
+            running.tx_wait = running.tx.run(&mut self.host, ram, queue, &mut self.limits[TX], &self.statistics)?;
         }
         self.watch(io)
     }
@@ -352,6 +378,10 @@ impl VirtioDevice for Net {
             tx_wait: Wait::Driver,
             watched: EventFlags::empty(),
         });
+        for (limit, token) in self.limits.iter().zip(LIMITS) {
+            let watched = limit.as_ref().map_or(Ok(()), |limit| io.watch(token, limit, EventFlags::IN));
+            watched.map_err(|source| device::Error::Host { what: "cannot watch a timer".into(), source })?;
+        }
         self.watch(io)
     }
 
@@ -364,11 +394,17 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), device::Error> {
-        if matches!(self.running, Some(Running { rx_wait: Wait::Host, .. })) {
+    fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), device::Error> {
+        let limited = LIMITS.iter().position(|limit| *limit == token);
+        if let Some(limit) = limited.and_then(|index| self.limits[index].as_mut()) {
+            limit.woken();
+        }
+        let wait = if limited.is_some() { Wait::Limit } else { Wait::Host };
+        let turn = |index| limited.is_none_or(|limited| limited == index);
+        if turn(RX) && self.running.as_ref().is_some_and(|running| running.rx_wait == wait) {
             self.receive(io)?;
         }
-        if matches!(self.running, Some(Running { tx_wait: Wait::Host, .. })) {
+        if turn(TX) && self.running.as_ref().is_some_and(|running| running.tx_wait == wait) {
             self.transmit(io)?;
         }
         Ok(())
@@ -376,6 +412,11 @@ impl VirtioDevice for Net {
 
     fn stop(&mut self, io: &mut Io) {
         let Some(mut running) = self.running.take() else { return };
+        for limit in self.limits.iter().flatten() {
+            if let Err(error) = io.unwatch(limit) {
+                log::error!("cannot stop watching a timer: {error}");
+            }
+        }
         if !running.watched.is_empty()
             && let Err(error) = io.unwatch(&self.host)
         {

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::time::Instant;
 
 use super::host::Host;
 use super::{BATCH, HEADER, MAX_PACKET, Reject, Statistics, Wait, gone, push_chain};
@@ -11,6 +12,7 @@ use crate::memory::GuestRam;
 use crate::virtio::device::Error;
 use crate::virtio::iovec::Iovecs;
 use crate::virtio::queue::{self, Queue};
+use crate::virtio::rate_limiter::RateLimiter;
 
 /// Where `num_buffers` is in the header (5.1.6).
 const NUM_BUFFERS: usize = 10;
@@ -62,6 +64,7 @@ impl Rx {
         host: &mut impl Host,
         ram: &GuestRam,
         queue: &mut Queue,
+        limit: &mut Option<RateLimiter>,
         statistics: &Statistics,
     ) -> Result<Wait, Error> {
         queue.disable_kicks(ram)?;
@@ -70,6 +73,11 @@ impl Rx {
             let packet = match self.parked.take() {
                 Some(packet) => packet,
                 None => {
+                    if limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
+                        statistics.rx_throttled.inc();
+                        wait = Some(Wait::Limit);
+                        break;
+                    }
                     // Room for the longest packet saves copying its end.
                     self.gather(ram, queue, if self.mergeable { MAX_PACKET } else { 1 })?;
                     if self.held.is_empty() {
@@ -100,7 +108,11 @@ impl Rx {
                 Fit::Yes => {
                     self.deliver(packet, ram, queue)?;
                     statistics.rx_packets.inc();
-                    statistics.rx_bytes.add((packet.length - HEADER) as u64);
+                    let bytes = (packet.length - HEADER) as u64;
+                    statistics.rx_bytes.add(bytes);
+                    if let Some(limit) = limit {
+                        limit.take(bytes, Instant::now());
+                    }
                 }
                 Fit::Never => statistics.rx_drops.inc(),
                 Fit::Later => {

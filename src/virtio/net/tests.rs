@@ -99,7 +99,7 @@ fn receiver(size: u16, mergeable: bool) -> Receiver {
 
 impl Receiver {
     fn run(&mut self) -> Result<Wait, device::Error> {
-        self.rx.run(&mut self.tap, &self.ram, &mut self.queue, &self.statistics)
+        self.rx.run(&mut self.tap, &self.ram, &mut self.queue, &mut None, &self.statistics)
     }
 
     /// Sends a packet of `length` bytes with the header, numbered bytes after it.
@@ -343,7 +343,7 @@ fn transmitter(size: u16) -> Transmitter {
 
 impl Transmitter {
     fn run(&mut self) -> Wait {
-        self.tx.run(&mut self.tap, &self.ram, &mut self.queue, &self.statistics).unwrap()
+        self.tx.run(&mut self.tap, &self.ram, &mut self.queue, &mut None, &self.statistics).unwrap()
     }
 }
 
@@ -459,13 +459,50 @@ proptest! {
         let _ = r.run();
         let moved = r.statistics.rx_packets.get() + r.statistics.rx_drops.get();
         prop_assert!(moved <= 4);
-        let _ = t.tx.run(&mut t.tap, &t.ram, &mut t.queue, &t.statistics);
+        let _ = t.tx.run(&mut t.tap, &t.ram, &mut t.queue, &mut None, &t.statistics);
         let sent = t.statistics.tx_packets.get();
         for _ in 0..sent {
             prop_assert!(t.host.recv(&mut [0; 100]).is_ok());
         }
         prop_assert!(t.host.recv(&mut [0; 100]).is_err());
     }
+}
+
+#[test]
+fn a_limit_holds_packets_up_in_both_directions() {
+    let limit = || RateLimiter::new(Some(Size::bytes(1000)), None).unwrap();
+    let wait = |limit: &mut Option<RateLimiter>| {
+        let limit = limit.as_mut().unwrap();
+        rustix::event::poll(&mut [PollFd::new(limit, PollFlags::IN)], None).unwrap();
+        limit.woken();
+    };
+    let mut r = receiver(8, true);
+    for i in 0..4 {
+        r.driver.add(&from_device(&[(BUFFERS + i * 0x1000, 0x1000)]));
+    }
+    let sent: Vec<_> = (0..3).map(|_| r.send(812)).collect();
+    let mut limited = limit();
+    let run = |r: &mut Receiver, limit: &mut _| r.rx.run(&mut r.tap, &r.ram, &mut r.queue, limit, &r.statistics);
+    assert_eq!(run(&mut r, &mut limited).unwrap(), Wait::Limit);
+    assert_eq!((r.driver.used().len(), r.statistics.rx_throttled.get()), (2, 1));
+    wait(&mut limited);
+    assert_eq!(run(&mut r, &mut limited).unwrap(), Wait::Limit);
+    wait(&mut limited);
+    assert_eq!(run(&mut r, &mut limited).unwrap(), Wait::Host);
+    assert_eq!((r.driver.used().len(), r.statistics.rx_packets.get()), (1, 3));
+    assert_eq!(get(&r.ram, BUFFERS + 0x2000 + HEADER as u64, 800), sent[2][HEADER..]);
+
+    let mut t = transmitter(8);
+    for i in 0..3 {
+        t.driver.add(&to_device(&[(BUFFERS + i * 0x1000, 812)]));
+    }
+    let mut limited = limit();
+    let run = |t: &mut Transmitter, limit: &mut _| t.tx.run(&mut t.tap, &t.ram, &mut t.queue, limit, &t.statistics);
+    assert_eq!(run(&mut t, &mut limited).unwrap(), Wait::Limit);
+    assert_eq!((t.driver.used().len(), t.statistics.tx_throttled.get()), (2, 1));
+    wait(&mut limited);
+    assert_eq!(run(&mut t, &mut limited).unwrap(), Wait::Driver);
+    assert_eq!((t.driver.used().len(), t.statistics.tx_packets.get()), (1, 3));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Virtio 1.2, 5.1.6.2 (packet transmission).
 
 use std::io;
+use std::time::Instant;
 
 use super::host::Host;
 use super::{BATCH, HEADER, MAX_PACKET, Statistics, Wait, gone, push_chain};
@@ -10,6 +11,7 @@ use crate::memory::GuestRam;
 use crate::virtio::device::Error;
 use crate::virtio::iovec::Iovecs;
 use crate::virtio::queue::Queue;
+use crate::virtio::rate_limiter::RateLimiter;
 
 /// The transmitting half of a started device.
 pub struct Tx {
@@ -27,6 +29,7 @@ impl Tx {
         host: &mut impl Host,
         ram: &GuestRam,
         queue: &mut Queue,
+        limit: &mut Option<RateLimiter>,
         statistics: &Statistics,
     ) -> Result<Wait, Error> {
         queue.disable_kicks(ram)?;
@@ -44,12 +47,21 @@ impl Tx {
                 break Wait::Driver;
             };
             let head = chain.head_index();
+            if limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
+                queue.undo_pop();
+                statistics.tx_throttled.inc();
+                break Wait::Limit;
+            }
             self.iovecs.clear();
             match push_chain(&mut self.iovecs, chain, false, queue.size()) {
                 Ok(length @ HEADER..=MAX_PACKET) => match host.send(&mut self.iovecs) {
                     Ok(()) => {
                         statistics.tx_packets.inc();
-                        statistics.tx_bytes.add((length - HEADER) as u64);
+                        let bytes = (length - HEADER) as u64;
+                        statistics.tx_bytes.add(bytes);
+                        if let Some(limit) = limit {
+                            limit.take(bytes, Instant::now());
+                        }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         queue.undo_pop();
