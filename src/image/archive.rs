@@ -1,7 +1,7 @@
 //! Reading tar archives, entry by entry: ustar, GNU and PAX.
 //!
 //! Archives may be hostile. Every length is checked before memory is taken for it, records of PAX may hold any byte, and
-//! an archive that ends before its end-of-archive mark is refused.
+//! an archive that ends before its end-of-archive mark is refused, unless a digest tells that it is whole.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -62,6 +62,8 @@ pub(crate) struct Reader<R> {
     left: u64,
     /// Zeros after it.
     padding: u64,
+    /// Whether it may end after an entry.
+    markless: bool,
 }
 
 /// Records that change the entry after them.
@@ -72,13 +74,25 @@ struct Records {
     pax: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
+impl Records {
+    fn is_empty(&self) -> bool {
+        self.long_name.is_none() && self.long_link.is_none() && self.pax.is_empty()
+    }
+}
+
 pub(crate) fn invalid(why: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why.into())
 }
 
 impl<R: Read> Reader<R> {
     pub fn new(input: R) -> Self {
-        Self { input, position: 0, left: 0, padding: 0 }
+        Self { input, position: 0, left: 0, padding: 0, markless: false }
+    }
+
+    /// A reader of what may have no end-of-archive mark, and no zeros after the last entry's data, as layers that umoci
+    /// makes: whether `input` is whole, its digest tells.
+    pub fn of_whole(input: R) -> Self {
+        Self { markless: true, ..Self::new(input) }
     }
 
     /// Where in the archive the data of the current entry begins.
@@ -97,7 +111,8 @@ impl<R: Read> Reader<R> {
         let mut budget = RECORDS_MAX;
         loop {
             self.skip()?;
-            let Some(header) = self.header()? else {
+            let may_end = self.markless && records.is_empty();
+            let Some(header) = self.header(may_end)? else {
                 return Ok(None);
             };
             let size = header.size()?;
@@ -206,9 +221,13 @@ impl<R: Read> Reader<R> {
     }
 
     /// The next header; `None` at the end.
-    fn header(&mut self) -> io::Result<Option<Header>> {
+    fn header(&mut self, may_end: bool) -> io::Result<Option<Header>> {
         let mut block = [0; BLOCK];
-        self.fill(&mut block)?;
+        let first = self.some(&mut block)?;
+        if first == 0 && may_end {
+            return Ok(None);
+        }
+        self.fill(&mut block[first..])?;
         if block == [0; BLOCK] {
             return Ok(None);
         }
@@ -295,15 +314,17 @@ impl<R: Read> Reader<R> {
     /// Goes to the end of the current entry.
     fn skip(&mut self) -> io::Result<()> {
         let mut rest = [0; 8 << 10];
-        while self.left + self.padding > 0 {
-            // The smaller of both is a usize.
-            let size = usize::try_from(self.left + self.padding).unwrap_or(rest.len()).min(rest.len());
+        while self.left > 0 {
+            let size = usize::try_from(self.left).unwrap_or(rest.len()).min(rest.len());
             self.fill(&mut rest[..size])?;
-            let data = self.left.min(size as u64);
-            self.left -= data;
-            self.padding -= size as u64 - data;
+            self.left -= size as u64;
         }
-        Ok(())
+        let zeros = &mut rest[..usize::try_from(std::mem::take(&mut self.padding)).expect("less than a block")];
+        let first = self.some(zeros)?;
+        if first == 0 && self.markless {
+            return Ok(());
+        }
+        self.fill(&mut zeros[first..])
     }
 
     /// Takes note that the caller has gone to the end of the current entry by itself, by seeking.
@@ -316,6 +337,20 @@ impl<R: Read> Reader<R> {
 
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.input
+    }
+
+    /// Some of what comes next: nothing only at the end.
+    fn some(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.input.read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => {
+                    let read = read?;
+                    self.position += read as u64;
+                    return Ok(read);
+                }
+            }
+        }
     }
 
     fn fill(&mut self, buf: &mut [u8]) -> io::Result<()> {

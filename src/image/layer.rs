@@ -24,8 +24,9 @@ impl From<io::Error> for Refused {
     }
 }
 
-/// Puts what is in the archive `input` into the tree, as the layer above all before it. A layer of an image may have
-/// `whiteouts`. The input may have more bytes behind the end-of-archive mark, which are not read.
+/// Puts what is in the archive `input` into the tree, as the layer above all before it. A layer of an image, which has a
+/// digest, may have `whiteouts` and no end-of-archive mark. The input may have more bytes behind that mark, which are not
+/// read.
 pub(super) fn unpack(
     input: &mut dyn Read,
     whiteouts: bool,
@@ -33,7 +34,7 @@ pub(super) fn unpack(
     contents: &mut Contents,
 ) -> Result<(), Refused> {
     tree.next_layer();
-    let mut reader = Reader::new(input);
+    let mut reader = if whiteouts { Reader::of_whole(input) } else { Reader::new(input) };
     let mut last: Option<Vec<u8>> = None;
     loop {
         let entry = reader.next().map_err(|source| match &last {
@@ -180,6 +181,22 @@ mod tests {
     #[test]
     fn an_archive_becomes_an_image() {
         assert_eq!(image(&archive()), Ok(()));
+    }
+
+    #[test]
+    fn only_a_layer_may_have_no_end_of_archive_mark() {
+        let whole = archive();
+        let cut = &whole[..whole.len() - 2 * BLOCK];
+        assert_eq!(image(cut), Ok(()));
+        // Within the zeros after the data, before them, and in the data.
+        let data = cut.len() - BLOCK + 4;
+        assert!(image(&cut[..cut.len() - 1]).unwrap_err().contains("cut off"));
+        assert_eq!(image(&cut[..data]), Ok(()));
+        assert!(image(&cut[..data - 1]).unwrap_err().contains("cut off"));
+        let file = || tempfile::tempfile().unwrap();
+        let mut tree = Tree::new(Limits { nodes: 1000, text: 100_000 });
+        let refused = unpack(&mut &*cut, false, &mut tree, &mut Contents::new(file(), file(), 1 << 20)).err().unwrap();
+        assert!(refused.source.to_string().contains("cut off"));
     }
 
     proptest! {
