@@ -216,16 +216,19 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
 fn allow_descriptors(config: &Config) {
     /// Beside one for each vCPU.
     const OTHERS: u64 = 256;
+    /// Of a shared folder, each file that the guest knows is one. As many as the kernel lets a process have.
+    const SHARES: u64 = 1 << 20;
     let limit = getrlimit(Resource::Nofile);
-    // Of a shared folder, each file that the guest knows is one.
     let shares = !config.shares.is_empty() || config.root_folder().is_some();
-    let wanted = (!shares).then_some(u64::from(config.cpus) + OTHERS);
-    let allowed = match (wanted, limit.maximum) {
-        (Some(wanted), Some(maximum)) => Some(wanted.min(maximum)),
-        (wanted, maximum) => wanted.or(maximum),
-    };
-    if limit.current.is_some_and(|current| allowed.is_none_or(|allowed| current < allowed)) {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: allowed, maximum: limit.maximum });
+    // What root may raise for others it may raise for itself.
+    let all = Rlimit { current: Some(SHARES), maximum: Some(SHARES) };
+    if shares && limit.maximum.is_some_and(|maximum| maximum < SHARES) && setrlimit(Resource::Nofile, all).is_ok() {
+        return;
+    }
+    let wanted = if shares { SHARES } else { u64::from(config.cpus) + OTHERS };
+    let allowed = limit.maximum.map_or(wanted, |maximum| wanted.min(maximum));
+    if limit.current.is_some_and(|current| current < allowed) {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: limit.maximum });
     }
 }
 
