@@ -17,7 +17,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
     make flex bison bc libelf-dev                                # the small guest kernel
     iproute2 iputils-ping e2fsprogs util-linux strace shellcheck # tests
     passt dnsmasq-base                                           # networks without root
-    erofs-utils umoci skopeo docker-registry                     # images
+    erofs-utils umoci skopeo docker-registry debootstrap         # images
     python3                                                      # reads JUnit files
     fio iperf3 git runc                                          # benchmarks
 )
@@ -55,6 +55,8 @@ if [[ $purpose == test ]]; then
     resources/guest-kernel/build.sh
     resources/guest-kernel/bantam.sh check
     gcc -O2 -Wall -static -o target/guest/vsock resources/guest/vsock.c
+    resources/guest/tools.sh >/dev/null
+    resources/guest/debian-root.sh >/dev/null
 fi
 if [[ -z $hardware_kvm || $purpose == test ]]; then
     kernel target/kvm-host bookworm linux-image-amd64 resources/kvm-host/init "${host_modules[@]}"

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+#[path = "../support/registry.rs"]
+mod docker_registry;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -9,8 +11,10 @@ mod images;
 mod kept;
 mod kernels;
 mod limits;
+mod many;
 mod net;
 mod roots;
+mod share;
 mod status;
 mod streams;
 

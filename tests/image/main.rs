@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+#[path = "../support/registry.rs"]
+mod docker_registry;
 mod hostile;
 mod layers;
 mod parallel;

@@ -54,9 +54,7 @@ impl Kernel {
             Self::Debian612 => "debian-6.12",
             Self::Tiny => "tiny",
         };
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest").join(folder).join(name);
-        assert!(path.exists(), "{} is missing: run resources/test.sh, which makes it", path.display());
-        path
+        file(&format!("{folder}/{name}"))
     }
 
     /// The ELF kernel.
@@ -68,6 +66,13 @@ impl Kernel {
     pub fn bzimage(self) -> PathBuf {
         self.file(if self == Self::Tiny { "bzImage" } else { "vmlinuz" })
     }
+}
+
+/// A file that resources/setup.sh prepares in target/guest.
+pub fn file(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest").join(name);
+    assert!(path.exists(), "{} is missing: run resources/test.sh, which makes it", path.display());
+    path
 }
 
 /// A `bantam run` to be, with a report and a time limit, and files in a folder of its own that goes when it ends.
