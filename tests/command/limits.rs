@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,11 @@ fn threads(running: &Running) -> Vec<(String, String)> {
     tasks.map(|task| (task.file_name().into_string().unwrap(), read(task.path().join("comm")).trim().into())).collect()
 }
 
+fn may_make_groups() -> bool {
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    geteuid().is_root() && controllers.split_whitespace().any(|name| name == "cpu")
+}
+
 /// The control group that bantam says it has made.
 fn group(running: &Running) -> Option<PathBuf> {
     let said = running.stderr();
@@ -79,8 +85,8 @@ fn waits_until(what: &str, so: impl Fn() -> bool) {
 
 #[test]
 fn cpu_time_is_limited_by_a_control_group() {
-    if !geteuid().is_root() {
-        return eprintln!("SKIPPED: only root is sure to be allowed a control group");
+    if !may_make_groups() {
+        return eprintln!("SKIPPED: only root is sure to be allowed a control group, where version 2 has the CPU");
     }
     let root = Root::new();
     let running = busy(&root, |_| {});
@@ -112,15 +118,48 @@ fn cpu_time_is_limited_by_a_control_group() {
     ended.require(!group.exists(), "its group is left");
 }
 
+/// Lets another user at the files of a guest.
+fn open_to_all(guest: &Guest, root: &Root) {
+    for path in [guest.folder(), root.image().parent().unwrap()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+}
+
+#[test]
+fn cpu_time_is_limited_by_a_control_group_that_is_delegated() {
+    if !may_make_groups() {
+        return eprintln!("SKIPPED: only root can delegate a control group, where version 2 has the CPU");
+    }
+    // As systemd does it for a scope with Delegate=yes.
+    let script = "cd /sys/fs/cgroup; echo +cpu >cgroup.subtree_control; mkdir delegated; cd delegated
+        chown 65534 . cgroup.procs cgroup.threads cgroup.subtree_control; echo $$ >cgroup.procs
+        exec setpriv --reuid 65534 \"$@\"";
+    let root = Root::new();
+    let running = busy(&root, |guest| {
+        open_to_all(guest, &root);
+        let mut sh = Command::new("sh");
+        sh.args(["-ec", script, "sh"]).arg(guest.command().get_program()).args(guest.command().get_args());
+        sh.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        *guest.command() = sh;
+    });
+    let group = group(&running).unwrap_or_else(|| panic!("{}", running.stderr()));
+    assert_eq!(group.parent(), Some(Path::new("/sys/fs/cgroup/delegated")));
+    assert_eq!(read(group.join("cpu.max")), "20000 100000\n");
+    let (vcpu, _) = threads(&running).into_iter().find(|(_, name)| name == "bantam-vcpu0").unwrap();
+    assert!(read(group.join("cgroup.threads")).lines().any(|line| line == vcpu));
+    running.signal(Signal::TERM);
+    running.signal(Signal::TERM);
+    running.wait();
+    // There is nothing in it any more.
+    fs::remove_dir("/sys/fs/cgroup/delegated").unwrap();
+}
+
 #[test]
 fn cpu_time_is_limited_without_privileges() {
     let root = Root::new();
     let running = busy(&root, |guest| {
         if geteuid().is_root() {
-            let image = root.image();
-            for path in [guest.folder(), image.parent().unwrap()] {
-                fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
-            }
+            open_to_all(guest, &root);
             guest.command().uid(65534);
         }
     });
