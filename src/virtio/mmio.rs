@@ -440,6 +440,21 @@ mod tests {
     }
 
     #[test]
+    fn a_changed_configuration_is_told_and_stays() {
+        let (mut driver, _) = driver();
+        driver.start();
+        driver.mmio.interrupt.change_config(&[9, 8]);
+        assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 2);
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), 1);
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        let mut config = [0xff; 4];
+        driver.mmio.read(0x100, &mut config);
+        assert_eq!((config, driver.read(VIRTIO_MMIO_INTERRUPT_STATUS)), ([9, 8, 0, 0], 0));
+        driver.mmio.interrupt.change_config(&[7]);
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), 2);
+    }
+
+    #[test]
     fn registers_take_aligned_words_and_the_configuration_any_width() {
         let (mut driver, _) = driver();
         for (offset, len) in [(0, 1), (0, 2), (0, 8), (1, 4), (2, 4)] {

@@ -219,7 +219,8 @@ fn passt_and_bantam_end_with_each_other_as_they_should() {
     let network = Network::new("192.0.2.1");
     let script = "until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done; echo ready; \
                   until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done; echo lost; read -r _; echo on";
-    let mut running = tiny(&["sh", "-c", script]).option("--net", "user").inside(&network.name).spawn();
+    let guest = Guest::running(Kernel::Debian612.vmlinux(), &["sh", "-c", script]).initramfs_root(Kernel::Tiny);
+    let mut running = guest.option("--net", "user").inside(&network.name).spawn();
     running.wait_for("ready");
     let passt = children(running.pid().as_raw_nonzero().get());
     assert_eq!(passt.len(), 1, "passt is bantam's child");
