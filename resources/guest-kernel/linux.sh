@@ -35,7 +35,10 @@ fi
 
 mkdir -p "$folder"
 exec 9>"$folder/lock"
-flock 9
+flock -n 9 || {
+    echo "==> Waiting for another build in $folder" >&2
+    flock 9
+}
 recipe=$({ cat "$0" "$config" && ls -lL "$source"; } | sha256sum)
 if [ "${CHECK_ONLY:-0}$(cat "$folder/recipe" 2>/dev/null)" = "0$recipe" ] && [ -e "$folder/vmlinux" ]; then
     exit 0

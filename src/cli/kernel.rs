@@ -131,9 +131,9 @@ fn megabytes(bytes: u64) -> String {
 pub fn find(asked: Option<&Path>) -> Result<(PathBuf, Option<kernels::Kernel>), Error> {
     let found = |kernel: kernels::Kernel| (kernel.path().to_owned(), Some(kernel));
     let Some(path) = asked else {
-        return match Kernels::of_user().and_then(|kernels| kernels.open(DEFAULT)) {
-            Ok(kernel) => Ok(found(kernel)),
-            Err(kernels::Error::Unknown { .. } | kernels::Error::NoHome) => Ok((running_kernel()?, None)),
+        return match Kernels::of_user().and_then(|kernels| kernels.find(DEFAULT)) {
+            Ok(Some(kernel)) => Ok(found(kernel)),
+            Ok(None) | Err(kernels::Error::NoHome) => Ok((running_kernel()?, None)),
             Err(error) => Err(error.into()),
         };
     };

@@ -194,20 +194,28 @@ impl Kernels {
         Self { folder: folder.into() }
     }
 
-    /// The kernel of this name.
+    /// The kernel of this name, which has to be there.
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
     pub fn open(&self, name: &str) -> Result<Kernel, Error> {
+        if let Some(kernel) = self.find(name)? {
+            return Ok(kernel);
+        }
+        let known = self.list()?.into_iter().map(|listed| listed.name).collect();
+        Err(Error::Unknown { name: name.into(), known })
+    }
+
+    /// The kernel of this name, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn find(&self, name: &str) -> Result<Option<Kernel>, Error> {
         let folder = self.folder.join(name);
         let opened = if is_name(name) { lock(&folder, FlockOperation::LockShared) } else { Ok(None) };
-        let opened = opened.map_err(cache_error("read", &folder))?;
-        let Some(lock) = opened else {
-            let known = self.list()?.into_iter().map(|listed| listed.name).collect();
-            return Err(Error::Unknown { name: name.into(), known });
-        };
+        let Some(lock) = opened.map_err(cache_error("read", &folder))? else { return Ok(None) };
         let about = read_about(&lock).map_err(cache_error("read", &folder.join(ABOUT)))?;
-        Ok(Kernel { path: folder.join(about.file), _lock: lock })
+        Ok(Some(Kernel { path: folder.join(about.file), _lock: lock }))
     }
 
     /// All kernels, by name.

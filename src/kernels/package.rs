@@ -14,6 +14,8 @@ const HEADER: usize = 60;
 const SIZE: std::ops::Range<usize> = 48..58;
 /// More than any kernel or module has, in bytes.
 const FILE_MAX: u64 = 512 << 20;
+/// What a file takes at least.
+const BLOCK: u64 = 4096;
 /// More than all that is taken of a package, in bytes.
 const TOTAL_MAX: u64 = 4 << 30;
 
@@ -54,7 +56,8 @@ fn unpack_data(mut data: Reader<impl Read>, folder: &Path) -> io::Result<()> {
     let mut total = 0;
     while let Some(entry) = data.next()? {
         let Some(place) = place(&entry.path).filter(|_| entry.kind == Kind::File) else { continue };
-        total += entry.size;
+        // Empty ones take room, too.
+        total += entry.size + BLOCK;
         if entry.size > FILE_MAX || total > TOTAL_MAX {
             return Err(invalid(format!("{} is too large", place.display())));
         }
