@@ -67,9 +67,8 @@ impl<'a> Keys<'a> {
             ValueInner::Table(table) => table,
             other => return Err(source.error(at, format!("{name} is a table, and not {}", kind(&other)))),
         };
-        let mut unknown: Vec<_> = table.keys().filter(|key| !known.contains(&&*key.name)).collect();
-        unknown.sort_by_key(|key| key.span.start);
-        if let Some(key) = unknown.first() {
+        let unknown = table.keys().filter(|key| !known.contains(&&*key.name));
+        if let Some(key) = unknown.min_by_key(|key| key.span.start) {
             let what = format!("`{}` is no key of {name}: {}", key.name, instead(&key.name, known.iter().copied()));
             return Err(source.error(key.span, what));
         }
