@@ -534,8 +534,18 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// What a decompressor gives, some of which fail when nothing is asked for.
+    struct Unpacked<'a>(&'a [u8]);
+
+    impl Read for Unpacked<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            assert!(!buf.is_empty(), "nothing is asked for");
+            self.0.read(buf)
+        }
+    }
+
     fn read(archive: &[u8]) -> io::Result<Vec<(Entry, Vec<u8>)>> {
-        let mut reader = Reader::new(archive);
+        let mut reader = Reader::new(Unpacked(archive));
         let mut found = vec![];
         while let Some(entry) = reader.next()? {
             let mut data = vec![];
