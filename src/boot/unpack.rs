@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, BufRead, Read};
+use std::ops::Range;
 
 use serde::Serialize;
 
@@ -85,8 +86,113 @@ fn unpack_box<'a>(compression: Compression, packed: Box<dyn BufRead + 'a>) -> Op
                 Err(error) => Err(io::Error::new(io::ErrorKind::InvalidData, error.to_string())),
             });
         }
-        Compression::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(packed)),
+        Compression::Lz4 => Box::new(Lz4::new(packed)),
         Compression::Bzip2 => Box::new(bzip2::read::BzDecoder::new(packed)),
         Compression::Lzma | Compression::Lzo => return None,
     }))
+}
+
+/// The magic number of a legacy frame, little-endian.
+const LZ4_MAGIC: [u8; 4] = [0x02, 0x21, 0x4c, 0x18];
+/// The most data of one block of a legacy frame, in bytes.
+const LZ4_BLOCK: usize = 8 << 20;
+
+/// Legacy frames of LZ4, as `lz4 -l` and the kernel's build make them (LZ4 Frame Format Description, "Legacy frame"): the
+/// magic number, then blocks, each after its size. There may be several frames, and there is no end mark.
+struct Lz4<R> {
+    packed: R,
+    block: Vec<u8>,
+    unpacked: Vec<u8>,
+    /// What of `unpacked` is still to be read.
+    left: Range<usize>,
+}
+
+impl<R: Read> Lz4<R> {
+    fn new(packed: R) -> Self {
+        Self { packed, block: vec![], unpacked: vec![], left: 0..0 }
+    }
+
+    /// Unpacks the next block; false if there is none.
+    fn next_block(&mut self) -> io::Result<bool> {
+        let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
+        let mut size = LZ4_MAGIC;
+        while size == LZ4_MAGIC {
+            if (&mut self.packed).take(1).read(&mut size[..1])? == 0 {
+                return Ok(false);
+            }
+            self.packed.read_exact(&mut size[1..])?;
+        }
+        let size = u32::from_le_bytes(size) as usize;
+        if size > lz4_flex::block::get_maximum_output_size(LZ4_BLOCK) {
+            return Err(invalid(format!("a block of LZ4 is {size} bytes long")));
+        }
+        self.block.resize(size, 0);
+        self.packed.read_exact(&mut self.block)?;
+        self.unpacked.resize(LZ4_BLOCK, 0);
+        let unpacked = lz4_flex::block::decompress_into(&self.block, &mut self.unpacked);
+        self.left = 0..unpacked.map_err(|error| invalid(error.to_string()))?;
+        Ok(true)
+    }
+}
+
+impl<R: Read> Read for Lz4<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.left.is_empty() && !buf.is_empty() {
+            if !self.next_block()? {
+                return Ok(0);
+            }
+        }
+        let size = self.left.len().min(buf.len());
+        buf[..size].copy_from_slice(&self.unpacked[self.left.start..][..size]);
+        self.left.start += size;
+        Ok(size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    /// What the program makes of `data`.
+    fn lz4(data: &[u8]) -> Vec<u8> {
+        let mut child =
+            Command::new("lz4").args(["-l", "-c"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || stdin.write_all(data).unwrap());
+            child.wait_with_output().unwrap().stdout
+        })
+    }
+
+    fn unpacked(packed: &[u8]) -> io::Result<Vec<u8>> {
+        let mut found = vec![];
+        Lz4::new(packed).read_to_end(&mut found).map(|_| found)
+    }
+
+    #[test]
+    fn frames_of_several_blocks_follow_one_another() {
+        let number = |i: usize| (i.wrapping_mul(i) >> 7).to_le_bytes()[0];
+        let data: Vec<u8> = (0..LZ4_BLOCK + 5000).map(number).collect();
+        let packed = [lz4(&data), lz4(b"more")].concat();
+        assert!(unpacked(&packed).unwrap() == [&data[..], b"more"].concat());
+        assert!(unpacked(&packed[..packed.len() - 1]).is_err(), "cut off");
+        assert_eq!(unpacked(&[&LZ4_MAGIC[..], &[0xff; 4]].concat()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_frame_is_an_error_or_other_data(at in 4usize..60, value: u8) {
+            let mut packed = [&LZ4_MAGIC[..], &lz4_flex::block::compress(b"some data, some data, and some more")].concat();
+            let size = u32::try_from(packed.len() - 4).unwrap();
+            packed.splice(4..4, size.to_le_bytes());
+            let at = at % packed.len();
+            packed[at] = value;
+            if let Ok(data) = unpacked(&packed) {
+                prop_assert!(data.len() <= LZ4_BLOCK);
+            }
+        }
+    }
 }
