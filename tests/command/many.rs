@@ -30,15 +30,16 @@ fn pass_on_signals(signals: impl IntoIterator<Item = i32>) {
     }
 }
 
-/// Those that end a process by default: not CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG and WINCH.
+/// Those that end a process by default: not CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG and WINCH; nor QUIT, which busybox'
+/// shell ignores, and `status` has.
 fn deadly() -> impl Iterator<Item = i32> {
-    (1..=64).filter(|signal| !(17..=23).contains(signal) && *signal != 28)
+    (1..=64).filter(|signal| !(17..=23).contains(signal) && ![3, 28].contains(signal))
 }
 
 #[test]
-fn a_dozen_statuses_and_signals_are_passed_on() {
-    pass_on([1, 63, 121, 125, 126, 127, 128, 137]);
-    pass_on_signals([1, 2, 11, 15, 34, 64]);
+fn some_statuses_and_signals_are_passed_on() {
+    pass_on([1, 125, 128, 137]);
+    pass_on_signals([11, 34, 64]);
 }
 
 #[test]
@@ -48,9 +49,9 @@ fn every_status_is_passed_on() {
 }
 
 #[test]
-#[ignore = "starts 56 guests"]
+#[ignore = "starts 55 guests"]
 fn every_signal_is_passed_on() {
-    assert_eq!(deadly().count(), 56);
+    assert_eq!(deadly().count(), 55);
     pass_on_signals(deadly());
 }
 

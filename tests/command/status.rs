@@ -84,6 +84,19 @@ fn the_first_signal_is_for_the_command_and_the_second_for_the_machine() {
 }
 
 #[test]
+fn signals_are_the_commands_own() {
+    for signal in [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM] {
+        let mut running = tiny(&["cat"]).spawn();
+        running.write("ready");
+        running.wait_for("ready");
+        running.signal(signal);
+        let ended = running.wait();
+        ended.require(ended.status == 128 + signal.as_raw(), &format!("expected {signal:?}"));
+        assert_eq!(ended.report["outcome"], "killed");
+    }
+}
+
+#[test]
 fn a_command_without_a_root_is_refused() {
     let ended = Guest::running(Kernel::Tiny.vmlinux(), &["true"]).run();
     ended.require(ended.status == 125 && ended.stderr.contains("without a root file system"), "it is refused");
