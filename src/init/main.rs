@@ -11,6 +11,8 @@
 extern crate alloc;
 
 mod account;
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+mod arch;
 mod child;
 mod file;
 mod network;

@@ -3,24 +3,13 @@
 #![expect(unsafe_code, reason = "the allocator and what the compiler calls")]
 
 use core::alloc::{GlobalAlloc, Layout};
-use core::arch::{asm, global_asm};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::sys;
 
-global_asm!(
-    ".globl _start",
-    "_start:",
-    "xor %ebp, %ebp",
-    "and $-16, %rsp",
-    "call {start}",
-    "ud2",
-    start = sym start,
-    options(att_syntax)
-);
-
-extern "C" fn start() -> ! {
+/// Where `_start` goes on, with a stack.
+pub extern "C" fn start() -> ! {
     crate::main()
 }
 
@@ -69,45 +58,6 @@ extern "C" fn _Unwind_Resume() -> ! {
 }
 
 /// As the C library's; the compiler makes calls of it.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: the caller has `count` bytes at both.
-    unsafe {
-        asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack))
-    };
-    to
-}
-
-/// As the C library's.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    if (to as usize).wrapping_sub(from as usize) >= count {
-        // SAFETY: forwards, nothing is overwritten before it is read.
-        return unsafe { memcpy(to, from, count) };
-    }
-    let last = count.wrapping_sub(1);
-    // SAFETY: the caller has `count` bytes at both; backwards, nothing is overwritten before it is read.
-    unsafe {
-        asm!(
-            "std", "rep movsb", "cld",
-            inout("rcx") count => _,
-            inout("rdi") to.wrapping_add(last) => _,
-            inout("rsi") from.wrapping_add(last) => _,
-            options(nostack)
-        );
-    }
-    to
-}
-
-/// As the C library's.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
-    // SAFETY: the caller has `count` bytes there.
-    unsafe { asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("al") byte as u8, options(nostack)) };
-    to
-}
-
-/// As the C library's.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
     for at in 0..count {

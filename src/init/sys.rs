@@ -1,9 +1,10 @@
-//! System calls of x86-64 Linux. Nothing here allocates.
+//! System calls of Linux. Nothing here allocates.
 
 #![expect(unsafe_code, reason = "system calls have no safe wrapper without a library")]
 
-use core::arch::asm;
 use core::ffi::CStr;
+
+use crate::arch::{self, number};
 
 /// What the kernel said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,18 +57,8 @@ pub type Fd = i32;
 /// # Safety
 /// The arguments must be what the call expects, and memory that they lead to must be valid for it.
 unsafe fn call(number: usize, arguments: [usize; 6]) -> Result<usize> {
-    let [a, b, c, d, e, f] = arguments;
-    let result: isize;
-    // SAFETY: the caller vouches for the arguments; the kernel keeps all registers but these.
-    unsafe {
-        asm!(
-            "syscall",
-            inlateout("rax") number => result,
-            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
-            lateout("rcx") _, lateout("r11") _,
-            options(nostack)
-        );
-    }
+    // SAFETY: the caller vouches for the arguments.
+    let result = unsafe { arch::call(number, arguments) };
     if (-4095..0).contains(&result) { Err(Errno(-result as i32)) } else { Ok(result as usize) }
 }
 
@@ -92,20 +83,20 @@ pub const NONBLOCK: i32 = 0o4000;
 pub const FOLDER: i32 = 0o200000;
 
 pub fn read(fd: Fd, buffer: &mut [u8]) -> Result<usize> {
-    call!(0, fd, buffer.as_mut_ptr(), buffer.len())
+    call!(number::READ, fd, buffer.as_mut_ptr(), buffer.len())
 }
 
 pub fn write(fd: Fd, bytes: &[u8]) -> Result<usize> {
-    call!(1, fd, bytes.as_ptr(), bytes.len())
+    call!(number::WRITE, fd, bytes.as_ptr(), bytes.len())
 }
 
 /// A file that is made has mode 644.
 pub fn open(path: &CStr, flags: i32) -> Result<Fd> {
-    call!(2, path.as_ptr(), flags | CLOEXEC, 0o644).map(|fd| fd as Fd)
+    call!(number::OPEN, path.as_ptr(), flags | CLOEXEC, 0o644).map(|fd| fd as Fd)
 }
 
 pub fn close(fd: Fd) {
-    let _ = call!(3, fd);
+    let _ = call!(number::CLOSE, fd);
 }
 
 #[repr(C)]
@@ -121,30 +112,30 @@ pub const POLLOUT: i16 = 4;
 
 /// Waits until something is ready.
 pub fn poll(fds: &mut [PollFd]) -> Result<usize> {
-    call!(7, fds.as_mut_ptr(), fds.len(), -1isize)
+    call!(number::POLL, fds.as_mut_ptr(), fds.len(), -1isize)
 }
 
 /// Fresh memory.
 pub fn map(bytes: usize) -> Result<*mut u8> {
     // Readable and writable; private and anonymous.
-    call!(9, 0, bytes, 3, 0x22, -1isize, 0).map(|address| address as *mut u8)
+    call!(number::MMAP, 0, bytes, 3, 0x22, -1isize, 0).map(|address| address as *mut u8)
 }
 
 pub fn set_signal_mask(mask: u64) -> Result<()> {
-    call!(14, 2, &raw const mask, 0, 8).map(drop)
+    call!(number::RT_SIGPROCMASK, 2, &raw const mask, 0, 8).map(drop)
 }
 
 pub fn ioctl(fd: Fd, request: usize, argument: usize) -> Result<usize> {
-    call!(16, fd, request, argument)
+    call!(number::IOCTL, fd, request, argument)
 }
 
 pub fn pause_for(milliseconds: u64) {
     let time = [milliseconds / 1000, milliseconds % 1000 * 1_000_000];
-    let _ = call!(35, time.as_ptr(), 0);
+    let _ = call!(number::NANOSLEEP, time.as_ptr(), 0);
 }
 
 pub fn socket(family: u16, kind: i32) -> Result<Fd> {
-    call!(41, family, kind | CLOEXEC, 0).map(|fd| fd as Fd)
+    call!(number::SOCKET, family, kind | CLOEXEC, 0).map(|fd| fd as Fd)
 }
 
 pub const AF_VSOCK: u16 = 40;
@@ -160,26 +151,26 @@ pub fn connect_vsock(socket: Fd, port: u32) -> Result<()> {
         zero: [u8; 4],
     }
     let address = Address { family: AF_VSOCK, reserved: 0, port, cid: 2, zero: [0; 4] };
-    call!(42, socket, &raw const address, size_of::<Address>()).map(drop)
+    call!(number::CONNECT, socket, &raw const address, size_of::<Address>()).map(drop)
 }
 
 pub fn shut_down_writing(socket: Fd) {
-    let _ = call!(48, socket, 1);
+    let _ = call!(number::SHUTDOWN, socket, 1);
 }
 
 /// The new process' number in the old one, 0 in the new one.
 pub fn fork() -> Result<i32> {
-    call!(57).map(|pid| pid as i32)
+    call!(number::FORK).map(|pid| pid as i32)
 }
 
 /// `arguments` and `environment` end with a null pointer.
 pub fn exec(path: &CStr, arguments: &[*const u8], environment: &[*const u8]) -> Errno {
-    call!(59, path.as_ptr(), arguments.as_ptr(), environment.as_ptr()).err().unwrap_or(Errno(0))
+    call!(number::EXECVE, path.as_ptr(), arguments.as_ptr(), environment.as_ptr()).err().unwrap_or(Errno(0))
 }
 
 pub fn exit(status: i32) -> ! {
     loop {
-        let _ = call!(231, status);
+        let _ = call!(number::EXIT_GROUP, status);
     }
 }
 
@@ -187,73 +178,73 @@ pub fn exit(status: i32) -> ! {
 pub fn wait(block: bool) -> Result<(i32, u32)> {
     let mut status = 0u32;
     let flags = if block { 0 } else { 1 };
-    call!(61, -1isize, &raw mut status, flags, 0).map(|pid| (pid as i32, status))
+    call!(number::WAIT4, -1isize, &raw mut status, flags, 0).map(|pid| (pid as i32, status))
 }
 
 pub fn kill(pid: i32, signal: u32) -> Result<()> {
-    call!(62, pid as isize, signal).map(drop)
+    call!(number::KILL, pid as isize, signal).map(drop)
 }
 
 pub fn chdir(path: &CStr) -> Result<()> {
-    call!(80, path.as_ptr()).map(drop)
+    call!(number::CHDIR, path.as_ptr()).map(drop)
 }
 
 /// Enters a folder that is open.
 pub fn chdir_fd(folder: Fd) -> Result<()> {
-    call!(81, folder).map(drop)
+    call!(number::FCHDIR, folder).map(drop)
 }
 
 pub fn mkdir(path: &CStr, mode: u32) -> Result<()> {
-    call!(83, path.as_ptr(), mode).map(drop)
+    call!(number::MKDIR, path.as_ptr(), mode).map(drop)
 }
 
 pub fn rmdir(path: &CStr) -> Result<()> {
-    call!(84, path.as_ptr()).map(drop)
+    call!(number::RMDIR, path.as_ptr()).map(drop)
 }
 
 pub fn unlink(path: &CStr) -> Result<()> {
-    call!(87, path.as_ptr()).map(drop)
+    call!(number::UNLINK, path.as_ptr()).map(drop)
 }
 
 pub fn symlink(target: &CStr, path: &CStr) -> Result<()> {
-    call!(88, target.as_ptr(), path.as_ptr()).map(drop)
+    call!(number::SYMLINK, target.as_ptr(), path.as_ptr()).map(drop)
 }
 
 /// How many bytes of the target there are.
 pub fn read_link(path: &CStr, target: &mut [u8]) -> Result<usize> {
-    call!(89, path.as_ptr(), target.as_mut_ptr(), target.len())
+    call!(number::READLINK, path.as_ptr(), target.as_mut_ptr(), target.len())
 }
 
 pub fn chown_fd(fd: Fd, user: u32, group: u32) -> Result<()> {
-    call!(93, fd, user, group).map(drop)
+    call!(number::FCHOWN, fd, user, group).map(drop)
 }
 
 pub fn set_umask(mask: u32) {
-    let _ = call!(95, mask);
+    let _ = call!(number::UMASK, mask);
 }
 
 pub fn set_user(user: u32) -> Result<()> {
-    call!(105, user).map(drop)
+    call!(number::SETUID, user).map(drop)
 }
 
 pub fn set_group(group: u32) -> Result<()> {
-    call!(106, group).map(drop)
+    call!(number::SETGID, group).map(drop)
 }
 
 pub fn set_session() -> Result<()> {
-    call!(112).map(drop)
+    call!(number::SETSID).map(drop)
 }
 
 pub fn set_groups(groups: &[u32]) -> Result<()> {
-    call!(116, groups.len(), groups.as_ptr()).map(drop)
+    call!(number::SETGROUPS, groups.len(), groups.as_ptr()).map(drop)
 }
 
 pub fn chroot(path: &CStr) -> Result<()> {
-    call!(161, path.as_ptr()).map(drop)
+    call!(number::CHROOT, path.as_ptr()).map(drop)
 }
 
 pub fn sync() {
-    let _ = call!(162);
+    let _ = call!(number::SYNC);
 }
 
 pub const MS_RDONLY: usize = 1;
@@ -265,46 +256,46 @@ pub const MS_BIND: usize = 4096;
 pub const MS_MOVE: usize = 8192;
 
 pub fn mount(source: &CStr, target: &CStr, kind: &CStr, flags: usize, data: &CStr) -> Result<()> {
-    call!(165, source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr()).map(drop)
+    call!(number::MOUNT, source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr()).map(drop)
 }
 
 /// Restarts the machine, which bantam takes for its end. Every kernel can, and at once.
 pub fn restart() -> ! {
-    let _ = call!(169, 0xfee1_deadusize, 0x2812_1969, 0x0123_4567, 0);
+    let _ = call!(number::REBOOT, 0xfee1_deadusize, 0x2812_1969, 0x0123_4567, 0);
     loop {
         pause_for(1000);
     }
 }
 
 pub fn set_host_name(name: &[u8]) -> Result<()> {
-    call!(170, name.as_ptr(), name.len()).map(drop)
+    call!(number::SETHOSTNAME, name.as_ptr(), name.len()).map(drop)
 }
 
 /// A descriptor that is readable when one of the signals in `mask` is pending.
 pub fn signal_fd(mask: u64) -> Result<Fd> {
-    call!(289, -1isize, &raw const mask, 8, CLOEXEC | NONBLOCK).map(|fd| fd as Fd)
+    call!(number::SIGNALFD4, -1isize, &raw const mask, 8, CLOEXEC | NONBLOCK).map(|fd| fd as Fd)
 }
 
 pub fn duplicate_to(fd: Fd, to: Fd) -> Result<()> {
     if fd == to {
         // Only to drop its close-on-exec flag.
-        return call!(72, fd, 2, 0).map(drop);
+        return call!(number::FCNTL, fd, 2, 0).map(drop);
     }
-    call!(33, fd, to).map(drop)
+    call!(number::DUP2, fd, to).map(drop)
 }
 
 pub fn set_nonblocking(fd: Fd) -> Result<()> {
-    let flags = call!(72, fd, 3, 0)?;
-    call!(72, fd, 4, flags | NONBLOCK as usize).map(drop)
+    let flags = call!(number::FCNTL, fd, 3, 0)?;
+    call!(number::FCNTL, fd, 4, flags | NONBLOCK as usize).map(drop)
 }
 
 /// The end to read from, and the end to write to.
 pub fn pipe() -> Result<(Fd, Fd)> {
     let mut ends = [0; 2];
-    call!(293, ends.as_mut_ptr(), CLOEXEC)?;
+    call!(number::PIPE2, ends.as_mut_ptr(), CLOEXEC)?;
     Ok((ends[0], ends[1]))
 }
 
 pub fn load_module(fd: Fd) -> Result<()> {
-    call!(313, fd, c"".as_ptr(), 0).map(drop)
+    call!(number::FINIT_MODULE, fd, c"".as_ptr(), 0).map(drop)
 }
