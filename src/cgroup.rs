@@ -142,7 +142,9 @@ fn make(own: &Path) -> Result<Group, Error> {
 /// Removes what killed processes have left. A group with a thread in it cannot be removed.
 fn sweep(own: &Path) {
     for entry in fs::read_dir(own).into_iter().flatten().flatten() {
-        let is_ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        let is_ours = number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
         let path = entry.path();
         if let Some(lock) = File::open(&path).ok().filter(|_| is_ours)
             && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()

@@ -254,8 +254,8 @@ pub struct Run {
     #[arg(conflicts_with = "tty")]
     pub retry: u16,
     /// End with the process that started this one, and take signals that it had blocked.
-    #[arg(long, hide = true)]
-    pub supervised: bool,
+    #[arg(long, hide = true, value_name = "PID")]
+    pub supervised: Option<u32>,
     /// Print the machine as JSON, and do not run it.
     #[arg(long, help_heading = "Output")]
     pub print_config: bool,

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         say(&format!("internal error, please report it: {panic}"));
         std::process::exit(FAILED.into());
     }));
-    signal::ignore_file_size_limit();
+    signal::set_up();
     memory::use_one_arena();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -69,8 +69,11 @@ fn main() -> ExitCode {
 
 /// Runs a machine to its end.
 fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
-    if run.supervised {
-        signal::end_with_parent();
+    if run.supervised.is_some_and(|parent| !signal::end_with_parent(parent)) {
+        return Err("cannot run for a process that has ended".into());
+    }
+    if run.github {
+        cli::github::guard_words();
     }
     let mut unknown = Ok(());
     let (kernel, mut in_use) = match cli::kernel::find(run.kernel.as_deref()) {
@@ -353,7 +356,8 @@ fn print(text: &[u8]) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Says something on standard error. If that is closed there is nobody to tell.
 fn say(text: &str) {
-    let _ = io::stderr().write_all(format!("bantam: {}\n", text.trim_end()).as_bytes());
+    let text = format!("bantam: {}\n", text.trim_end());
+    let _ = io::stderr().write_all(cli::github::guarded(&text).as_bytes());
 }
 
 #[cfg(test)]

@@ -76,10 +76,13 @@ impl Drop for SignalFd {
     }
 }
 
-/// Has this process be killed when the one that started it ends, and this thread take the signals that end a program,
-/// which it may have been started with blocked.
-pub fn end_with_parent() {
+/// Has this process be killed when the one that started it ends, which is `parent`, and this thread take the signals that
+/// end a program, which it may have been started with blocked. False if that one has ended already.
+pub fn end_with_parent(parent: u32) -> bool {
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    if std::os::unix::process::parent_id() != parent {
+        return false;
+    }
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set that it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
@@ -91,12 +94,16 @@ pub fn end_with_parent() {
     }
     // SAFETY: `set` is initialised, and the one before is not asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut()) };
+    true
 }
 
-/// Has a file that reaches the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills.
-pub fn ignore_file_size_limit() {
+/// Has a file that reaches the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills; and
+/// has children be waited for, which go without a word where SIGCHLD is ignored, as a supervisor may pass on.
+pub fn set_up() {
     // SAFETY: to ignore a signal runs nobody's code.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    // SAFETY: nor does the default of this one.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 fn is_ignored(signal: i32) -> bool {

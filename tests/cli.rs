@@ -377,6 +377,16 @@ fn what_the_machine_is_made_of_is_not_written_over() {
     ] {
         folder.refuses(flags, &["cannot write the", "it is the machine's"]);
     }
+    for flags in [
+        &["--report", "new", "--junit", "./new"][..],
+        &["--report", "new", "--log-file", "new"],
+        &["--serial", "file=new", "--junit", "new"],
+    ] {
+        folder.refuses(flags, &["cannot write the", "it is where the", "goes"]);
+    }
+    let overlay = ["disk", "--overlay", "new", "--report", "new", "--", "true"];
+    folder.refuses(&overlay, &["cannot write the report to new: it is the machine's disk"]);
+    assert!(!folder.path("new").exists());
 }
 
 #[test]

@@ -64,7 +64,8 @@ impl Folder {
         let output = self.test(&["--list"]);
         let error = text(&output.stderr);
         assert_eq!((output.status.code(), text(&output.stdout)), (Some(125), String::new()), "{error}");
-        assert!(error.contains(&format!("{}{words}", self.path("ci.toml").display())), "{words}: {error}");
+        let place = self.path("ci.toml").display().to_string();
+        assert!(error.contains(&place) && error.contains(words), "{words}: {error}");
     }
 }
 
@@ -206,7 +207,14 @@ run = "true"
 "#
     ));
     let junit = folder.path("result.xml");
-    let mut child = folder.command(&["-j1", "--junit", junit.to_str().unwrap()]).spawn().unwrap();
+    // A supervisor may ignore what tells of the end of children.
+    let script =
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])";
+    let ignoring = ["-c", script, BANTAM];
+    let command = folder.command(&["-j1", "--junit", junit.to_str().unwrap()]);
+    let mut child = Command::new("python3");
+    let child = child.args(ignoring).args(command.get_args()).current_dir("/").stdin(Stdio::null());
+    let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for(&folder.path("state/ready"), &mut child);
     let machines = children(&child);
     assert_eq!(machines.len(), 1);
@@ -286,6 +294,7 @@ fn mistakes_in_the_file_are_told_with_their_place() {
         ("[[command]]\nname = 'a'", ":1: [[command]] has no `run`"),
         ("[[command]]\nrun = 'x'", ":1: [[command]] has no `name`"),
         ("[[command]]\nname = '../x'\nrun = 'x'", ":2: `../x` is no name"),
+        (&format!("[[command]]\nname = '{}'\nrun = 'x'", "x".repeat(256)), "longer than 255 bytes"),
         (&format!("{command}\n{command}"), ":6: there are two by the name of `a`"),
         (&format!("{command}timeout = '5 minutes'"), ":4: invalid value '5 minutes' for '--timeout <TIME>'"),
         (&format!("{command}memory = true"), ":4: `memory` is a text, and not a boolean"),
@@ -310,6 +319,7 @@ fn mistakes_in_the_file_are_told_with_their_place() {
     for (flags, words) in [
         (&["--filter", "b"][..], "no name has the text of --filter"),
         (&["--junit", "/"], "cannot write the JUnit file /: "),
+        (&["--junit", folder.path("ci.toml").to_str().unwrap()], "it is where the tests are"),
         (&["--output", "/dev/null/x"], "cannot keep output in /dev/null/x: "),
         (&["--jobs", "0"], "invalid value '0' for '--jobs <N>'"),
     ] {

@@ -68,6 +68,7 @@ fi
 
 echo "==> Compiling Linux $(make -s -C "$tree" kernelversion), which takes minutes" >&2
 done=0
+rm -f "$folder/failed"
 { make -C "$tree" -j"${JOBS:-$(nproc)}" vmlinux 2>&1 9>&- || echo failed >"$folder/failed"; } | while read -r line; do
     echo "$line" >>"$log"
     case $line in CC* | AS* | HOSTCC*) done=$((done + 1)) ;; *) continue ;; esac

@@ -91,7 +91,7 @@ impl Attempt {
         }
         lines.console_tail.iter_mut().for_each(|line| *line = ending::plain(line));
         let time = self.report.durations.end.unwrap_or_default();
-        Ending { failure: self.failure, cause: self.report.cause.clone(), time, lines }
+        Ending { failure: self.failure, cause: ending::plain(&self.report.cause), time, lines }
     }
 }
 
@@ -156,6 +156,8 @@ impl Attempts {
     /// Takes an attempt that has ended; whether there is to be another one, and in words.
     pub fn take(&mut self, attempt: Attempt) -> Option<String> {
         let again = attempt.is_worth_another() && self.ended.len() + 1 < self.most;
+        // Only what the last one printed is told whole.
+        self.ended.iter_mut().for_each(|earlier| earlier.output = None);
         self.ended.push(attempt);
         let number = self.ended.len();
         let cause = self.last().cause();

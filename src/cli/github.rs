@@ -1,6 +1,8 @@
 //! GitHub's workflow commands: lines of output that its runner folds, or shows beside a change.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ending::Ending;
 
@@ -27,6 +29,25 @@ impl Group {
     pub fn end(self) {
         print(&format!("\n::{}::\n::endgroup::\n", self.token));
     }
+}
+
+/// Whether bantam's own words are made inert.
+static INERT: AtomicBool = AtomicBool::new(false);
+
+/// Has all that bantam says from now on be no order to the runner: causes have words of the guest's.
+pub fn guard_words() {
+    INERT.store(true, Ordering::Relaxed);
+}
+
+/// What bantam says, as it may be said.
+pub fn guarded(text: &str) -> Cow<'_, str> {
+    if INERT.load(Ordering::Relaxed) { inert(text).into() } else { text.into() }
+}
+
+/// Text in which the runner finds no command: neither `::command::` at the start of a line, nor `##[command]` anywhere.
+pub fn inert(text: &str) -> String {
+    // Twice, as three in a row are still two once.
+    text.replace("::", ": :").replace("::", ": :").replace("##[", "# #[")
 }
 
 /// Tells of a failure.
@@ -62,6 +83,12 @@ fn property(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_of_a_guest_are_no_command() {
+        let text = inert("panic:\n  ::stop-commands::x\n:::::y\n###[add-mask]e ##[group]");
+        assert!(!text.contains("::") && !text.contains("##["), "{text}");
+    }
 
     #[test]
     fn a_command_is_one_line_and_its_text_stays_text() {

@@ -1,5 +1,6 @@
 //! What a run writes must not be what it reads: a console in place of a disk's data is not what anybody wanted.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -7,16 +8,17 @@ use std::path::{Path, PathBuf};
 use bantam::config::Config;
 use bantam::devices::console;
 
-/// A file that is written and read.
+/// A file that is written, and something else as well.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the {output} to {}: it is the machine's {input}", .path.display())]
+#[error("cannot write the {output} to {}: it is {is}", .path.display())]
 pub struct Error {
     output: &'static str,
     path: PathBuf,
-    input: &'static str,
+    is: String,
 }
 
-/// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of.
+/// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of, or where another is
+/// written.
 pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 3]) -> Result<(), Error> {
     let serial = match &config.serial {
         console::Spec::File(path) => Some(path.as_path()),
@@ -31,23 +33,36 @@ pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 3]) -> Res
     let disks: Vec<_> = config.all_disks().map(|disk| disk.path).chain(overlay).collect();
     let kernel = [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref())];
     let inputs = kernel.into_iter().chain(disks.iter().map(|path| ("disk", Some(path.as_path()))));
-    let inputs: Vec<_> = inputs.filter_map(|(input, path)| Some((input, identity(path?)?))).collect();
+    let inputs = inputs.filter_map(|(input, path)| Some((format!("the machine's {input}"), identity(path?)?)));
+    let mut taken: Vec<_> = inputs.collect();
     for (output, path) in outputs {
-        let same = identity(path).and_then(|file| inputs.iter().find(|(_, input)| *input == file));
-        if let Some((input, _)) = same {
-            return Err(Error { output, path: path.to_owned(), input });
+        let Some(file) = identity(path) else { continue };
+        if let Some((is, _)) = taken.iter().find(|(_, taken)| *taken == file) {
+            return Err(Error { output, path: path.to_owned(), is: is.clone() });
         }
+        taken.push((format!("where the {output} goes"), file));
     }
     Ok(())
 }
 
 /// What tells a file or a block device from others, whatever its path.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::metadata(path).ok()?;
+#[derive(PartialEq)]
+enum Identity {
+    /// Device and inode.
+    File(u64, u64),
+    Disk(u64),
+    /// One that is still to be made: its folder, and its name there.
+    New(PathBuf, OsString),
+}
+
+fn identity(path: &Path) -> Option<Identity> {
+    let Ok(metadata) = fs::metadata(path) else {
+        return Some(Identity::New(super::folder(path).canonicalize().ok()?, path.file_name()?.to_owned()));
+    };
     let kind = metadata.file_type();
     match (kind.is_file(), kind.is_block_device()) {
-        (true, _) => Some((metadata.dev(), metadata.ino())),
-        (_, true) => Some((u64::MAX, metadata.rdev())),
+        (true, _) => Some(Identity::File(metadata.dev(), metadata.ino())),
+        (_, true) => Some(Identity::Disk(metadata.rdev())),
         _ => None,
     }
 }

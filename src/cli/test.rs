@@ -83,6 +83,8 @@ pub enum Error {
     Flags { path: PathBuf, name: String, why: String },
     #[error("cannot keep output in {}", .path.display())]
     Keep { path: PathBuf, source: io::Error },
+    #[error("cannot write the JUnit file to {}: it is where the tests are", .0.display())]
+    Overwritten(PathBuf),
     #[error("cannot wait for signals by a signalfd")]
     Signals(#[source] io::Error),
 }
@@ -98,6 +100,10 @@ pub enum Verdict {
 /// The folder that `path` is in, as it can be gone to.
 fn folder_of(path: &Path) -> PathBuf {
     super::folder(path).to_owned()
+}
+
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
 impl Test {
@@ -123,6 +129,10 @@ impl Test {
         if self.list {
             cases.iter().for_each(|case| summary::print(&format!("{}\n", case.name())));
             return Ok(Verdict::Passed);
+        }
+        let same = self.junit.as_ref().is_some_and(|junit| is_one_file(junit, &self.file));
+        if same {
+            return Err(Error::Overwritten(self.file.clone()));
         }
         let junit = self.junit.as_deref().map(|path| OutputFile::new("JUnit file", path)).transpose()?;
         let keep = |path: &PathBuf| {

@@ -5,7 +5,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -76,12 +76,22 @@ pub enum Error {
     },
 }
 
+/// Opens a file or a disk to look at it. Nothing else: a pipe would be waited for.
+fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(file);
+    }
+    Err(io::Error::new(ErrorKind::InvalidInput, "it is neither a file nor a disk"))
+}
+
 /// What the root file system on `disk` is told by.
 ///
 /// # Errors
 /// When it cannot be read, or has no identifier.
 pub fn identity(disk: &Path) -> Result<String, Error> {
-    let read = File::open(disk).and_then(|file| filesystem::identity(&file));
+    let read = open(disk).and_then(|file| filesystem::identity(&file));
     let found = read.map_err(|source| Error::Host { what: "look into", path: disk.into(), source })?;
     found.ok_or_else(|| Error::NoIdentity(disk.into()))
 }
@@ -93,10 +103,10 @@ pub fn identity(disk: &Path) -> Result<String, Error> {
 /// When it is something else, or cannot be made.
 pub fn prepare(path: &Path, size: u64, asked: Option<u64>, base: &str) -> Result<(), Error> {
     let host = |what| move |source| Error::Host { what, path: path.into(), source };
-    let file = match File::open(path) {
+    let file = match open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             make(path, size, base)?;
-            File::open(path).map_err(host("open"))?
+            open(path).map_err(host("open"))?
         }
         opened => opened.map_err(host("open"))?,
     };
@@ -131,10 +141,8 @@ fn uuid(base: &str) -> [u8; FIELD] {
 
 /// Makes it beside its place, and moves it there when all of it is on the disk.
 fn make(path: &Path, size: u64, base: &str) -> Result<(), Error> {
-    let name = path.file_name().unwrap_or(OsStr::new("overlay")).to_string_lossy();
-    let partial = Partial(path.with_file_name(format!(".{name}.{}.partial", std::process::id())));
     let host = |what| move |source| Error::Host { what, path: path.into(), source };
-    let file = OpenOptions::new().write(true).create_new(true).open(&partial.0).map_err(host("make"))?;
+    let (file, partial) = create_beside(path).map_err(host("make"))?;
     file.set_len(size).map_err(host("make"))?;
     let digits: String = uuid(base).iter().map(|byte| format!("{byte:02x}")).collect();
     let uuid = [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-");
@@ -149,9 +157,25 @@ fn make(path: &Path, size: u64, base: &str) -> Result<(), Error> {
     match renameat_with(CWD, &partial.0, CWD, path, RenameFlags::NOREPLACE) {
         // Another process was faster: its file is looked at as any that is there.
         Err(Errno::EXIST) => Ok(()),
-        // The file system has no such call.
-        Err(Errno::INVAL) if !path.exists() => fs::rename(&partial.0, path).map_err(host("make")),
+        // The file system has no such call. Nor does this one replace a file.
+        Err(Errno::INVAL) => match fs::hard_link(&partial.0, path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            linked => linked.map_err(host("make")),
+        },
         renamed => renamed.map_err(|error| host("make")(error.into())),
+    }
+}
+
+/// A file in the folder of `path`. Others may have been left there by processes that were killed.
+fn create_beside(path: &Path) -> io::Result<(File, Partial)> {
+    let name = path.file_name().unwrap_or(OsStr::new("overlay")).to_string_lossy();
+    let mut number = std::process::id();
+    loop {
+        let partial = path.with_file_name(format!(".{name}.{number}.partial"));
+        match OpenOptions::new().write(true).create_new(true).open(&partial) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => number = number.wrapping_add(1),
+            made => return Ok((made?, Partial(partial))),
+        }
     }
 }
 
@@ -213,6 +237,9 @@ mod tests {
         assert!(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&disk).status().unwrap().success());
         assert!(matches!(prepare(&disk, 64 * MIB, None, "root"), Err(Error::Foreign(_))));
         assert!(matches!(prepare(folder.path(), 64 * MIB, None, "root"), Err(Error::Host { .. })));
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mknodat(CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+        assert!(matches!(prepare(&pipe, 64 * MIB, None, "root"), Err(Error::Host { .. })), "it is not waited for");
         assert!(matches!(prepare(&path.join("x"), 64 * MIB, None, "root"), Err(Error::Host { .. })));
         assert!(matches!(identity(&path), Err(Error::NoIdentity(_))));
     }

@@ -137,7 +137,11 @@ pub fn write_names(spec: &Spec) {
     };
     let replace = |name: &str, content: &[u8]| {
         let target = path(&format!("/etc/{name}"));
-        let written = if ours { make_folder(c"/etc", 0o755).and_then(|()| write(&target, content)) } else { cover(name, &target, content) };
+        let written = if ours {
+            make_folder(c"/etc", 0o755).and_then(|()| write(&target, content))
+        } else {
+            cover(name, &target, content)
+        };
         if let Err(error) = written {
             crate::say(&format!("cannot write /etc/{name}: {error}"));
         }

@@ -24,7 +24,9 @@ pub(super) fn import(source: &Path, modules: Option<&Path>, to: &Path) -> Result
     };
     let kernel = if root.is_dir() { find(root, source)? } else { root.to_owned() };
     let found = inspect(&kernel)?;
-    let version = found.version.as_deref().and_then(|version| version.split_whitespace().next());
+    // A terminal takes other characters for orders.
+    let is_plain = |version: &&str| version.bytes().all(|byte| byte.is_ascii_graphic());
+    let version = found.version.as_deref().and_then(|version| version.split_whitespace().next()).filter(is_plain);
     let modules = match (modules, version) {
         (Some(given), None) => return Err(Error::NoVersion(given.into())),
         (Some(given), Some(version)) if package::is_package(given) => {

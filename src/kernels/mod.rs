@@ -322,10 +322,16 @@ impl Kernels {
                     break;
                 }
             }
-            // Who is about to load the old one has the time to do so.
-            let Some(_lock) = lock(&folder, FlockOperation::LockExclusive)? else { continue };
-            renameat_with(CWD, &new, CWD, &folder, RenameFlags::EXCHANGE)?;
-            break;
+            // Who is about to load the old one has the time to do so. What is no kernel goes as well.
+            let _lock = lock(&folder, FlockOperation::LockExclusive)?;
+            match renameat_with(CWD, &new, CWD, &folder, RenameFlags::EXCHANGE) {
+                // Removed by now.
+                Err(Errno::NOENT) => {}
+                renamed => {
+                    renamed?;
+                    break;
+                }
+            }
         }
         File::open(&self.folder)?.sync_all()
     }

@@ -57,7 +57,7 @@ fn unpack_data(mut data: Reader<impl Read>, folder: &Path) -> io::Result<()> {
     while let Some(entry) = data.next()? {
         let Some(place) = place(&entry.path).filter(|_| entry.kind == Kind::File) else { continue };
         // Empty ones take room, too.
-        total += entry.size + BLOCK;
+        total += entry.size.min(FILE_MAX) + BLOCK;
         if entry.size > FILE_MAX || total > TOTAL_MAX {
             return Err(invalid(format!("{} is too large", place.display())));
         }

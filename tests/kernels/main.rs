@@ -135,6 +135,10 @@ fn files_and_folders_are_imported_and_replaced() {
     assert!(fs::read(&path).unwrap() == whole);
     import(&guest("tiny"));
     assert!(fs::read(&path).unwrap() == whole);
+    // What is no kernel, as a cleaner of caches may leave it, is replaced as well.
+    fs::remove_file(path.with_file_name("kernel.json")).unwrap();
+    import(&guest("tiny/vmlinux"));
+    assert_eq!(place.list().len(), 1);
     // Modules beside it, and given.
     assert!(!import(&guest("debian-6.1/vmlinuz")).contains("no modules"));
     fs::copy(guest("debian-6.1/vmlinuz"), place.path("vmlinuz")).unwrap();

@@ -91,14 +91,24 @@ struct Reader<'a> {
     folder: PathBuf,
 }
 
+/// What a folder's name may have, in bytes.
+const NAME_MAX: usize = 255;
+
 impl Reader<'_> {
     /// The name, which is also one of a folder.
     fn name(&self, keys: &mut Keys<'_>) -> Result<(String, Span), Error> {
         let Text { text, at } = keys.required("name")?;
-        if text.is_empty() || text.starts_with('.') || text.contains(|c: char| c == '/' || c.is_control()) {
-            return Err(self
-                .source
-                .error(at, format!("`{text}` is no name: it is empty, begins with a dot, or has a slash")));
+        if text.is_empty()
+            || text.len() > NAME_MAX
+            || text.starts_with('.')
+            || text.contains(|c: char| c == '/' || c.is_control())
+        {
+            return Err(self.source.error(
+                at,
+                format!(
+                    "`{text}` is no name: it is empty, longer than {NAME_MAX} bytes, begins with a dot, or has a slash"
+                ),
+            ));
         }
         Ok((text, at))
     }

@@ -90,7 +90,7 @@ impl Machine {
         rustix::io::fcntl_setfd(&to_report, FdFlags::empty())?;
         // The same program, even if there is another one by its name now.
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("bantam").args(["run", "--supervised"]).args(&case.flags);
+        command.arg0("bantam").args(["run", &format!("--supervised={}", std::process::id())]).args(&case.flags);
         command.arg(format!("--cmdline={}", case.cmdline));
         command.arg(format!("--report=/dev/fd/{}", to_report.as_raw_fd()));
         if let Some(kept) = kept.as_ref().filter(|_| case.has_command) {
@@ -99,13 +99,15 @@ impl Machine {
         // The terminal's signals are for this process alone.
         command.args(&case.operands).current_dir(folder).process_group(0);
         command.stdin(Stdio::null()).stdout(to_stdout).stderr(to_stderr);
-        let child = command.spawn()?;
-        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         let streams = [
             Stream::new(stdout, KEPT, keep("stdout")?)?,
             Stream::new(stderr, KEPT, keep("stderr")?)?,
             Stream::new(report, REPORT_MAX, keep("report.json")?)?,
         ];
+        let mut child = command.spawn()?;
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).inspect_err(|_| {
+            let _ = child.kill().and_then(|()| child.wait());
+        })?;
         Ok(Self { index, child, pidfd, started: Instant::now(), streams })
     }
 
@@ -128,7 +130,11 @@ impl Machine {
 
     /// How it ended, if it has.
     pub fn ended(&mut self) -> Option<Ended> {
-        let status = self.child.try_wait().ok()??;
+        let status = match self.child.try_wait() {
+            Ok(status) => status?,
+            // It is nobody's child any more: it has ended.
+            Err(_) => ExitStatus::from_raw(0xff00),
+        };
         // A process that it left behind may have the pipes, and is not waited for.
         self.streams.iter_mut().for_each(|stream| stream.read(REPORT_MAX));
         let [stdout, stderr, report] = &mut self.streams;
@@ -194,7 +200,7 @@ impl Told {
         let plain = |lines: Vec<String>| lines.iter().map(|line| ending::plain(line)).collect();
         endings.push(Ending {
             failure: self.failure,
-            cause: self.cause,
+            cause: ending::plain(&self.cause),
             time: Duration::from_secs_f64(self.durations.end.unwrap_or_default().max(0.0) / 1000.0),
             lines: Lines {
                 console_tail: plain(self.console_tail),

@@ -91,7 +91,7 @@ impl Screen {
         if !cause(case).is_empty() {
             let _ = write!(text, ": {}", cause(case));
         }
-        print(&format!("{}\n", text.trim_end()));
+        self.print(&format!("{}\n", text.trim_end()));
         let Some(last) = case.attempts.last().filter(|last| last.failure.is_some()) else { return };
         // The words are in the line above.
         let all = last.text();
@@ -130,7 +130,12 @@ impl Screen {
             counts.iter().filter(|(count, _)| *count > 0).map(|(count, says)| format!("{count} {says}")).collect();
         let plural = if cases.len() == 1 { "" } else { "s" };
         let _ = writeln!(text, "\n{} case{plural} in {}: {}", cases.len(), seconds(time), counts.join(", "));
-        print(&text);
+        self.print(&text);
+    }
+
+    /// Prints what has words of a guest's.
+    fn print(&self, text: &str) {
+        if self.github { print(&github::inert(text)) } else { print(text) }
     }
 }
 

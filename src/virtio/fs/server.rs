@@ -302,6 +302,10 @@ impl Server {
             return Err(Errno::INVAL);
         }
         if flags & WRITE_KILL_SUIDGID != 0 {
+            // Who may not write changes nothing.
+            if !fs::fcntl_getfl(fd)?.intersects(OFlags::WRONLY | OFlags::RDWR) {
+                return Err(Errno::BADF);
+            }
             Tree::kill_suid_gid(fd.as_fd())?;
         }
         request.limit(size as usize);

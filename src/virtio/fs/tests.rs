@@ -262,6 +262,11 @@ fn a_readonly_folder_stays_as_it_is() {
     let handle = guest.open(node, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(handle, 0, 100).unwrap(), b"text");
     assert_eq!(guest.write(handle, 0, b"x"), Err(Errno::BADF));
+    fs::set_permissions(guest.path("file"), fs::Permissions::from_mode(0o4755)).unwrap();
+    let mut kill = Reply::default();
+    kill.u64(handle).u64(0).u32(0).u32(WRITE_KILL_SUIDGID).u64(0).u32(0).u32(0);
+    assert_eq!(guest.ask(op::WRITE, 0, &kill.0), Err(Errno::BADF));
+    assert_eq!(fs::metadata(guest.path("file")).unwrap().mode() & 0o7777, 0o4755);
     for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_TRUNC] {
         assert_eq!(guest.open(node, flags), Err(Errno::ROFS));
     }
