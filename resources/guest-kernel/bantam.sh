@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kernel of bantam.config, which `bantam kernel build` compiles, from the source that build.sh has fetched.
 #     bantam.sh check    whether that has all options of the configuration, which takes seconds
-#     bantam.sh build    target/guest/bantam/vmlinux, which takes minutes: about 6 with two CPUs. The tests use it if it is there
+#     bantam.sh build    target/guest/bantam/vmlinux, which takes minutes: about 6 with two CPUs, for an ignored test
 set -euo pipefail
 
 here=$(realpath "$(dirname "$0")")
