@@ -19,7 +19,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
     passt dnsmasq-base                                           # networks without root
     erofs-utils umoci skopeo docker-registry debootstrap         # images
     python3                                                      # reads JUnit files
-    fio iperf3 git runc                                          # benchmarks
+    fio iperf3 git runc procps                                   # benchmarks
 )
 missing=()
 for package in "${packages[@]}"; do
