@@ -43,6 +43,6 @@ shellcheck .ci/run resources/*.sh resources/*/*.sh resources/*/init
 
 step "Tests"
 cargo build --locked
-cargo test --locked
+cargo test --locked --no-fail-fast
 
 step "All passed"

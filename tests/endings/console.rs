@@ -161,7 +161,8 @@ fn a_socket_with_one_client_after_another() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let running = tiny("sh").option("--serial", format_args!("socket={}", path.display())).start();
-    eventually(|| path.exists());
+    // A path is there before a client is listened to.
+    eventually(|| UnixStream::connect(&path).is_ok());
     for number in [1, 2] {
         let mut client = UnixStream::connect(&path).unwrap();
         client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
