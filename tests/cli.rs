@@ -18,7 +18,7 @@ use tempfile::TempDir;
 const BANTAM: &str = env!("CARGO_BIN_EXE_bantam");
 
 /// How long bantam may take for anything here.
-const LIMIT: Duration = Duration::from_secs(100);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// Runs a command to its end. If that does not come in time the command is killed, and the test fails.
 #[track_caller]

@@ -76,7 +76,7 @@ fn group(running: &Running) -> Option<PathBuf> {
 }
 
 fn waits_until(what: &str, so: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(100);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while !so() {
         assert!(Instant::now() < deadline, "{what}");
         thread::sleep(Duration::from_millis(20));

@@ -132,7 +132,7 @@ fn names_tcp_and_published_ports_work_at_the_rate_allowed_and_the_hosts_loopback
         TcpStream::connect("192.0.2.1:8080").unwrap().write_all(b"hello by TCP\n").unwrap();
         running.wait_for("in=");
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(300);
         while !running.stdout().contains("udp=") && Instant::now() < deadline {
             let _ = socket.send_to(b"hello by UDP\n", "127.0.0.1:5353");
             thread::sleep(Duration::from_millis(200));
@@ -237,7 +237,7 @@ fn passt_and_bantam_end_with_each_other_as_they_should() {
     let passt = children(running.pid().as_raw_nonzero().get());
     assert_eq!(passt.len(), 1, "passt is bantam's child");
     running.signal(Signal::KILL);
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(300);
     while passts().contains(&passt[0]) {
         assert!(Instant::now() < deadline, "passt is still there");
         thread::sleep(Duration::from_millis(50));

@@ -165,7 +165,7 @@ fn a_socket_with_one_client_after_another() {
     eventually(|| UnixStream::connect(&path).is_ok());
     for number in [1, 2] {
         let mut client = UnixStream::connect(&path).unwrap();
-        client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
         client.write_all(format!("echo client=$(({number} + 40))\n").as_bytes()).unwrap();
         read_until(&mut client, &format!("client={}", number + 40));
     }

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 pub use running::{Ended, Running};
 
 /// How long a guest may take. An emulated host boots one in 5 to 10 seconds when it is not busy.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What a guest prints after its script, if all of the script's commands succeeded.
 const SUCCEEDED: &str = "test.sh: status 0";

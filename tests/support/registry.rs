@@ -30,7 +30,7 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry is there (resources/setup.sh test installs it)");
-        let limit = Instant::now() + Duration::from_secs(60);
+        let limit = Instant::now() + Duration::from_secs(300);
         while TcpStream::connect(&address).is_err() {
             assert!(Instant::now() < limit, "the registry does not start");
             std::thread::sleep(Duration::from_millis(50));
