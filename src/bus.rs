@@ -9,6 +9,10 @@ pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// Takes what the guest wrote.
     fn write(&mut self, offset: u64, data: &[u8]);
+    /// Has it do nothing by itself, once it has finished what it has in hand. No vCPU runs until [`BusDevice::resume`].
+    fn pause(&mut self) {}
+    /// Has it go on.
+    fn resume(&mut self) {}
 }
 
 struct Slot {
@@ -64,6 +68,13 @@ impl Bus {
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((slot, offset)) = self.find(address, data.len()) {
             slot.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+
+    /// Calls `act` with each device, in the order of their addresses.
+    pub fn for_each(&self, mut act: impl FnMut(&mut dyn BusDevice)) {
+        for slot in &self.slots {
+            act(&mut *slot.device.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
 

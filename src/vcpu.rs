@@ -3,14 +3,14 @@
 mod throttle;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use serde::Serialize;
 use vmm_sys_util::signal::{Killable, unblock_signal};
 
-use crate::bus::Bus;
+use crate::bus::{Bus, BusDevice};
 use crate::kvm::{self, Exit, Kicker, Vcpu};
 use crate::metrics::Counter;
 use crate::signal;
@@ -37,6 +37,8 @@ pub enum Report {
     Throttle(io::Error),
     /// The answer to [`Thread::ask_stopped`].
     Stopped(bool),
+    /// The answer to [`Thread::pause`]: it is outside the guest, and stays there.
+    Paused,
 }
 
 /// How often a vCPU left the guest, by what for.
@@ -54,23 +56,64 @@ pub struct Metrics {
 // Commands; of two that wait, the greater one counts.
 const NONE: u8 = 0;
 const ASK_STOPPED: u8 = 1;
-const STOP: u8 = 2;
+const PAUSE: u8 = 2;
+const STOP: u8 = 3;
 
 /// A running vCPU.
 pub struct Thread {
     thread: JoinHandle<()>,
-    command: Arc<AtomicU8>,
+    shared: Arc<Shared>,
     kicker: Kicker,
     signal: i32,
     /// What the vCPU counts.
     pub metrics: Arc<Metrics>,
 }
 
+/// What a vCPU's thread shares with who commands it.
+struct Shared {
+    command: AtomicU8,
+    place: Mutex<Place>,
+}
+
+/// Who has the vCPU.
+enum Place {
+    /// Its thread.
+    Thread,
+    /// Nobody: it is paused.
+    Paused(Vcpu),
+    /// Its thread may take it.
+    Resumed(Vcpu),
+}
+
+impl Shared {
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves the vCPU until it is resumed; `None` when its thread has to end.
+    fn pause(&self, vcpu: Vcpu, report: &impl Fn(Report)) -> Option<Vcpu> {
+        vcpu.tell_pause();
+        *self.place() = Place::Paused(vcpu);
+        report(Report::Paused);
+        loop {
+            thread::park();
+            if self.command.load(Ordering::SeqCst) == STOP {
+                return None;
+            }
+            let mut place = self.place();
+            match std::mem::replace(&mut *place, Place::Thread) {
+                Place::Resumed(vcpu) => return Some(vcpu),
+                other => *place = other,
+            }
+        }
+    }
+}
+
 impl Thread {
     /// Runs `vcpu`, number `index`, on a thread of its own that serves its accesses from the buses and tells `report`
     /// what happens. With a `budget` it takes no more CPU time than that has.
     pub fn spawn(
-        mut vcpu: Vcpu,
+        vcpu: Vcpu,
         index: u32,
         buses: Arc<Buses>,
         budget: Option<Arc<Budget>>,
@@ -78,21 +121,22 @@ impl Thread {
     ) -> io::Result<Self> {
         let signal = signal::kick_signal()?;
         let kicker = vcpu.kicker().map_err(io::Error::other)?;
-        let (command, metrics) = (Arc::new(AtomicU8::new(NONE)), Arc::new(Metrics::default()));
+        let shared = Arc::new(Shared { command: AtomicU8::new(NONE), place: Mutex::new(Place::Thread) });
+        let metrics = Arc::new(Metrics::default());
         let thread = thread::Builder::new().name(format!("bantam-vcpu{index}")).spawn({
-            let (command, metrics) = (Arc::clone(&command), Arc::clone(&metrics));
+            let (shared, metrics) = (Arc::clone(&shared), Arc::clone(&metrics));
             move || {
                 // The thread that started this one may have blocked it, as programs do that take all signals in one.
                 if let Err(error) = unblock_signal(signal) {
                     log::error!("vCPU {index}: cannot unblock the signal that kicks it: {error:?}");
                 }
                 match budget.map(|budget| Throttle::new(budget, signal)).transpose() {
-                    Ok(throttle) => run(&mut vcpu, &buses, &command, &metrics, throttle, report),
+                    Ok(throttle) => run(vcpu, &buses, &shared, &metrics, throttle, report),
                     Err(source) => report(Report::Throttle(source)),
                 }
             }
         })?;
-        Ok(Thread { thread, command, kicker, signal, metrics })
+        Ok(Thread { thread, shared, kicker, signal, metrics })
     }
 
     /// Has the thread leave the guest and end.
@@ -112,8 +156,24 @@ impl Thread {
         self.tell(ASK_STOPPED);
     }
 
+    /// Has the vCPU leave the guest and wait; the answer is a [`Report::Paused`].
+    pub fn pause(&self) {
+        self.tell(PAUSE);
+    }
+
+    /// Has a vCPU that is paused go on.
+    pub fn resume(&self) {
+        let mut place = self.shared.place();
+        *place = match std::mem::replace(&mut *place, Place::Thread) {
+            Place::Paused(vcpu) => Place::Resumed(vcpu),
+            other => other,
+        };
+        drop(place);
+        self.thread.thread().unpark();
+    }
+
     fn tell(&self, command: u8) {
-        self.command.fetch_max(command, Ordering::SeqCst);
+        self.shared.command.fetch_max(command, Ordering::SeqCst);
         self.kicker.kick();
         // Fails only for a thread that has ended, which needs no kick.
         let _ = self.thread.kill(self.signal);
@@ -131,10 +191,17 @@ pub struct Buses {
     pub mmio: Bus,
 }
 
+impl Buses {
+    /// Calls `act` with each device.
+    pub fn for_each(&self, mut act: impl FnMut(&mut dyn BusDevice)) {
+        [&self.pio, &self.mmio].into_iter().for_each(|bus| bus.for_each(&mut act));
+    }
+}
+
 fn run(
-    vcpu: &mut Vcpu,
+    mut vcpu: Vcpu,
     buses: &Buses,
-    command: &AtomicU8,
+    shared: &Shared,
     metrics: &Metrics,
     mut throttle: Option<Throttle>,
     report: impl Fn(Report),
@@ -149,9 +216,13 @@ fn run(
                 metrics.interruptions.inc();
                 loop {
                     vcpu.clear_kick();
-                    match command.swap(NONE, Ordering::SeqCst) {
+                    match shared.command.swap(NONE, Ordering::SeqCst) {
                         NONE => {}
                         ASK_STOPPED => report(Report::Stopped(vcpu.is_stopped())),
+                        PAUSE => match shared.pause(vcpu, &report) {
+                            Some(back) => vcpu = back,
+                            None => return,
+                        },
                         _ => return,
                     }
                     let Some(wait) = throttle.as_mut().and_then(Throttle::wait) else { break };

@@ -101,6 +101,48 @@ fn one_machine_is_stopped_while_another_goes_on() {
 }
 
 #[test]
+fn a_machine_that_is_paused_stands_still_and_goes_on() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(4 << 20).unwrap();
+    let mut lab = Lab::new(
+        "(while :; do dd if=/dev/vda of=/dev/null bs=4k count=64 iflag=direct 2>/dev/null; done) &
+         (i=0; while :; do i=$((i + 1)); echo tick $i; done) &
+         echo ready for commands; sh",
+    );
+    lab.config = lab.config.cpus(2).disk(bantam::virtio::blk::Spec::new(disk.path()));
+    let (handle, running) = lab.start();
+    lab.screen.wait_for(READY);
+    for round in 0..5 {
+        handle.pause().unwrap();
+        handle.pause().unwrap();
+        assert!(!threads().iter().any(|name| name == "bantam-blk0"), "the disk's thread has ended");
+        // What was printed before is on its way.
+        let mut seen = lab.screen.text();
+        loop {
+            thread::sleep(Duration::from_millis(200));
+            let now = lab.screen.text();
+            if std::mem::replace(&mut seen, now) == lab.screen.text() {
+                break;
+            }
+        }
+        handle.input(format!("echo round=$((100 + {round}))\n"));
+        let other = handle.clone();
+        let pauses = thread::spawn(move || other.pause());
+        pauses.join().unwrap().unwrap();
+        assert_eq!(lab.screen.text(), seen, "a machine that is paused says nothing");
+        handle.resume().unwrap();
+        handle.resume().unwrap();
+        lab.screen.wait_for(&format!("round={}", 100 + round));
+    }
+    handle.pause().unwrap();
+    handle.stop();
+    assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
+    assert!(matches!(handle.pause(), Err(machine::Refusal::Ended("pause"))));
+    assert!(matches!(handle.resume(), Err(machine::Refusal::Ended("resume"))));
+}
+
+#[test]
 fn a_machine_runs_once_and_keeps_its_report() {
     let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
     let lab = Lab::new("");

@@ -140,6 +140,7 @@ impl Builder {
             writer: None,
             metrics,
             watch: Default::default(),
+            pause: Default::default(),
             started,
             times: Durations::default(),
             outcome: None,

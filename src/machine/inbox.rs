@@ -7,6 +7,7 @@ use std::sync::mpsc::{self, Receiver};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::pause::Answer;
 use crate::devices::transcript::Sight;
 use crate::{command, vcpu};
 
@@ -33,6 +34,12 @@ pub enum Event {
     Command(command::Report),
     /// Somebody holding a handle ends the machine.
     Stop,
+    /// Somebody has it pause.
+    Pause(Answer<()>),
+    /// Somebody has it go on.
+    Resume(Answer<()>),
+    /// No device does anything until it goes on.
+    DevicesPaused,
 }
 
 /// Puts events into the inbox, from any thread.
@@ -55,7 +62,8 @@ impl Sender {
 /// The inbox.
 #[derive(Debug)]
 pub struct Inbox {
-    events: Receiver<Event>,
+    /// `None` once closed.
+    events: Option<Receiver<Event>>,
     wake: Arc<OwnedFd>,
 }
 
@@ -65,7 +73,7 @@ impl Inbox {
         let (sender, events) = mpsc::channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let sender = Sender { events: sender, wake: wake.clone() };
-        Ok((Inbox { events, wake }, sender))
+        Ok((Inbox { events: Some(events), wake }, sender))
     }
 
     /// Readable when there may be events.
@@ -75,14 +83,20 @@ impl Inbox {
 
     /// The next event, if there is one.
     pub fn take(&self) -> Option<Event> {
-        match self.events.try_recv() {
+        let events = self.events.as_ref()?;
+        match events.try_recv() {
             Ok(event) => Some(event),
             Err(_) => {
                 // Events that arrive after this read make it readable again.
                 let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                self.events.try_recv().ok()
+                events.try_recv().ok()
             }
         }
+    }
+
+    /// Throws away what is in it, and what is sent from now on: who waits for an answer learns that there is none.
+    pub fn close(&mut self) {
+        self.events = None;
     }
 }
 

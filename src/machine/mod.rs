@@ -3,6 +3,7 @@
 mod board_x86_64;
 mod builder;
 mod inbox;
+mod pause;
 mod quota;
 mod report;
 mod run;
@@ -16,6 +17,8 @@ use std::time::Instant;
 use board_x86_64::Port;
 pub use builder::Builder;
 use inbox::{Event, Inbox, Sender};
+use pause::Pause;
+pub use pause::Refusal;
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
 
@@ -141,6 +144,7 @@ pub struct Machine {
     writer: Option<JoinHandle<()>>,
     metrics: Vec<(String, Arc<dyn Metrics>)>,
     watch: run::Watch,
+    pause: Pause,
     started: Instant,
     times: Durations,
     outcome: Option<Outcome>,

@@ -50,8 +50,28 @@ pub(super) struct Watch {
     output_ended: bool,
     /// What the kernel last said of a process that it ended for its memory.
     pub(super) out_of_memory: Option<String>,
-    /// When `--timeout` is over.
-    time_limit: Option<Instant>,
+    /// When `--timeout` is over, and what it is.
+    time_limit: Option<(Instant, Duration)>,
+    /// The same of `--boot-timeout`.
+    boot_limit: Option<(Instant, Duration)>,
+}
+
+impl Watch {
+    /// The guest stood still for so long, which counts for nothing.
+    pub(super) fn stood_still(&mut self, time: Duration) {
+        for limit in [&mut self.time_limit, &mut self.boot_limit] {
+            *limit = limit.and_then(|(deadline, limit)| Some((deadline.checked_add(time)?, limit)));
+        }
+        self.panic_end.iter_mut().for_each(|deadline| *deadline += time);
+        self.halt.iter_mut().for_each(|halt| halt.next_look += time);
+    }
+
+    /// What comes next, unless the guest stands still.
+    fn deadline(&self) -> Option<Instant> {
+        let limits = [self.time_limit, self.boot_limit.filter(|_| !self.user_space)];
+        let halt = self.halt.as_ref().map(|halt| halt.next_look);
+        limits.map(|limit| Some(limit?.0)).into_iter().chain([self.panic_end, halt]).flatten().min()
+    }
 }
 
 /// The next look at the vCPUs, and what came of the last.
@@ -97,6 +117,9 @@ impl Machine {
         // The terminal is the user's again by now. The signals do what they usually do: what is still to be said may have
         // to wait for a reader.
         self.signals = None;
+        // Who still waits for an answer learns that there is none.
+        self.inbox.close();
+        self.pause = Default::default();
         ended
     }
 
@@ -138,9 +161,8 @@ impl Machine {
         let mut pending = VecDeque::new();
         let begin = Instant::now();
         let until = |limit: Duration| Some((begin.checked_add(limit)?, limit));
-        let limit = self.config.timeout.and_then(until);
-        let boot_limit = self.config.boot_timeout.and_then(until);
-        self.watch.time_limit = limit.map(|limit| limit.0);
+        self.watch.time_limit = self.config.timeout.and_then(until);
+        self.watch.boot_limit = self.config.boot_timeout.and_then(until);
         self.watch.halt = Some(HaltWatch::new(begin + HALT_LOOK, HALT_LOOK, false));
         loop {
             while let Some(event) = self.inbox.take() {
@@ -151,24 +173,14 @@ impl Machine {
                     return ended;
                 }
             }
-            let retry = self.send_input(&mut pending);
-
-            let now = Instant::now();
-            if let Some((_, limit)) = limit.filter(|(deadline, _)| *deadline <= now) {
-                return Ok(Outcome::TimedOut { limit });
+            let mut deadline = None;
+            if self.pause.is_running() {
+                let retry = self.send_input(&mut pending);
+                if let Some(ended) = self.look(Instant::now()) {
+                    return Ok(ended);
+                }
+                deadline = self.watch.deadline().into_iter().chain(retry).min();
             }
-            let boot_limit = boot_limit.filter(|_| !self.watch.user_space);
-            if let Some((_, limit)) = boot_limit.filter(|(deadline, _)| *deadline <= now) {
-                return Ok(Outcome::BootTimedOut { limit, seen_console: self.watch.seen_console });
-            }
-            if self.watch.panic_end.is_some_and(|deadline| deadline <= now) {
-                return Ok(self.panicked());
-            }
-            self.look_for_halt(now);
-
-            let halt = self.watch.halt.as_ref().map(|halt| halt.next_look);
-            let deadlines = [limit.map(|l| l.0), boot_limit.map(|l| l.0), self.watch.panic_end, halt, retry];
-            let deadline = deadlines.into_iter().flatten().min();
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
             if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten()
                 && !self.command.as_mut().is_some_and(|session| session.signal(signal))
@@ -179,6 +191,22 @@ impl Machine {
                 return Ok(Outcome::Stopped);
             }
         }
+    }
+
+    /// Looks at what is due; whether that is the end.
+    fn look(&mut self, now: Instant) -> Option<Outcome> {
+        let over = |limit: Option<(Instant, Duration)>| limit.filter(|(deadline, _)| *deadline <= now);
+        if let Some((_, limit)) = over(self.watch.time_limit) {
+            return Some(Outcome::TimedOut { limit });
+        }
+        if let Some((_, limit)) = over(self.watch.boot_limit.filter(|_| !self.watch.user_space)) {
+            return Some(Outcome::BootTimedOut { limit, seen_console: self.watch.seen_console });
+        }
+        if self.watch.panic_end.is_some_and(|deadline| deadline <= now) {
+            return Some(self.panicked());
+        }
+        self.look_for_halt(now);
+        None
     }
 
     fn take(&mut self, event: Event) -> Step {
@@ -205,6 +233,10 @@ impl Machine {
                     }
                 }
             }
+            Event::Vcpu(_, vcpu::Report::Paused) => return self.vcpu_paused().err().map(Err),
+            Event::DevicesPaused => self.devices_paused(),
+            Event::Pause(answer) => self.pause(answer),
+            Event::Resume(answer) => self.resume(answer),
             Event::Reset => return Some(Ok(Outcome::Rebooted)),
             Event::PowerOff => return Some(Ok(Outcome::PoweredOff)),
             Event::Pvpanic => {
@@ -415,7 +447,7 @@ impl Machine {
                 | Outcome::Panicked(_)
                 | Outcome::Crashed(_))
         );
-        let deadline = drain_deadline(patient, self.watch.time_limit, Instant::now());
+        let deadline = drain_deadline(patient, self.watch.time_limit.map(|limit| limit.0), Instant::now());
         // Input is of no use any more, except for the user's request to end.
         self.input = self.input.take().filter(|input| input.is_terminal());
         loop {
@@ -504,6 +536,27 @@ mod tests {
             watch = watch.looked(watch.next_look);
         }
         assert_eq!(looks, [1, 2, 4, 8, 16, 32, 64, 124, 184]);
+    }
+
+    #[test]
+    fn limits_do_not_run_while_the_guest_stands_still() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let mut watch = Watch {
+            time_limit: Some((now + 9 * second, 9 * second)),
+            boot_limit: Some((now + 5 * second, 5 * second)),
+            halt: Some(HaltWatch::new(now + 7 * second, second, false)),
+            ..Default::default()
+        };
+        watch.stood_still(10 * second);
+        assert_eq!(watch.deadline(), Some(now + 15 * second));
+        watch.user_space = true;
+        assert_eq!(watch.deadline(), Some(now + 17 * second));
+        watch.halt = None;
+        assert_eq!(watch.deadline(), Some(now + 19 * second));
+        assert_eq!(watch.time_limit, Some((now + 19 * second, 9 * second)));
+        watch.panic_end = Some(now + second);
+        watch.stood_still(second);
+        assert_eq!(watch.deadline(), Some(now + 2 * second));
     }
 
     #[test]

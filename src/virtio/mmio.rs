@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::device::VirtioDevice;
 use super::queue::InterruptState;
-use super::worker::Worker;
+use super::worker::{Paused, Worker};
 use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
@@ -78,6 +78,8 @@ impl Metrics for Counts {
 enum Owner {
     Transport(Box<dyn VirtioDevice>),
     Thread(Worker),
+    /// The machine is paused.
+    Paused(Paused),
     /// Its thread panicked.
     Nobody,
 }
@@ -275,6 +277,7 @@ impl Mmio {
     fn reset(&mut self) {
         self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
             Owner::Thread(worker) => worker.stop().map_or(Owner::Nobody, |(device, _)| Owner::Transport(device)),
+            Owner::Paused(paused) => Owner::Transport(paused.stop().0),
             other => other,
         };
         self.interrupt.reset();
@@ -355,6 +358,28 @@ impl BusDevice for Mmio {
         {
             self.write_register(offset, u32::from_le_bytes(word));
         }
+    }
+
+    /// Ends the device's thread, if it has one.
+    fn pause(&mut self) {
+        self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
+            Owner::Thread(worker) => worker.pause().map_or(Owner::Nobody, Owner::Paused),
+            other => other,
+        };
+    }
+
+    /// Gives the device a thread again; if that cannot be, it needs a reset.
+    fn resume(&mut self) {
+        self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
+            Owner::Paused(paused) => match paused.resume() {
+                Ok(worker) => Owner::Thread(worker),
+                Err((error, paused)) => {
+                    self.interrupt.fail(&self.name, format_args!("cannot start the device's thread: {error}"));
+                    Owner::Paused(paused)
+                }
+            },
+            other => other,
+        };
     }
 }
 
@@ -538,6 +563,46 @@ mod tests {
         driver.start();
         drop(driver);
         assert_eq!(logged(&log), ["start 0x130000020", "stop"]);
+    }
+
+    #[test]
+    fn a_pause_takes_nothing_from_the_device() {
+        let (mut driver, log) = driver();
+        // Nothing to pause yet.
+        driver.mmio.pause();
+        driver.mmio.resume();
+        driver.start();
+        for _ in 0..3 {
+            let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+            assert_eq!(driver.finish(0, 1), [(head, 0)]);
+            driver.mmio.pause();
+            driver.mmio.pause();
+            let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+            driver.notify(0);
+            assert_eq!(driver.rings[0].used(), []);
+            driver.mmio.resume();
+            driver.mmio.resume();
+            assert_eq!(driver.wait(), 1);
+            assert_eq!(driver.rings[0].used(), [(head, 0)]);
+        }
+        // A device that gave up goes on waiting for its reset.
+        driver.rings[0].publish(8);
+        driver.notify(0);
+        driver.wait_for_needs_reset();
+        driver.mmio.pause();
+        driver.mmio.resume();
+        assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0x4f);
+        driver.mmio.pause();
+        driver.write(VIRTIO_MMIO_STATUS, 0);
+        driver.mmio.resume();
+        let log = logged(&log);
+        assert_eq!(
+            log.iter().filter(|line| !line.starts_with("serve")).collect::<Vec<_>>(),
+            ["start 0x130000020", "stop"]
+        );
+        driver.start();
+        let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
+        assert_eq!(driver.finish(0, 1), [(head, 0)]);
     }
 
     #[test]

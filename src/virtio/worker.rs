@@ -23,15 +23,28 @@ use crate::memory::GuestRam;
 /// What moves to the thread and back: a device, and its queues by index (`None` if not set up).
 pub type Parts = (Box<dyn VirtioDevice>, Vec<Option<virtio_queue::Queue>>);
 
-/// Epoll data of the stop eventfd.
-const STOP: u64 = u64::MAX;
+/// Epoll data of the eventfd that ends the thread.
+const END: u64 = u64::MAX;
+/// What is written to it: the device is stopped, also if it was to be paused before,
+const STOP: u64 = 2;
+/// or only paused.
+const PAUSE: u64 = 1;
 
 /// A running device.
 pub struct Worker {
     name: String,
     stop: Arc<OwnedFd>,
     /// `None` once joined.
-    thread: Option<JoinHandle<Option<Parts>>>,
+    thread: Option<JoinHandle<Option<Left>>>,
+}
+
+/// A device that is running, but for its thread: what it was watching and had under way is kept.
+pub struct Paused(Box<Loop>);
+
+/// What a thread leaves when it ends.
+enum Left {
+    Stopped(Parts),
+    Paused(Box<Loop>),
 }
 
 impl Worker {
@@ -57,7 +70,7 @@ impl Worker {
                     .collect();
                 let io = Io { ram: ram.clone(), queues, interrupt: interrupt.clone(), events };
                 let stop = worker.stop.clone();
-                give.send(Loop { name: name.into(), device, io, features, stop })
+                give.send(Loop { name: name.into(), device, io, features, stop, state: State::New })
                     .expect("the thread takes one device before it does anything else");
                 Ok(worker)
             }
@@ -73,28 +86,44 @@ impl Worker {
     ) -> io::Result<(OwnedFd, Self)> {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        epoll::add(&events, &stop, EventData::new_u64(STOP), EventFlags::IN)?;
+        epoll::add(&events, &stop, EventData::new_u64(END), EventFlags::IN)?;
         for (index, (_, kick)) in (0..).zip(rings.iter().zip(kicks)).filter(|(_, (ring, _))| ring.is_some()) {
             // SAFETY: `kick` is borrowed, and so open, for the call.
             let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
             // Edge-triggered: each kick is an event although nobody reads the counter, which saves a system call.
             epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
         }
+        Ok((events, Self::spawn(name, stop, take)?))
+    }
+
+    fn spawn(name: &str, stop: Arc<OwnedFd>, take: mpsc::Receiver<Loop>) -> io::Result<Self> {
         let _blocked = BlockedSignals::new();
         let thread =
             thread::Builder::new().name(format!("bantam-{name}")).spawn(move || Some(take.recv().ok()?.run()))?;
-        Ok((events, Self { name: name.into(), stop, thread: Some(thread) }))
+        Ok(Self { name: name.into(), stop, thread: Some(thread) })
     }
 
     /// Ends the thread after what the device is doing now, and takes the device and its rings back. `None` if the
     /// thread panicked, and the device with it.
     pub fn stop(mut self) -> Option<Parts> {
-        self.join()
+        match self.join(STOP)? {
+            Left::Stopped(parts) => Some(parts),
+            Left::Paused(paused) => Some(Paused(paused).stop()),
+        }
     }
 
-    fn join(&mut self) -> Option<Parts> {
+    /// Ends the thread after what the device is doing now. What the device and its driver have begun goes on when it is
+    /// [resumed](Paused::resume). `None` if the thread panicked, and the device with it.
+    pub fn pause(mut self) -> Option<Paused> {
+        match self.join(PAUSE)? {
+            Left::Paused(paused) => Some(Paused(paused)),
+            Left::Stopped(_) => None,
+        }
+    }
+
+    fn join(&mut self, how: u64) -> Option<Left> {
         let thread = self.thread.take()?;
-        if let Err(error) = write(&self.stop, &1u64.to_ne_bytes()) {
+        if let Err(error) = write(&self.stop, &how.to_ne_bytes()) {
             log::error!("{}: cannot stop the device's thread: {error}", self.name);
             return None;
         }
@@ -107,7 +136,29 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.join();
+        self.join(STOP);
+    }
+}
+
+impl Paused {
+    /// Starts a thread for the device again.
+    ///
+    /// # Errors
+    /// When the host has no thread left: the device stays paused.
+    pub fn resume(self) -> Result<Worker, (io::Error, Self)> {
+        let (give, take) = mpsc::sync_channel::<Loop>(1);
+        match Worker::spawn(&self.0.name, Arc::clone(&self.0.stop), take) {
+            Ok(worker) => {
+                give.send(*self.0).expect("the thread takes one device before it does anything else");
+                Ok(worker)
+            }
+            Err(error) => Err((error, self)),
+        }
+    }
+
+    /// Stops the device for good: it, and its rings.
+    pub fn stop(self) -> Parts {
+        self.0.into_parts()
     }
 }
 
@@ -118,12 +169,25 @@ struct Loop {
     io: Io,
     features: u64,
     stop: Arc<OwnedFd>,
+    state: State,
+}
+
+/// How far a device has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// It was not started yet.
+    New,
+    Started,
+    /// It needs a reset.
+    Failed,
 }
 
 impl Loop {
-    fn run(mut self) -> Parts {
-        let guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
-        if let Err(error) = self.serve() {
+    fn run(mut self) -> Left {
+        let _guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
+        if self.state != State::Failed
+            && let Err(error) = self.serve()
+        {
             let mut text = error.to_string();
             let mut cause = error.source();
             while let Some(source) = cause {
@@ -131,18 +195,26 @@ impl Loop {
                 cause = source.source();
             }
             self.io.interrupt.fail(&self.name, text);
-            // The eventfd blocks until `stop` writes it.
-            let _ = retry_on_intr(|| read(&self.stop, &mut [0; 8]));
+            self.state = State::Failed;
         }
+        let mut how = [0; 8];
+        // The eventfd blocks until `stop` or `pause` writes it.
+        let _ = retry_on_intr(|| read(&self.stop, &mut how));
+        if u64::from_ne_bytes(how) == PAUSE { Left::Paused(Box::new(self)) } else { Left::Stopped(self.into_parts()) }
+    }
+
+    fn into_parts(mut self) -> Parts {
         self.device.stop(&mut self.io);
-        drop(guard);
         (self.device, self.io.queues.into_iter().map(|queue| Some(queue?.into_ring())).collect())
     }
 
-    /// Calls the device until it is stopped, or fails.
+    /// Calls the device until it is stopped or paused, or fails.
     fn serve(&mut self) -> Result<(), Error> {
         let Self { device, io, .. } = self;
-        device.start(self.features, io)?;
+        if self.state == State::New {
+            device.start(self.features, io)?;
+            self.state = State::Started;
+        }
         // The driver may have added buffers before it was ready, and notifications from then may be lost.
         for index in 0..io.queues.len() {
             if io.queues[index].is_some() {
@@ -156,16 +228,18 @@ impl Loop {
             let ready = &events[..count];
             // Copied out of the packed struct that the kernel fills.
             let tokens = || ready.iter().map(|event| event.data.u64());
-            if tokens().any(|token| token == STOP) {
-                return Ok(());
-            }
-            for token in tokens() {
+            let end = tokens().any(|token| token == END);
+            // What came with the end is not told again: one who pauses needs it done.
+            for token in tokens().filter(|token| *token != END) {
                 let low = u32::try_from(token & 0xffff_ffff).expect("32 bits");
                 if token & HOST_TOKEN != 0 {
                     device.host_ready(low, io)?;
                 } else {
                     device.queue_ready(low as usize, io)?;
                 }
+            }
+            if end {
+                return Ok(());
             }
         }
     }

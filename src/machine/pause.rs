@@ -1,0 +1,165 @@
+//! Pausing a machine, and having it go on.
+//!
+//! ```text
+//!            ask                  every vCPU          every device
+//!  [running] ---> [leaving guest] ----------> [..] ----------------> [paused]
+//!      ^                                                                 |
+//!      +---------------------------- resume -----------------------------+
+//! ```
+//!
+//! A vCPU leaves the guest after the access that it is at, a device's thread ends after the requests that it has in hand.
+//! The latter are waited for by a thread, as a disk may be slow: signals and limits end a machine meanwhile as ever.
+
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::inbox::{Event, Sender};
+use super::{Error, Handle, Machine};
+use crate::vcpu;
+
+/// Why nothing could be asked of a machine through its [`Handle`].
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// It is no more.
+    #[error("cannot {0} the machine: it has ended")]
+    Ended(&'static str),
+    /// It could not be done.
+    #[error("cannot {what} the machine")]
+    Failed {
+        /// What was asked.
+        what: &'static str,
+        /// What stood in the way.
+        #[source]
+        source: Box<Error>,
+    },
+}
+
+/// Where the answer to a question goes.
+pub type Answer<T> = mpsc::SyncSender<Result<T, Error>>;
+
+/// Asks the machine something, and waits for the answer.
+pub(super) fn ask<T>(
+    inbox: &Sender,
+    what: &'static str,
+    question: impl FnOnce(Answer<T>) -> Event,
+) -> Result<T, Refusal> {
+    let (sender, answer) = mpsc::sync_channel(1);
+    inbox.send(question(sender));
+    let answer = answer.recv().map_err(|_| Refusal::Ended(what))?;
+    answer.map_err(|source| Refusal::Failed { what, source: Box::new(source) })
+}
+
+impl Handle {
+    /// Pauses the machine, and returns when it stands still: no vCPU is in the guest, and no device works. Without effect
+    /// on one that is paused. Before [`Machine::run`] it waits for the machine to run.
+    ///
+    /// # Errors
+    /// When the machine has ended, or ends before it is paused.
+    pub fn pause(&self) -> Result<(), Refusal> {
+        ask(&self.0, "pause", Event::Pause)
+    }
+
+    /// Has a machine that is paused go on, and returns when it does. Without effect on one that runs.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        ask(&self.0, "resume", Event::Resume)
+    }
+}
+
+/// How far a machine is from standing still.
+#[derive(Debug, Default)]
+pub(super) struct Pause {
+    phase: Phase,
+    /// When the first was asked for.
+    since: Option<Instant>,
+    /// Who waits for it to stand still, and then for it to go on.
+    pausing: Vec<Answer<()>>,
+    resuming: Vec<Answer<()>>,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Running,
+    /// So many vCPUs have not left the guest yet.
+    Vcpus(usize),
+    /// Devices have something in hand.
+    Devices,
+    Paused,
+}
+
+impl Pause {
+    /// Whether the guest runs, and nobody has asked it not to.
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+}
+
+impl Machine {
+    pub(super) fn pause(&mut self, answer: Answer<()>) {
+        match self.pause.phase {
+            Phase::Paused => tell(answer),
+            Phase::Running => {
+                self.pause.since = Some(Instant::now());
+                self.pause.phase = Phase::Vcpus(self.threads.len());
+                self.pause.pausing.push(answer);
+                self.threads.iter().for_each(vcpu::Thread::pause);
+            }
+            Phase::Vcpus(_) | Phase::Devices => self.pause.pausing.push(answer),
+        }
+    }
+
+    /// A vCPU has left the guest.
+    pub(super) fn vcpu_paused(&mut self) -> Result<(), Error> {
+        let Phase::Vcpus(left @ 1..) = self.pause.phase else { return Ok(()) };
+        self.pause.phase = Phase::Vcpus(left - 1);
+        if left > 1 {
+            return Ok(());
+        }
+        self.pause.phase = Phase::Devices;
+        let (buses, sender) = (Arc::clone(&self.buses), self.sender.clone());
+        let pause = move || {
+            buses.for_each(|device| device.pause());
+            sender.send(Event::DevicesPaused);
+        };
+        let spawned = thread::Builder::new().name("bantam-pause".into()).spawn(pause);
+        spawned.map(drop).map_err(|source| Error::Thread { what: "pausing", source })
+    }
+
+    /// No device does anything any more.
+    pub(super) fn devices_paused(&mut self) {
+        self.pause.phase = Phase::Paused;
+        self.pause.pausing.drain(..).for_each(tell);
+        if !self.pause.resuming.is_empty() {
+            self.go_on();
+        }
+    }
+
+    pub(super) fn resume(&mut self, answer: Answer<()>) {
+        match self.pause.phase {
+            Phase::Running => tell(answer),
+            Phase::Vcpus(_) | Phase::Devices => self.pause.resuming.push(answer),
+            Phase::Paused => {
+                self.pause.resuming.push(answer);
+                self.go_on();
+            }
+        }
+    }
+
+    fn go_on(&mut self) {
+        self.buses.for_each(|device| device.resume());
+        self.threads.iter().for_each(vcpu::Thread::resume);
+        self.pause.phase = Phase::Running;
+        let stood = self.pause.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        self.watch.stood_still(stood);
+        self.pause.resuming.drain(..).for_each(tell);
+    }
+}
+
+/// Tells who waits that it is so. One who does not any more misses nothing.
+fn tell(answer: Answer<()>) {
+    let _ = answer.send(Ok(()));
+}
