@@ -76,5 +76,6 @@ pub mod signal;
 pub mod size;
 pub mod socket;
 pub mod terminal;
+mod text;
 pub mod vcpu;
 pub mod virtio;

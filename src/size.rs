@@ -3,12 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use crate::text::serde_as_text;
 
 /// A number of bytes, not zero when it came from text. `K`, `M`, `G` and `T` are powers of 1024; `512M`, `512MiB`
 /// and `536870912` are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(u64);
 
 /// Text that is no [`Size`].
@@ -74,18 +73,7 @@ impl fmt::Display for Size {
     }
 }
 
-impl TryFrom<String> for Size {
-    type Error = BadSize;
-    fn try_from(text: String) -> Result<Self, BadSize> {
-        text.parse()
-    }
-}
-
-impl From<Size> for String {
-    fn from(size: Size) -> Self {
-        size.to_string()
-    }
-}
+serde_as_text!(Size);
 
 #[cfg(test)]
 mod tests {

@@ -10,7 +10,20 @@ use std::path::Path;
 
 /// Modules by floor, lowest first. Those of one floor may import each other, but not in a circle.
 const FLOORS: &[&[&str]] = &[
-    &["bus", "cgroup", "image", "interrupt", "memory", "metrics", "outcome", "signal", "size", "socket", "terminal"],
+    &[
+        "bus",
+        "cgroup",
+        "image",
+        "interrupt",
+        "memory",
+        "metrics",
+        "outcome",
+        "signal",
+        "size",
+        "socket",
+        "terminal",
+        "text",
+    ],
     &["arch"],
     &["devices", "kvm", "virtio"],
     &["boot", "command", "vcpu"],

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use crate::text::serde_as_text;
 
 /// The most that can be said, in percent: more CPUs than there are in a host.
 const MAX: u32 = 1_000_000;
@@ -16,8 +16,7 @@ const MAX: u32 = 1_000_000;
 /// assert_eq!(quota.percent(), 150);
 /// # Ok::<(), bantam::config::BadQuota>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota(u32);
 
 /// A text that is no share of CPU time.
@@ -42,19 +41,7 @@ impl FromStr for Quota {
     }
 }
 
-impl TryFrom<String> for Quota {
-    type Error = BadQuota;
-
-    fn try_from(text: String) -> Result<Self, BadQuota> {
-        text.parse()
-    }
-}
-
-impl From<Quota> for String {
-    fn from(quota: Quota) -> Self {
-        quota.to_string()
-    }
-}
+serde_as_text!(Quota);
 
 impl fmt::Display for Quota {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,14 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::io::retry_on_intr;
-use serde::{Deserialize, Serialize};
 
 use crate::socket::Listener;
 use crate::terminal::{self, Escapes, Raw, Request};
+use crate::text::serde_as_text;
 
 /// Where the serial console is on the host: `stdio`, `none`, `file=PATH` or `socket=PATH`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Spec {
     /// Standard input and output.
     #[default]
@@ -63,18 +62,7 @@ impl fmt::Display for Spec {
     }
 }
 
-impl TryFrom<String> for Spec {
-    type Error = BadSpec;
-    fn try_from(text: String) -> Result<Self, BadSpec> {
-        text.parse()
-    }
-}
-
-impl From<Spec> for String {
-    fn from(spec: Spec) -> Self {
-        spec.to_string()
-    }
-}
+serde_as_text!(Spec);
 
 /// What the guest's input brings.
 #[derive(Debug, PartialEq, Eq)]

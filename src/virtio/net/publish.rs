@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::num::NonZeroU16;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use crate::text::serde_as_text;
 
 /// A published port: `[ADDR:]HOSTPORT:GUESTPORT[/udp]`. Without an address it is there on all of the host's.
 ///
@@ -15,8 +15,7 @@ use serde::{Deserialize, Serialize};
 /// assert_eq!(port.to_string(), "127.0.0.1:8080:80");
 /// # Ok::<(), bantam::virtio::net::BadPublish>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Publish {
     /// The host's address.
     pub address: Option<Ipv4Addr>,
@@ -77,18 +76,7 @@ impl fmt::Display for Publish {
     }
 }
 
-impl TryFrom<String> for Publish {
-    type Error = BadPublish;
-    fn try_from(text: String) -> Result<Self, BadPublish> {
-        text.parse()
-    }
-}
-
-impl From<Publish> for String {
-    fn from(port: Publish) -> Self {
-        port.to_string()
-    }
-}
+serde_as_text!(Publish);
 
 #[cfg(test)]
 mod tests {
