@@ -314,12 +314,19 @@ impl Net {
     }
 
     /// Watches the host for what is waited for.
-    fn watch(&mut self, io: &Io) -> Result<(), device::Error> {
+    fn watch(&mut self, io: &mut Io) -> Result<(), device::Error> {
         let gone = self.host.is_gone();
         if gone && self.config[CONFIG_STATUS] & LINK_UP != 0 {
             log::warn!("passt has ended: the guest's user network is gone, and its card has no link");
             self.config[CONFIG_STATUS] &= !LINK_UP;
             io.interrupt.change_config(&self.config);
+            // What waits to be sent is dropped as all that follows is, not kept for ever.
+            if let (Some(running), Some((_, queue))) = (&mut self.running, io.queue(TX))
+                && running.tx_wait == Wait::Host
+            {
+                running.tx_wait = Wait::Driver;
+                queue.kick_again()?;
+            }
         }
         let Some(running) = &mut self.running else { return Ok(()) };
         let mut wanted = EventFlags::empty();

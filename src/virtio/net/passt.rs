@@ -122,6 +122,15 @@ impl Passt {
         Ok(passt)
     }
 
+    /// One whose end of the socket the test has.
+    #[cfg(test)]
+    pub fn in_test() -> (Self, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let child = Command::new("true").spawn().expect("true");
+        let stream = Stream::new(ours).expect("a socket");
+        (Self { child, stream, messages: None, ports: vec![] }, theirs)
+    }
+
     /// Waits until it has its ports and serves the guest.
     pub fn wait_until_ready(&mut self) -> Result<(), Error> {
         let Some(mut messages) = self.messages.take() else { return Ok(()) };

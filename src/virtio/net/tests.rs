@@ -833,6 +833,33 @@ fn a_tap_that_goes_away_needs_a_reset() {
     m.net.stop(&mut m.io);
 }
 
+#[test]
+fn packets_that_wait_for_a_passt_that_ends_are_dropped() {
+    let (passt, mut passt_end) = Passt::in_test();
+    let mut m = machine(Net::with(Backend::User(passt), MacAddr::from_name("x"), None), 0);
+    // A packet that there is no buffer for: from now on the host is watched for room only.
+    passt_end.write_all(&[0, 0, 0, 14]).unwrap();
+    passt_end.write_all(&[0; 14]).unwrap();
+    assert!(m.turn() && !m.turn());
+    for _ in 0..100 {
+        m.tx.add(&to_device(&[(BUFFERS, 60000)]));
+    }
+    m.net.queue_ready(TX, &mut m.io).unwrap();
+    let mut given_back = m.tx.used().len();
+    assert!(given_back < 100 && m.net.statistics().tx_stops.get() == 1);
+
+    drop(passt_end);
+    m.add_buffers(2);
+    assert_eq!(m.net.config()[CONFIG_STATUS], 0, "no link");
+    // The device has kicked itself.
+    while m.io.queue(TX).unwrap().1.kick().read().is_ok() {
+        m.net.queue_ready(TX, &mut m.io).unwrap();
+        given_back += m.tx.used().len();
+    }
+    assert_eq!(given_back, 100);
+    assert!(!m.turn(), "nothing is watched");
+}
+
 /// Takes what one device received and has the other transmit it, as it is: the longest packet passed on.
 fn pass_on(from: &mut Machine, to: &mut Machine) -> usize {
     while from.turn() {}
