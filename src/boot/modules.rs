@@ -77,6 +77,14 @@ pub struct Modules {
     built_in: HashSet<String>,
 }
 
+/// What modules for a kernel of this version are named by, as `uname -r` tells it: its first word. `None` if that cannot be
+/// the name of a folder, where slashes and dots lead elsewhere, or not be shown: a terminal takes other characters for
+/// orders.
+pub fn release(version: &str) -> Option<&str> {
+    let is_plain = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
+    version.split_whitespace().next().filter(|word| word.bytes().all(is_plain) && !word.starts_with('.'))
+}
+
 impl Modules {
     /// The modules for a kernel of this version in `folder`: `lib/modules/VERSION`, or a root that has it.
     ///
@@ -242,6 +250,15 @@ mod tests {
 
     fn object(depends: &str) -> Vec<u8> {
         format!("\x7fELF....license=GPL\0depends={depends}\0retpoline=Y\0").into_bytes()
+    }
+
+    #[test]
+    fn a_release_is_no_path_and_no_order_to_a_terminal() {
+        assert_eq!(release("6.1.0-42-cloud-amd64 (me@here) #1"), Some("6.1.0-42-cloud-amd64"));
+        assert_eq!(release("6.12.57+deb13-amd64"), Some("6.12.57+deb13-amd64"));
+        for bad in ["", " ", "..", ".", "../6.1", "6.1/../x", "/", "6.1\x1b]0;x\x07", "6.1\u{e9}", "6.1\u{fffd} x"] {
+            assert_eq!(release(bad), None, "{bad:?}");
+        }
     }
 
     fn folder() -> tempfile::TempDir {

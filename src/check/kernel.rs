@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::{Row, Table, without_number};
 use crate::boot::inspect::{self, Inspection};
+use crate::boot::modules::release;
 
 /// The options of a kernel's configuration that bantam's devices need, and what does not work without.
 const OPTIONS: [(&str, &str); 10] = [
@@ -42,9 +43,7 @@ fn rows(found: &Inspection, config: Option<&str>) -> Vec<Row> {
     let format = if found.format == crate::boot::kernel::Format::Elf { "ELF" } else { "bzImage" };
     let entry = if found.pvh { "its PVH note" } else { "the 64-bit boot protocol" };
     let mut rows = vec![Row::ok("format", format!("{format}, entered by {entry} at {:#x}", found.entry))];
-    if let Some(version) = &found.version {
-        rows.push(Row::ok("version", version.split(' ').next().unwrap_or_default()));
-    }
+    rows.extend(found.version.as_deref().and_then(release).map(|release| Row::ok("version", release)));
     rows.extend(match (found.compression, found.packed) {
         (Some(compression), false) => Some(Row::ok("compression", format!("{compression}, unpacked by bantam"))),
         (Some(compression), true) => {
@@ -85,7 +84,7 @@ fn option(config: &str, name: &str, loss: &str) -> Row {
 /// The configuration in the same folder: `config-VERSION`, the version as the kernel tells it, or as its name does:
 /// `vmlinuz-VERSION`.
 pub(crate) fn config_beside(path: &Path, version: Option<&str>) -> Option<String> {
-    let told = version.and_then(|version| version.split(' ').next());
+    let told = version.and_then(release);
     let named = path.file_name()?.to_str()?.split_once('-').map(|(_, version)| version);
     let mut candidates = [told, named].into_iter().flatten().map(|v| path.with_file_name(format!("config-{v}")));
     candidates.find_map(|config| std::fs::read_to_string(config).ok())

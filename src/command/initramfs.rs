@@ -105,7 +105,7 @@ impl Initramfs {
             Some(Root::Disk(disk)) => Some(file_system(disk)?),
             _ => None,
         };
-        let version = version.and_then(|version| version.split_whitespace().next());
+        let version = version.and_then(modules::release);
         let modules = match (folder, version) {
             (Some(folder), Some(version)) => Some(Modules::open(folder, version)?),
             (Some(folder), None) => return Err(Error::NoVersion(folder.into())),
