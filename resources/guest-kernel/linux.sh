@@ -4,7 +4,8 @@
 # SOURCE is a kernel's source as a tar archive; without one it is the newest that Debian's or Ubuntu's package linux-source
 # has put into /usr/src. CONFIG is applied over allnoconfig. It is built again when this script, CONFIG or SOURCE changes;
 # after an interruption it goes on where it was. JOBS is how many compilers run at once, as many as there are CPUs. With
-# CHECK_ONLY=1 nothing is compiled: only whether SOURCE has all options of CONFIG is looked at.
+# CHECK_ONLY=1 nothing is compiled: only whether SOURCE has all options of CONFIG is looked at. With OUTPUT the kernel is copied
+# there as well, before another build in FOLDER can replace it.
 set -eu
 
 config=$1
@@ -40,8 +41,12 @@ flock -n 9 || {
     flock 9
 }
 recipe=$({ cat "$0" "$config" && ls -lL "$source"; } | sha256sum)
-if [ "${CHECK_ONLY:-0}$(cat "$folder/recipe" 2>/dev/null)" = "0$recipe" ] && [ -e "$folder/vmlinux" ]; then
+deliver() {
+    [ -z "${OUTPUT:-}" ] || cp "$folder/vmlinux" "$OUTPUT"
     exit 0
+}
+if [ "${CHECK_ONLY:-0}$(cat "$folder/recipe" 2>/dev/null)" = "0$recipe" ] && [ -e "$folder/vmlinux" ]; then
+    deliver
 fi
 
 tree=$folder/source
@@ -89,3 +94,4 @@ strip -o "$folder/vmlinux.partial" "$tree/vmlinux"
 mv "$folder/vmlinux.partial" "$folder/vmlinux"
 echo "$recipe" >"$folder/recipe"
 rm -rf "$tree"
+deliver

@@ -30,14 +30,17 @@ impl Kernels {
             let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, path));
             written.map_err(cache_error("write", path))?;
         }
+        // Where no other build puts its own; it goes with this.
+        let output = self.begin(name).map_err(cache_error("write to", &self.folder))?;
+        let kernel = output.path.join("vmlinux");
         let arguments = [script.as_os_str(), config.as_os_str(), folder.as_os_str()];
         let source = source.map(Path::as_os_str);
         let mut sh = Command::new(OsStr::new("sh"));
-        sh.args(arguments).args(source).stdin(Stdio::null()).stdout(Stdio::null());
+        sh.args(arguments).args(source).env("OUTPUT", &kernel).stdin(Stdio::null()).stdout(Stdio::null());
         let status = sh.status().map_err(cache_error("start", Path::new("sh")))?;
         if !status.success() {
             return Err(Error::Build(status));
         }
-        self.import(name, &folder.join("vmlinux"), None)
+        self.import_from(name, &kernel, None, "bantam kernel build")
     }
 }

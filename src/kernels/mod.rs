@@ -246,12 +246,17 @@ impl Kernels {
     /// # Errors
     /// When there is no kernel that could be booted, or not the modules that were given.
     pub fn import(&self, name: &str, source: &Path, modules: Option<&Path>) -> Result<Listed, Error> {
+        self.import_from(name, source, modules, &source.display().to_string())
+    }
+
+    /// Imports a kernel from `source`, which the list is to call `told`.
+    fn import_from(&self, name: &str, source: &Path, modules: Option<&Path>, told: &str) -> Result<Listed, Error> {
         if !is_name(name) {
             return Err(Error::Name(name.into()));
         }
         let importing = self.begin(name).map_err(cache_error("write to", &self.folder))?;
         self.sweep();
-        let about = import::import(source, modules, &importing.path)?;
+        let about = About { source: told.into(), ..import::import(source, modules, &importing.path)? };
         self.publish(&importing, name, &about).map_err(cache_error("write to", &self.folder))?;
         let unknown = || Error::Unknown { name: name.into(), known: vec![] };
         self.listed(name).ok_or_else(unknown)

@@ -50,13 +50,15 @@ fn build(place: &Place, more: &[&str], arguments: &[&str]) -> Command {
 
 const COMPILERS: [&str; 5] = ["gcc", "flex", "bison", "bc", "perl"];
 
-fn source(place: &Place) -> String {
-    fs::create_dir(place.path("linux-6.1")).unwrap();
-    place.write("linux-6.1/README", "a kernel");
+/// The archive `NAME.tar.xz`.
+fn source(place: &Place, name: &str) -> String {
+    fs::create_dir(place.path(name)).unwrap();
+    place.write(&format!("{name}/README"), "a kernel");
+    let archive = format!("{name}.tar.xz");
     let mut tar = Command::new("tar");
-    tar.arg("-cJf").arg(place.path("linux.tar.xz")).arg("-C").arg(place.path("")).arg("linux-6.1");
+    tar.arg("-cJf").arg(place.path(&archive)).arg("-C").arg(place.path("")).arg(name);
     assert!(tar.status().unwrap().success());
-    place.path("linux.tar.xz").to_str().unwrap().to_owned()
+    place.path(&archive).to_str().unwrap().to_owned()
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn what_is_missing_is_told_with_what_installs_it() {
 #[test]
 fn a_kernel_is_built_once_and_shows_how_far_it_is() {
     let place = Place::new();
-    let source = source(&place);
+    let source = source(&place, "linux-6.1");
     let compiled = || fs::read_to_string(place.path("count")).map_or(0, |count| count.lines().count());
     fs::write(place.path("fail"), "").unwrap();
     let output = build(&place, &COMPILERS, &["--source", &source]).output().unwrap();
@@ -90,4 +92,23 @@ fn a_kernel_is_built_once_and_shows_how_far_it_is() {
     assert!(output.status.success() && compiled() == 2, "{}", text(&output.stderr));
     assert_eq!(place.list().len(), 2);
     assert_eq!(place.cached(), [".linux", "default", "other"]);
+}
+
+#[test]
+fn builds_of_different_sources_at_once_do_not_mix() {
+    let place = Place::new();
+    let kernels = [("one", "tiny/vmlinux", "6.1."), ("two", "debian-6.12/vmlinux", "6.12.")];
+    let builds = kernels.map(|(name, kernel, _)| {
+        let mut command = build(&place, &COMPILERS, &[name, "--source", &source(&place, name)]);
+        command.env("KERNEL", guest(kernel)).spawn().unwrap()
+    });
+    for (build, (name, _, version)) in builds.into_iter().zip(kernels) {
+        let output = build.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let said = text(&output.stdout);
+        assert!(said.starts_with(&format!("{name}: Linux {version}")), "{said}");
+    }
+    let sources: Vec<_> = place.list().into_iter().map(|listed| listed["source"].clone()).collect();
+    assert_eq!(sources, ["bantam kernel build"; 2]);
+    assert_eq!(place.cached(), [".linux", "one", "two"]);
 }
