@@ -4,6 +4,8 @@
 
 #[path = "../support/registry.rs"]
 mod docker_registry;
+#[path = "../support/namespace.rs"]
+mod namespace;
 #[path = "../support/mod.rs"]
 mod support;
 

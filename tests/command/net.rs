@@ -1,18 +1,16 @@
 //! A command in a user network, which passt makes; the host is a network namespace with an address of its own.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
 use std::process::{self, Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use crate::namespace::Namespace;
 use crate::roots;
 use crate::support::{Guest, Kernel, noise, sha256};
 use crate::tiny;
@@ -23,35 +21,28 @@ const SIZE: usize = 2 << 20;
 /// A network namespace in which the host's address is 192.0.2.1, and a DNS server there and at 127.0.0.1 knows
 /// `example.test`. It is the resolver of what runs inside.
 struct Network {
-    name: String,
+    namespace: Namespace,
     dnsmasq: Child,
 }
 
 impl Network {
     fn new(resolver: &str) -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("bantam-user-{}-{}", process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        ip(&["netns", "add", &name]);
-        ip(&["-n", &name, "link", "set", "lo", "up"]);
-        ip(&["-n", &name, "address", "add", "192.0.2.1/32", "dev", "lo"]);
+        let namespace = Namespace::new();
+        let name = namespace.name();
+        namespace.ip(&["link", "set", "lo", "up"]);
+        namespace.ip(&["address", "add", "192.0.2.1/32", "dev", "lo"]);
         // `ip netns exec` has it be /etc/resolv.conf.
         fs::create_dir_all(format!("/etc/netns/{name}")).unwrap();
         fs::write(format!("/etc/netns/{name}/resolv.conf"), format!("nameserver {resolver}\n")).unwrap();
         let mut dnsmasq = Command::new("ip");
-        dnsmasq.args(["netns", "exec", &name, "dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts"]);
+        dnsmasq.args(["netns", "exec", name, "dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts"]);
         dnsmasq.args(["--conf-file=/dev/null", "--pid-file=", "--user=root", "--address=/example.test/198.51.100.7"]);
         let dnsmasq = dnsmasq.stdin(Stdio::null()).spawn().unwrap();
-        Self { name, dnsmasq }
+        Self { namespace, dnsmasq }
     }
 
-    /// Does something on a thread that is inside.
-    fn inside<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
-        let namespace = File::open(format!("/run/netns/{}", self.name)).unwrap();
-        let entered = || {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            what()
-        };
-        thread::scope(|scope| scope.spawn(entered).join().unwrap())
+    fn name(&self) -> &str {
+        self.namespace.name()
     }
 }
 
@@ -59,14 +50,8 @@ impl Drop for Network {
     fn drop(&mut self) {
         let _ = self.dnsmasq.kill();
         let _ = self.dnsmasq.wait();
-        ip(&["netns", "delete", &self.name]);
-        let _ = fs::remove_dir_all(format!("/etc/netns/{}", self.name));
+        let _ = fs::remove_dir_all(format!("/etc/netns/{}", self.name()));
     }
-}
-
-fn ip(arguments: &[&str]) {
-    let status = Command::new("ip").args(arguments).status().expect("ip of iproute2: resources/test.sh installs it");
-    assert!(status.success() || thread::panicking(), "ip {arguments:?}: {status}");
 }
 
 /// The processes whose name is passt.
@@ -116,12 +101,12 @@ fn names_tcp_and_published_ports_work_at_the_rate_allowed_and_the_hosts_loopback
         echo udp=arrived
     ";
     let data = noise(SIZE);
-    let (running, returned) = network.inside(|| {
+    let (running, returned) = network.namespace.inside(|| {
         let [down, up] = ["192.0.2.1:5001", "192.0.2.1:5002"].map(|address| TcpListener::bind(address).unwrap());
         let hidden = TcpListener::bind("127.0.0.1:5003").unwrap();
         let guest = tiny(&["sh", "-c", script]).option("--net", "user,bw=256K").option("-p", "8080:80");
         let guest = guest.option("--publish", "127.0.0.1:5353:53/udp").option("--hostname", "box");
-        let running = guest.inside(&network.name).start();
+        let running = guest.inside(network.name()).start();
         running.wait_for("hosts=");
         let (mut stream, _) = down.accept().unwrap();
         stream.write_all(&data).unwrap();
@@ -174,7 +159,7 @@ fn a_writable_root_keeps_its_resolv_conf() {
         }
         let script = "cat /etc/resolv.conf; nslookup -type=a example.test";
         let guest = Guest::running(Kernel::Tiny.bzimage(), &["sh", "-c", script]).root(tree.path());
-        let ended = guest.flag("--rw").option("--net", "user").inside(&network.name).run();
+        let ended = guest.flag("--rw").option("--net", "user").inside(network.name()).run();
         ended.require(ended.stdout.starts_with("nameserver 10.0.2.3\n"), "the guest has the network's server");
         ended.require(ended.stdout.contains("198.51.100.7"), "the name is known");
         if kept {
@@ -208,7 +193,7 @@ fn an_ordinary_user_has_a_network_without_a_command_and_dhcp() {
     command.args(&reachable[1..]).arg(program).args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     *guest.command() = command;
-    let ended = guest.inside(&network.name).run().succeeded();
+    let ended = guest.inside(network.name()).run().succeeded();
     let leased = ended.value("leased");
     assert!(leased.starts_with("10.0.2.15/24 router=10.0.2.2 dns="), "{leased}");
     ended.require(ended.stdout.contains("198.51.100.7"), "the name is known");
@@ -220,7 +205,7 @@ fn passt_and_bantam_end_with_each_other_as_they_should() {
     let script = "until [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done; echo ready; \
                   until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done; echo lost; read -r _; echo on";
     let guest = Guest::running(Kernel::Debian612.vmlinux(), &["sh", "-c", script]).initramfs_root(Kernel::Tiny);
-    let mut running = guest.option("--net", "user").inside(&network.name).spawn();
+    let mut running = guest.option("--net", "user").inside(network.name()).spawn();
     running.wait_for("ready");
     let passt = children(running.pid().as_raw_nonzero().get());
     assert_eq!(passt.len(), 1, "passt is bantam's child");
@@ -232,7 +217,7 @@ fn passt_and_bantam_end_with_each_other_as_they_should() {
     ended.require(ended.status == 0, "the machine goes on without its network");
     ended.require(ended.stderr.contains("passt has ended"), "it is said");
 
-    let running = tiny(&["sh", "-c", "echo ready; sleep 1000"]).option("--net", "user").inside(&network.name).spawn();
+    let running = tiny(&["sh", "-c", "echo ready; sleep 1000"]).option("--net", "user").inside(network.name()).spawn();
     running.wait_for("ready");
     let passt = children(running.pid().as_raw_nonzero().get());
     assert_eq!(passt.len(), 1, "passt is bantam's child");

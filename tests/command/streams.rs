@@ -91,7 +91,7 @@ fn pass_through(blocks: usize) {
     let ended = running.wait();
     let hash = String::from_utf8(hash.wait_with_output().unwrap().stdout).unwrap();
     ended.require(ended.status == 0 && ended.stderr.starts_with(&hash[..64]), "the guest's hash differs");
-    println!("{blocks} MiB each way; the most memory: {} MiB, {} of it the guest's", peak >> 20, MEMORY >> 20);
+    println!("{blocks} MiB each way; the most memory: {} MiB, of the guest's {} and our own", peak >> 20, MEMORY >> 20);
     assert!(peak < MEMORY + (24 << 20), "{peak} bytes of memory");
 }
 

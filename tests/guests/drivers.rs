@@ -71,7 +71,7 @@ fn devices_work_again_after_their_driver_was_unbound() {
     let content = noise(4 << 20);
     fs::write(&disk, &content).unwrap();
     for kernel in [Kernel::Debian61, Kernel::Debian612, Kernel::Tiny] {
-        let network = crate::net::Network::new();
+        let network = crate::net::network();
         let guest = Guest::new(kernel).disk(disk.path().display()).net("tap=tap0");
         let ended = guest.inside(network.name()).script(script).run().succeeded();
         let expected = sha256(&content);

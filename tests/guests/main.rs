@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../support/namespace.rs"]
+mod namespace;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,16 +1,11 @@
 //! Networks: a guest and the host talk through a tap, in a network namespace of their own.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
-use std::process::{self, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
+use std::process::Command;
 use std::time::Duration;
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
+use crate::namespace::Namespace;
 use crate::support::{Ended, Guest, Kernel, noise, sha256};
 
 /// How long a guest may take to receive and send what the tests give it.
@@ -20,53 +15,16 @@ const LIMIT: Duration = Duration::from_secs(900);
 const SIZE: usize = 100 << 20;
 
 /// A network namespace with a tap, `tap0`, whose address is 10.0.0.1/24.
-pub struct Network {
-    name: String,
-}
-
-impl Network {
-    pub fn new() -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let network = Self { name: format!("bantam-{}-{}", process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)) };
-        ip(&["netns", "add", &network.name]);
-        network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
-        network.ip(&["address", "add", "10.0.0.1/24", "dev", "tap0"]);
-        network.ip(&["link", "set", "tap0", "up"]);
-        network
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn ip(&self, arguments: &[&str]) {
-        ip(&[&["-n", &self.name], arguments].concat());
-    }
-
-    /// Does something on a thread that is inside.
-    fn inside<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
-        let namespace = File::open(format!("/run/netns/{}", self.name)).unwrap();
-        let entered = || {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            what()
-        };
-        thread::scope(|scope| scope.spawn(entered).join().unwrap())
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        ip(&["netns", "delete", &self.name]);
-    }
-}
-
-fn ip(arguments: &[&str]) {
-    let status = Command::new("ip").args(arguments).status().expect("ip of iproute2: resources/test.sh installs it");
-    assert!(status.success() || thread::panicking(), "ip {arguments:?}: {status}");
+pub fn network() -> Namespace {
+    let network = Namespace::new();
+    network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
+    network.ip(&["address", "add", "10.0.0.1/24", "dev", "tap0"]);
+    network.ip(&["link", "set", "tap0", "up"]);
+    network
 }
 
 /// Sends `SIZE` bytes to the guest by TCP, and has them sent back.
-fn exchange(guest: Guest, network: &Network) -> Ended {
+fn exchange(guest: Guest, network: &Namespace) -> Ended {
     let script = "
         ip address add 10.0.0.2/24 dev eth0
         ip link set eth0 up
@@ -120,7 +78,7 @@ fn packet_size(ended: &Ended, direction: &str) -> usize {
 
 #[test]
 fn tcp_goes_both_ways_in_large_packets() {
-    let network = Network::new();
+    let network = network();
     let guest = Guest::new(Kernel::Debian612).memory("512M").net("tap0");
     let ended = exchange(guest, &network);
     // How much of what the guest sends goes in one packet depends on how fast its program writes it in small pieces.
@@ -130,7 +88,7 @@ fn tcp_goes_both_ways_in_large_packets() {
 
 #[test]
 fn tcp_goes_both_ways_without_offloads() {
-    let network = Network::new();
+    let network = network();
     network.ip(&["link", "set", "tap0", "gso_max_segs", "1"]);
     let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap=tap0");
     let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network);
@@ -142,7 +100,7 @@ fn tcp_goes_both_ways_without_offloads() {
 
 #[test]
 fn the_guest_has_the_address_and_mtu_that_were_asked_for() {
-    let network = Network::new();
+    let network = network();
     let guest = Guest::new(Kernel::Debian61).net("tap=tap0,mac=52:54:00:ab:cd:ef,mtu=1400").net("tap=tap1,mtu=9000");
     let script = "
         for card in eth0 eth1; do
