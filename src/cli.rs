@@ -7,6 +7,7 @@ pub mod image;
 pub mod junit;
 pub mod kernel;
 pub mod log;
+pub mod message;
 pub mod output_file;
 pub mod outputs;
 pub mod rootfs;
@@ -90,8 +91,10 @@ pub enum Command {
     #[command(after_long_help = CHECK_EXAMPLES)]
     Check(Check),
     /// List, fetch and remove the images in the cache.
+    #[command(subcommand)]
     Image(image::Image),
     /// List, import, build and remove the kernels in the cache.
+    #[command(subcommand, after_long_help = kernel::EXAMPLES)]
     Kernel(kernel::Kernel),
     /// Run commands in many machines: kernels x root file systems x commands.
     #[command(after_long_help = test::EXAMPLES)]

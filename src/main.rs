@@ -16,7 +16,8 @@ use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
 use clap::Parser;
-use cli::attempts::{Attempt, Attempts};
+use cli::attempts::Attempts;
+use cli::message::{chain, say};
 use cli::test::{Test, Verdict};
 use cli::{Cli, Command, ending};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -52,8 +53,8 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Run(run) => self::run(run, started),
         Command::Check(check) => self::check(check),
-        Command::Kernel(kernel) => kernel.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
-        Command::Image(image) => image.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
+        Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
+        Command::Image(image) => print_told(|told| image.run(told)),
         Command::Test(test) => self::test(test),
         Command::Completions { shell } => print(&cli::completions(*shell)),
         Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
@@ -99,28 +100,17 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     }
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
-    let (mut image, mut machine) = (None, None);
+    let mut image = None;
     let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
-    let mut begin = started;
-    let ended = loop {
-        let group = attempts.group();
-        let built = std::mem::replace(&mut opened, Ok(()));
-        let wanted = attempts.are_wanted();
+    let (ended, machine) = attempts.run(has_command, started, |begin, wanted| {
         let config = if run.retry > 0 { config.clone() } else { std::mem::take(&mut config) };
-        let built = built.and_then(|()| build(run, config, begin, wanted));
+        let built = std::mem::replace(&mut opened, Ok(())).and_then(|()| build(run, config, begin, wanted));
         // Kernel and modules are in the guest's memory, unless they are needed again.
-        in_use = in_use.filter(|_| run.retry > 0);
-        let ended = built.and_then(|built| Ok(machine.insert(built).run()?));
-        group.into_iter().for_each(cli::github::Group::end);
-        let result = ended.as_ref().map_err(|error| chain(&**error));
-        let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);
-        let Some(why) = attempts.take(attempt) else { break ended };
-        machine = None;
-        say(&why);
-        begin = Instant::now();
-    };
+        in_use = in_use.take().filter(|_| run.retry > 0);
+        built
+    });
     let unwritten = attempts.tell().err();
     let outcome = match (ended, &machine) {
         (Ok(outcome), _) => outcome,
@@ -303,24 +293,6 @@ fn tell(outcome: &Outcome, console_was_seen: bool) {
     }
 }
 
-/// An error and its causes, each once.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    // The number says nothing that the words before it do not.
-    match text.rsplit_once(" (os error ") {
-        Some((words, number)) if number.ends_with(')') => words.to_owned(),
-        _ => text,
-    }
-}
-
 /// What the user can do about an error, if that is known.
 fn advice(error: &(dyn Error + 'static)) -> Option<String> {
     use bantam::{kvm, machine};
@@ -344,6 +316,15 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
+/// Prints what something tells of, also when it then fails.
+fn print_told<E: Error + 'static>(tell: impl FnOnce(&mut String) -> Result<(), E>) -> Result<ExitCode, Box<dyn Error>> {
+    let mut told = String::new();
+    let done = tell(&mut told);
+    let printed = print(told.as_bytes());
+    done?;
+    printed
+}
+
 /// Writes to standard output. A reader that goes away has seen enough.
 fn print(text: &[u8]) -> Result<ExitCode, Box<dyn Error>> {
     match io::stdout().write_all(text).and_then(|()| io::stdout().flush()) {
@@ -351,35 +332,5 @@ fn print(text: &[u8]) -> Result<ExitCode, Box<dyn Error>> {
             Err(format!("cannot write to standard output: {error}").into())
         }
         _ => Ok(ExitCode::SUCCESS),
-    }
-}
-
-/// Says something on standard error. If that is closed there is nobody to tell.
-fn say(text: &str) {
-    let text = format!("bantam: {}\n", text.trim_end());
-    let _ = io::stderr().write_all(cli::github::guarded(&text).as_bytes());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("cannot open {path}")]
-    struct Open {
-        path: &'static str,
-        #[source]
-        source: io::Error,
-    }
-
-    #[derive(Debug, thiserror::Error)]
-    #[error(transparent)]
-    struct Outer(#[from] Open);
-
-    #[test]
-    fn an_error_is_told_with_its_causes() {
-        let source = io::Error::from_raw_os_error(2);
-        let error = Outer(Open { path: "/x", source });
-        assert_eq!(chain(&error), "cannot open /x: No such file or directory");
     }
 }

@@ -1,6 +1,7 @@
 //! The attempts of one run, and all who are told of them: the report, the JUnit file, GitHub.
 
-use std::time::Duration;
+use std::error::Error;
+use std::time::{Duration, Instant};
 
 use bantam::command::Tail;
 use bantam::config::Config;
@@ -10,6 +11,7 @@ use serde::Serialize;
 
 use super::ending::{self, Ending, Failure, Lines};
 use super::junit::{self, Case};
+use super::message::{chain, say};
 use super::output_file::{self, OutputFile};
 use super::{Run, github};
 
@@ -33,7 +35,7 @@ pub struct Attempt {
 
 impl Attempt {
     /// What became of `machine`, if there was one, after this time. All of it is only looked at if it is `wanted`.
-    pub fn new(
+    fn new(
         machine: Option<&Machine>,
         ended: Result<&Outcome, String>,
         has_command: bool,
@@ -75,7 +77,7 @@ impl Attempt {
     }
 
     /// Whether another attempt may end otherwise: nobody wanted the end, and the flags make a machine.
-    pub fn is_worth_another(&self) -> bool {
+    fn is_worth_another(&self) -> bool {
         self.has_run && self.failure.is_some_and(|failure| failure != Failure::Interrupted)
     }
 
@@ -141,12 +143,34 @@ impl Attempts {
     }
 
     /// Whether anybody wants to know what happened, and what the command printed.
-    pub fn are_wanted(&self) -> bool {
+    fn are_wanted(&self) -> bool {
         self.report.is_some() || self.junit.is_some() || self.github
     }
 
+    /// Builds and runs machines until one has ended that no other is to follow: how it ended, and the machine if there is
+    /// one. What builds them is told when it began, and whether anybody wants to know what happened.
+    pub fn run(
+        &mut self,
+        has_command: bool,
+        mut begin: Instant,
+        mut build: impl FnMut(Instant, bool) -> Result<Machine, Box<dyn Error>>,
+    ) -> (Result<Outcome, Box<dyn Error>>, Option<Machine>) {
+        let wanted = self.are_wanted();
+        loop {
+            let (group, mut machine) = (self.group(), None);
+            let ended = build(begin, wanted).and_then(|built| Ok(machine.insert(built).run()?));
+            group.into_iter().for_each(github::Group::end);
+            let result = ended.as_ref().map_err(|error| chain(&**error));
+            let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);
+            let Some(why) = self.take(attempt) else { return (ended, machine) };
+            drop(machine);
+            say(&why);
+            begin = Instant::now();
+        }
+    }
+
     /// The group for the output of the attempt that begins, if it is to have one.
-    pub fn group(&self) -> Option<github::Group> {
+    fn group(&self) -> Option<github::Group> {
         self.github.then(|| match self.ended.len() {
             0 => github::Group::begin(&self.name),
             earlier => github::Group::begin(&format!("{} (attempt {} of {})", self.name, earlier + 1, self.most)),
@@ -154,7 +178,7 @@ impl Attempts {
     }
 
     /// Takes an attempt that has ended; whether there is to be another one, and in words.
-    pub fn take(&mut self, attempt: Attempt) -> Option<String> {
+    fn take(&mut self, attempt: Attempt) -> Option<String> {
         let again = attempt.is_worth_another() && self.ended.len() + 1 < self.most;
         // Only what the last one printed is told whole.
         self.ended.iter_mut().for_each(|earlier| earlier.output = None);

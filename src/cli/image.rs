@@ -6,18 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use bantam::config::duration;
 use bantam::image::{self, Cache, Listed, Options, Progress, Pull, Source};
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// The cache of images.
-#[derive(Debug, Args)]
-pub struct Image {
-    #[command(subcommand)]
-    command: Command,
-}
-
 #[derive(Debug, Subcommand)]
-enum Command {
+pub enum Image {
     /// List the images in the cache, the one used last first.
     Ls {
         /// Print JSON instead of a table.
@@ -45,20 +39,30 @@ enum Command {
 }
 
 impl Image {
-    /// Does what is asked for, and gives back what to print.
-    pub fn run(&self) -> Result<String, image::Error> {
+    /// Does what is asked for, and adds to `told` what to print, also of what was done before a failure.
+    pub fn run(&self, told: &mut String) -> Result<(), image::Error> {
         let cache = Cache::of_user()?;
         let removed = |listed: &Listed| format!("{} {}\n", listed.digest, size(listed.size));
-        match &self.command {
-            Command::Ls { json } => cache.list().map(|list| if *json { to_json(&list) } else { table(&list) }),
-            Command::Pull { sources } => sources.iter().map(|source| pull(&cache, source)).collect(),
-            Command::Rm { names } => names.iter().map(|name| cache.remove(name).map(|it| removed(&it))).collect(),
-            Command::Prune { unused_for } => {
+        match self {
+            Self::Ls { json: true } => *told += &format!("{:#}\n", serde_json::json!(cache.list()?)),
+            Self::Ls { json: false } => *told += &table(&cache.list()?),
+            Self::Pull { sources } => {
+                for source in sources {
+                    *told += &pull(&cache, source)?;
+                }
+            }
+            Self::Rm { names } => {
+                for name in names {
+                    *told += &removed(&cache.remove(name)?);
+                }
+            }
+            Self::Prune { unused_for } => {
                 let before = SystemTime::now().checked_sub(unused_for.unwrap_or_default());
                 let gone = cache.prune(before.unwrap_or(SystemTime::UNIX_EPOCH))?;
-                Ok(gone.iter().map(removed).collect())
+                told.extend(gone.iter().map(removed));
             }
         }
+        Ok(())
     }
 }
 
@@ -68,10 +72,6 @@ fn pull(cache: &Cache, source: &str) -> Result<String, image::Error> {
     let options = Options { pull: Pull::Always, progress: Some(&bars), ..Options::default() };
     let image = image::open(&source, cache, &options)?;
     Ok(format!("{}\n", image.path().display()))
-}
-
-fn to_json(list: &[Listed]) -> String {
-    format!("{:#}\n", serde_json::json!(list))
 }
 
 fn table(list: &[Listed]) -> String {

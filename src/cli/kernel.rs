@@ -4,13 +4,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bantam::kernels::{self, Kernels, Listed};
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use rustix::fs::Access;
 
 /// The kernel in the cache that is taken without `--kernel`, if there is one of this name.
 const DEFAULT: &str = "default";
 
-const EXAMPLES: &str = "\
+pub const EXAMPLES: &str = "\
 Examples:
   Debian's kernel for virtual machines, with the modules that bantam loads:
     apt download linux-image-6.1.0-42-cloud-amd64
@@ -22,15 +22,8 @@ Examples:
     bantam kernel build";
 
 /// The kernels in the cache.
-#[derive(Debug, Args)]
-#[command(after_long_help = EXAMPLES)]
-pub struct Kernel {
-    #[command(subcommand)]
-    command: Command,
-}
-
 #[derive(Debug, Subcommand)]
-enum Command {
+pub enum Kernel {
     /// List the kernels in the cache.
     Ls {
         /// Print JSON instead of a table.
@@ -84,18 +77,23 @@ pub enum Error {
 }
 
 impl Kernel {
-    /// Does what is asked for, and gives back what to print.
-    pub fn run(&self) -> Result<String, kernels::Error> {
+    /// Does what is asked for, and adds to `told` what to print, also of what was done before a failure.
+    pub fn run(&self, told: &mut String) -> Result<(), kernels::Error> {
         let kernels = Kernels::of_user()?;
-        match &self.command {
-            Command::Ls { json: true } => Ok(format!("{:#}\n", serde_json::json!(kernels.list()?))),
-            Command::Ls { json: false } => Ok(table(&kernels.list()?)),
-            Command::Import { name, source, modules } => {
-                kernels.import(name, source, modules.as_deref()).map(|it| line(&it))
+        match self {
+            Self::Ls { json: true } => *told += &format!("{:#}\n", serde_json::json!(kernels.list()?)),
+            Self::Ls { json: false } => *told += &table(&kernels.list()?),
+            Self::Import { name, source, modules } => {
+                *told += &line(&kernels.import(name, source, modules.as_deref())?);
             }
-            Command::Build { name, source } => kernels.build(name, source.as_deref()).map(|it| line(&it)),
-            Command::Rm { names } => names.iter().map(|name| kernels.remove(name).map(|it| line(&it))).collect(),
+            Self::Build { name, source } => *told += &line(&kernels.build(name, source.as_deref())?),
+            Self::Rm { names } => {
+                for name in names {
+                    *told += &line(&kernels.remove(name)?);
+                }
+            }
         }
+        Ok(())
     }
 }
 

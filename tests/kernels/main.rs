@@ -123,6 +123,17 @@ fn packages_are_imported_with_the_modules_that_are_loaded() {
 }
 
 #[test]
+fn what_was_removed_before_a_failure_is_told() {
+    let place = Place::new();
+    place.bantam(&["kernel", "import", "one", &guest("tiny/vmlinux")]);
+    let output = place.command(&["kernel", "rm", "one", "two"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    assert!(text(&output.stdout).starts_with("one: Linux 6.1."), "{}", text(&output.stdout));
+    assert!(text(&output.stderr).starts_with("bantam: cannot find the kernel `two`"), "{}", text(&output.stderr));
+    assert_eq!(place.cached(), Vec::<String>::new());
+}
+
+#[test]
 fn files_and_folders_are_imported_and_replaced() {
     let place = Place::new();
     let import = |source: &str| place.bantam(&["kernel", "import", "k", source]);
