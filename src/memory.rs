@@ -1,15 +1,20 @@
 //! Guest memory: reserved lazily, never touched before the guest does.
 //!
 //! The pages are private and anonymous, mapped with `MAP_NORESERVE`: the host commits one only when the guest, or
-//! the loader, first writes it.
+//! the loader, first writes it. Parts of files can be mapped over them: what the guest only reads of these is in the host's
+//! page cache, once for all machines.
 
-#![expect(unsafe_code, reason = "madvise takes an address; mallopt has no safe wrapper")]
+#![expect(unsafe_code, reason = "mmap and madvise take an address; mallopt has no safe wrapper")]
 
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
+use rustix::param::page_size;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap};
 
 /// The guest's memory. A clone refers to the same pages.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -87,10 +92,94 @@ pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
     }
 }
 
+/// Maps `len` bytes of `file` from `offset` on over guest memory at `address`, all three multiples of the host's page size,
+/// in place of what was there. What the guest writes stays its own (`MAP_PRIVATE`).
+///
+/// The guest has what is in the file when it first reads or writes a page of it. When the file is shorter by then, an access of
+/// the guest ends the machine, and one of this process raises SIGBUS. Pages given back by `madvise(MADV_DONTNEED)` have what is
+/// in the file, not zeros.
+///
+/// # Errors
+/// When the range is not aligned, is not part of one region of guest memory, or the host does not map the file. Then the
+/// memory is as fresh.
+pub fn map_file(ram: &GuestRam, address: u64, file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let page = page_size() as u64;
+    if [address, offset, len].iter().any(|number| number % page != 0) {
+        return Err(invalid());
+    }
+    let len = usize::try_from(len).map_err(|_| invalid())?;
+    let pages = ram.get_slice(GuestAddress(address), len).map_err(|_| invalid())?;
+    let start = pages.ptr_guard_mut().as_ptr().cast();
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+    // SAFETY: the pages are `ram`'s, so nothing but guest memory goes, to which no references are ever made.
+    let mapped = unsafe { mmap(start, len, access, flags, file, offset) };
+    if let Err(error) = mapped {
+        // The host may have taken away what was there before it found that it cannot map the file.
+        // SAFETY: as above.
+        let restored = unsafe { mmap_anonymous(start, len, access, flags) };
+        restored.expect("there is room where memory was mapped before");
+        return Err(error.into());
+    }
+    Ok(())
+}
+
+/// Fewer bytes of a file than this are read: a mapping of its own would cost more.
+const MAP_MIN: u64 = 64 << 10;
+
+/// Puts `len` bytes of `file` from `offset` on into fresh guest memory at `address`: whole pages that are the same ones in
+/// both are mapped, as by [`map_file`], the rest is read. Of a file that cannot be mapped all is read, into huge pages.
+///
+/// # Errors
+/// When the host does not read the file, it ends before, or there is no such guest memory.
+pub fn load_file(ram: &GuestRam, address: u64, file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let page = page_size() as u64;
+    let all = offset..offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+    let pages = all.start.next_multiple_of(page)..all.end / page * page;
+    if address % page == offset % page && pages.end.saturating_sub(pages.start) >= MAP_MIN {
+        let at = |offset| address + (offset - all.start);
+        match map_file(ram, at(pages.start), file, pages.start, pages.end - pages.start) {
+            Ok(()) => {
+                read_part(ram, address, file, all.start..pages.start)?;
+                return read_part(ram, at(pages.end), file, pages.end..all.end);
+            }
+            Err(error) => log::debug!("cannot map a file as guest memory at {address:#x}, and read it: {error}"),
+        }
+    }
+    prefer_huge_pages(ram, address..address.saturating_add(len));
+    read(ram, address, file, all)
+}
+
+fn read(ram: &GuestRam, address: u64, mut file: &File, part: Range<u64>) -> io::Result<()> {
+    let len = usize::try_from(part.end - part.start).map_err(io::Error::other)?;
+    file.seek(SeekFrom::Start(part.start))?;
+    ram.read_exact_volatile_from(GuestAddress(address), &mut file, len).map_err(into_io)
+}
+
+/// Reads what is less than a page.
+fn read_part(ram: &GuestRam, address: u64, file: &File, part: Range<u64>) -> io::Result<()> {
+    let mut bytes = vec![0; usize::try_from(part.end - part.start).map_err(io::Error::other)?];
+    if !bytes.is_empty() {
+        file.read_exact_at(&mut bytes, part.start)?;
+        ram.write_slice(&bytes, GuestAddress(address)).map_err(into_io)?;
+    }
+    Ok(())
+}
+
+/// What the host said, of an error with guest memory.
+pub(crate) fn into_io(error: GuestMemoryError) -> io::Error {
+    match error {
+        GuestMemoryError::IOError(error) => error,
+        GuestMemoryError::PartialBuffer { .. } => io::ErrorKind::UnexpectedEof.into(),
+        other => io::Error::other(other),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use std::io::Read;
 
     #[test]
     fn more_than_the_host_has_is_only_reserved() {
@@ -106,6 +195,76 @@ mod tests {
         prefer_huge_pages(&ram, 3 << 20..5 << 20);
         prefer_huge_pages(&ram, 7 << 20..9 << 20);
         assert_eq!(ram.read_obj::<u32>(GuestAddress(3 << 20)).unwrap(), 7);
+    }
+
+    /// Five pages and a half, no two bytes that follow one another alike.
+    fn file() -> (File, Vec<u8>) {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..0x5800u32).map(|i| (i + (i >> 12)).to_le_bytes()[0]).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        (file, bytes)
+    }
+
+    fn read_back(ram: &GuestRam, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0xff; len];
+        ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_is_mapped_is_the_file_and_what_is_written_is_not() {
+        let (file, bytes) = file();
+        let ram = reserve(&[0..1 << 20]).unwrap();
+        ram.write_slice(&[7; 0x1000], GuestAddress(0x1_0000)).unwrap();
+        map_file(&ram, 0x1_0000, &file, 0x1000, 0x2000).unwrap();
+        assert_eq!(read_back(&ram, 0x1_0000, 0x2000), bytes[0x1000..0x3000]);
+        assert_eq!(read_back(&ram, 0x1_2000, 0x1000), [0; 0x1000]);
+        ram.write_slice(&[7; 0x1000], GuestAddress(0x1_0800)).unwrap();
+        let mut whole = vec![];
+        (&file).read_to_end(&mut whole).unwrap();
+        assert_eq!(whole, bytes);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_leaves_memory_in_its_place() {
+        let ram = reserve(&[0..1 << 20, 1 << 20..2 << 20]).unwrap();
+        let kind = |file: &File, address, offset, len| map_file(&ram, address, file, offset, len).unwrap_err().kind();
+        let (file, _) = file();
+        let invalid = io::ErrorKind::InvalidInput;
+        for (address, offset, len) in [(0x800, 0, 0x1000), (0, 0x800, 0x1000), (0, 0, 0x800), (0xf_f000, 0, 0x2000)] {
+            assert_eq!(kind(&file, address, offset, len), invalid, "{address:#x}, {offset:#x}, {len:#x}");
+        }
+        // A directory.
+        map_file(&ram, 0, &File::open("/").unwrap(), 0, 0x1000).unwrap_err();
+        ram.write_slice(&[7; 0x1000], GuestAddress(0)).unwrap();
+        assert_eq!(read_back(&ram, 0, 0x2000), [[7; 0x1000], [0; 0x1000]].concat());
+    }
+
+    #[test]
+    fn a_file_is_loaded_wherever_its_pages_are() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..0x4_0000u32).map(|i| (i.wrapping_mul(i) >> 5).to_le_bytes()[0]).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        // Mapped with and without edges, read because it is small, or on odd addresses, or offsets.
+        for (address, offset, len) in [
+            (0x1_0000, 0x1000, 0x1_0000),
+            (0x1_0123, 0x1123, 0x2_0fff),
+            (0x1_0fff, 0x1fff, 0x1_f001),
+            (0x1_0000, 0x1000, 0x200),
+            (0x1_0001, 0x1000, 0x2_0000),
+            (0x1_0000, 0x0fff, 0x2_0000),
+            (0x1_0000, 0, 0),
+        ] {
+            let ram = reserve(&[0..1 << 20]).unwrap();
+            load_file(&ram, address, &file, offset, len).unwrap();
+            let (from, size) = (usize::try_from(offset).unwrap(), usize::try_from(len).unwrap());
+            let around = [&[0][..], &bytes[from..from + size], &[0]].concat();
+            assert!(read_back(&ram, address - 1, size + 2) == around, "{address:#x}, {offset:#x}, {len:#x}");
+        }
+        let ram = reserve(&[0..1 << 20]).unwrap();
+        let error = load_file(&ram, 0x1_0001, &file, 0x3_ffff, 2).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(load_file(&ram, 0, &file, 1, u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -197,9 +197,13 @@ memory_once() {
     wait "$pid" || true
     ((tries < 600)) || return 1
     figure "$1" "private memory, guest idle, MiB (budget 2)" \
-        "$(awk -v guest_kib=131072 -f resources/bench/private.awk "$built/smaps-$1")"
+        "$(private "$1")"
     figure "$1" "of it written, MiB" \
-        "$(awk -v guest_kib=131072 -v dirty=1 -f resources/bench/private.awk "$built/smaps-$1")"
+        "$(private "$1" -v dirty=1)"
+}
+
+private() {
+    awk -v guest_kib=131072 -v guest_files="$tiny $built/boot.cpio" "${@:2}" -f resources/bench/private.awk "$built/smaps-$1"
 }
 
 boot() {

@@ -123,7 +123,9 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
     segments.sort_by_key(|segment| segment.offset);
     let start = segments.iter().map(|segment| segment.memory.start).min().unwrap_or(0);
     let end = segments.iter().map(|segment| segment.memory.end).max().unwrap_or(0);
-    prefer_huge_pages(ram, start..end);
+    if !image.seekable() {
+        prefer_huge_pages(ram, start..end);
+    }
     for segment in &segments {
         let size = sections.as_ref().map_or(segment.file_size, |sections| sections.file_size(segment));
         image

@@ -3,12 +3,12 @@
 //! Both put segments straight into guest memory; neither holds an image in its own.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, into_io, load_file};
 
 /// How much of the start of an image is kept: the headers of all formats.
 pub(super) const HEAD: usize = 4096;
@@ -26,14 +26,6 @@ pub(super) trait Image {
 
     /// Puts `len` bytes from `offset` into fresh guest memory at `address`.
     fn load(&mut self, offset: u64, len: u64, ram: &GuestRam, address: u64) -> io::Result<()>;
-}
-
-pub(super) fn into_io(error: GuestMemoryError) -> io::Error {
-    match error {
-        GuestMemoryError::IOError(error) => error,
-        GuestMemoryError::PartialBuffer { .. } => io::ErrorKind::UnexpectedEof.into(),
-        other => io::Error::other(other),
-    }
 }
 
 /// An image that is a file.
@@ -67,9 +59,7 @@ impl Image for FileImage<'_> {
     }
 
     fn load(&mut self, offset: u64, len: u64, ram: &GuestRam, address: u64) -> io::Result<()> {
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        self.file.seek(SeekFrom::Start(offset))?;
-        ram.read_exact_volatile_from(GuestAddress(address), &mut self.file, len).map_err(into_io)
+        load_file(ram, address, self.file, offset, len)
     }
 }
 

@@ -1,6 +1,5 @@
 //! Loading an initrd: as high in low memory as the kernel takes it, out of the way of what the kernel unpacks.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::cpio;
 use super::kernel::{self, Kernel};
 use super::low_memory_end;
-use crate::memory::{GuestRam, prefer_huge_pages};
+use crate::memory::{GuestRam, load_file};
 
 const PAGE: u64 = 4096;
 
@@ -66,7 +65,7 @@ pub fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Range<u64>, 
 /// As [`load`].
 pub fn load_with(ram: &GuestRam, path: Option<&Path>, more: &[u8], kernel: &Kernel) -> Result<Range<u64>, Error> {
     let opened = path.map(|path| Ok((path, kernel::open(path)?)));
-    let mut opened =
+    let opened =
         opened.transpose().map_err(|source| Error::Open { path: path.unwrap_or(Path::new("")).into(), source })?;
     let path = path.unwrap_or(Path::new("of the command"));
     let first = opened.as_ref().map_or(0, |(_, (_, size))| *size);
@@ -80,17 +79,11 @@ pub fn load_with(ram: &GuestRam, path: Option<&Path>, more: &[u8], kernel: &Kern
         return Err(too_big());
     }
     let start = (limit - size) / PAGE * PAGE;
-    prefer_huge_pages(ram, start..start + size);
-    if let Some((_, (file, _))) = &mut opened {
-        read(ram, file, start, first).map_err(|source| Error::Read { path: path.into(), source })?;
+    if let Some((_, (file, _))) = &opened {
+        load_file(ram, start, file, 0, first).map_err(|source| Error::Read { path: path.into(), source })?;
     }
     ram.write_slice(more, GuestAddress(start + second)).map_err(|_| too_big())?;
     Ok(start..start + size)
-}
-
-fn read(ram: &GuestRam, file: &mut File, start: u64, size: u64) -> io::Result<()> {
-    let size = usize::try_from(size).map_err(io::Error::other)?;
-    ram.read_exact_volatile_from(GuestAddress(start), file, size).map_err(super::image::into_io)
 }
 
 #[cfg(test)]

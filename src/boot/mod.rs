@@ -48,10 +48,13 @@ fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
 }
 
+/// How much guest memory is searched at once.
+const CHUNK: usize = 16 << 10;
+
 /// Where guest memory first has `needle` within `range`.
 fn find(ram: &GuestRam, range: Range<u64>, needle: &[u8]) -> Option<u64> {
     let finder = memmem::Finder::new(needle);
-    let mut chunk = vec![0; 64 << 10];
+    let mut chunk = vec![0; CHUNK];
     let mut start = range.start;
     while start < range.end {
         let size = usize::try_from(range.end - start).map_or(chunk.len(), |left| left.min(chunk.len()));
@@ -73,7 +76,8 @@ mod tests {
     #[test]
     fn a_needle_is_found_across_chunks_and_not_past_the_end() {
         let ram = reserve(&[0..1 << 20]).unwrap();
-        for at in [0x100, 0x1_0100 - 5, 0x1_0100 - 1, 0x1_0100, 0x2_0000 - 9] {
+        let chunk = 0x100 + CHUNK as u64;
+        for at in [0x100, chunk - 5, chunk - 1, chunk, 0x2_0000 - 9] {
             ram.write_slice(b"acpi_osi=", GuestAddress(at)).unwrap();
             assert_eq!(find(&ram, 0x100..0x2_0000, b"acpi_osi="), Some(at));
             assert_eq!(find(&ram, 0x100..at + 8, b"acpi_osi="), None);
