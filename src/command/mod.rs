@@ -43,6 +43,7 @@ const HOST_NAME_MAX: usize = 64;
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Command"))]
 pub struct Spec {
     /// The program, by path or to be found in `PATH`, and its arguments.
     pub arguments: Vec<String>,

@@ -1,10 +1,17 @@
-//! What machine to build: one struct that the command line, a JSON file and an embedding program all fill in.
+//! What machine to build: one struct that the command line, a file and an embedding program all fill in.
 
+mod de;
 pub mod duration;
+pub mod file;
+pub mod firecracker;
+pub mod json;
 pub mod kv;
+pub mod nearest;
 mod overlay;
 mod quota;
 mod share;
+pub mod toml;
+pub mod tree;
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -105,6 +112,7 @@ pub enum Error {
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Config {
     /// The kernel: an ELF vmlinux or a bzImage.
     pub kernel: Option<PathBuf>,
@@ -143,9 +151,11 @@ pub struct Config {
     pub serial: console::Spec,
     /// How long the guest may take to reach user space.
     #[serde(with = "duration")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub boot_timeout: Option<Duration>,
     /// How long the guest may run.
     #[serde(with = "duration")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub timeout: Option<Duration>,
 }
 

@@ -16,6 +16,7 @@ use super::Size;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Overlay {
     /// The file; made if it is not there.
     pub path: PathBuf,

@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use bantam::config::nearest::instead;
 use clap::Parser;
 use toml_span::Span;
 
-use super::keys::{Error, Keys, Source, Text, instead};
+use super::keys::{Error, Keys, Source, Text};
 use super::matrix::{Entry, Matrix, Pattern, Settings};
 use crate::cli::{Cli, Command, Run, kernel};
 
@@ -248,11 +249,12 @@ fn kept_back(run: &Run) -> Option<&'static str> {
         (run.rootfs.is_some(), "ROOTFS"),
         (!run.command.is_empty(), "COMMAND"),
         (run.kernel.is_some(), "--kernel"),
-        (!run.cmdline.is_empty(), "--cmdline"),
+        (run.cmdline.is_some(), "--cmdline"),
         (run.tty, "--tty"),
         (run.report.is_some(), "--report"),
         (run.junit.is_some(), "--junit"),
         (run.github, "--github"),
+        (run.config.is_some(), "--config"),
         (run.print_config, "--print-config"),
         (run.serial.is_some(), "--serial"),
         (run.console.is_some(), "--console"),

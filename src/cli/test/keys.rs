@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use bantam::config::nearest::instead;
 use toml_span::value::{Table, ValueInner};
 use toml_span::{Span, Value};
 
@@ -146,30 +147,6 @@ fn kind(value: &ValueInner<'_>) -> &'static str {
     }
 }
 
-/// What may have been meant by `text`.
-pub fn instead<'a>(text: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
-    let nearest = known.clone().map(|name| (distance(text, name), name)).min();
-    match nearest {
-        Some((distance, name)) if distance <= 1 + text.len() / 4 => format!("did you mean `{name}`?"),
-        _ => format!("expected {}", known.collect::<Vec<_>>().join(", ")),
-    }
-}
-
-/// How many characters have to be put in, left out or changed, to make one of the other.
-fn distance(one: &str, other: &str) -> usize {
-    let other: Vec<_> = other.chars().collect();
-    let mut row: Vec<_> = (0..=other.len()).collect();
-    for (i, a) in one.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, b) in other.iter().enumerate() {
-            let changed = diagonal + usize::from(a != *b);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[other.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,17 +159,6 @@ mod tests {
             if let Err(error) = source.keys(&["a"]) {
                 prop_assert!(error.line <= 1 + text.matches('\n').count());
             }
-        }
-    }
-
-    #[test]
-    fn the_nearest_name_is_told_if_it_is_near() {
-        let known = || ["timeout", "memory", "env"].into_iter();
-        assert_eq!(instead("timeuot", known()), "did you mean `timeout`?");
-        assert_eq!(instead("enf", known()), "did you mean `env`?");
-        assert_eq!(instead("colour", known()), "expected timeout, memory, env");
-        for (one, other, expected) in [("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3)] {
-            assert_eq!((distance(one, other), distance(other, one)), (expected, expected));
         }
     }
 

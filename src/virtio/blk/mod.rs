@@ -61,6 +61,7 @@ const LOGGED_ERRORS: u64 = 5;
 /// What a disk is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Disk"))]
 pub struct Spec {
     /// The host's file or block device.
     pub path: PathBuf,
@@ -91,6 +92,7 @@ impl Spec {
 /// When what the guest wrote survives a crash of the host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Cache {
     /// When the guest has flushed it.
     #[default]

@@ -72,6 +72,7 @@ const LINK_UP: u8 = 1;
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NetworkCard"))]
 pub struct Spec {
     /// The name of a tap. If there is none it is created, when that is permitted, and set up; it vanishes with the
     /// device. `ip tuntap add dev NAME mode tap user $USER` makes one that stays, for a user without privileges.

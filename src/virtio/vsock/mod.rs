@@ -62,6 +62,7 @@ const FIRST_PORT: u32 = 1 << 30;
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Vsock"))]
 pub struct Spec {
     /// The guest's context ID, from 3 to 2^32 - 2. Several machines may have the same.
     pub cid: u32,
