@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bantam::command;
+use bantam::config::file::{self, Document};
 use bantam::config::{Config, Overlay, Quota, Share, Size, duration, kv};
 use bantam::devices::console;
 use bantam::virtio::{blk, net, vsock};
@@ -111,8 +112,15 @@ pub enum Command {
     },
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct Run {
+    /// Take the machine from FILE, JSON or TOML, or Firecracker's --config-file; - is standard input.
+    ///
+    /// Each flag has its key there. Flags beside it count more; of what may be there several times there is more:
+    /// disks, network cards, shares, variables and ports are added to those of FILE.
+    #[arg(long, value_name = "FILE", help_heading = "Machine")]
+    config: Option<PathBuf>,
+
     /// The root file system: a raw disk image, or with a command also a directory, a tar archive, oci:PATH[:TAG] or
     /// docker://HOST/NAME:TAG.
     ///
@@ -164,20 +172,18 @@ pub struct Run {
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     initrd: Option<PathBuf>,
     /// Text to add to the default kernel command line.
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, help_heading = "Boot")]
-    #[arg(allow_hyphen_values = true)]
-    cmdline: String,
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Boot")]
+    cmdline: Option<String>,
     /// Make --cmdline the whole kernel command line.
     #[arg(long, help_heading = "Boot")]
     cmdline_only: bool,
 
-    /// The number of virtual CPUs.
-    #[arg(long, value_name = "N", default_value_t = Config::default().cpus, help_heading = "Machine")]
-    #[arg(value_parser = cpus, allow_negative_numbers = true)]
-    cpus: u32,
-    /// The guest's memory: 512M, 4G, ...
-    #[arg(long, value_name = "SIZE", default_value_t = Config::default().memory, help_heading = "Machine")]
-    memory: Size,
+    /// The number of virtual CPUs [default: 1].
+    #[arg(long, value_name = "N", value_parser = cpus, allow_negative_numbers = true, help_heading = "Machine")]
+    cpus: Option<u32>,
+    /// The guest's memory: 512M, 4G, ... [default: 256M].
+    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    memory: Option<Size>,
 
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
     #[arg(
@@ -253,9 +259,8 @@ pub struct Run {
     ///
     /// Any failure of the guest or its command is one, but not a signal that ends the machine, and no mistake that keeps it
     /// from being built. Nothing is read from standard input, which could be read once only.
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Limits")]
-    #[arg(conflicts_with = "tty")]
-    pub retry: u16,
+    #[arg(long, value_name = "N", conflicts_with = "tty", help_heading = "Limits")]
+    retry: Option<u16>,
     /// End with the process that started this one, and take signals that it had blocked.
     #[arg(long, hide = true, value_name = "PID")]
     pub supervised: Option<u32>,
@@ -287,6 +292,8 @@ pub enum Error {
     NoUserNetwork(net::Publish),
     #[error("cannot have both --net none and a network card")]
     NoneAndSome,
+    #[error("cannot try again (--retry) with a command that has a terminal (--tty)")]
+    RetryWithTerminal,
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
 }
@@ -312,45 +319,91 @@ fn cpus(text: &str) -> Result<u32, &'static str> {
 }
 
 impl Run {
-    /// The machine that the flags ask for, with this kernel.
-    pub fn config(&self, kernel: PathBuf) -> Result<Config, Error> {
-        let command = self.command();
-        let default_serial = if command.is_some() { console::Spec::None } else { console::Spec::default() };
+    /// What the file says that --config names, with what the flags say in its place of how the run is told.
+    pub fn document(&mut self) -> Result<Document, file::Error> {
+        let document = self.config.as_deref().map(file::read).transpose()?.unwrap_or_default();
+        let run = &document.run;
+        self.kernel = self.kernel.take().or_else(|| document.config.kernel.clone());
+        self.report = self.report.take().or_else(|| run.report.clone());
+        self.junit = self.junit.take().or_else(|| run.junit.clone());
+        self.log_file = self.log_file.take().or_else(|| run.log_file.clone());
+        self.github |= run.github;
+        self.retry.get_or_insert(run.retry);
+        if self.verbose == 0 {
+            self.verbose = run.verbose;
+        }
+        Ok(document)
+    }
+
+    /// How often it is run again.
+    pub fn retries(&self) -> u16 {
+        self.retry.unwrap_or(0)
+    }
+
+    /// The machine that the flags ask for above that of `document`, with this kernel.
+    pub fn config(&self, document: Document, kernel: PathBuf) -> Result<Config, Error> {
+        let Document { mut config, says_serial, .. } = document;
+        let command = self.command(config.command.take());
+        if self.retries() > 0 && command.as_ref().is_some_and(|command| command.tty) {
+            return Err(Error::RetryWithTerminal);
+        }
+        let default_serial = match &command {
+            _ if says_serial => config.serial,
+            Some(_) => console::Spec::None,
+            None => console::Spec::default(),
+        };
         let file = self.console.clone().map(console::Spec::File);
-        let serial = self.serial.clone().or(file).unwrap_or(default_serial);
         Ok(Config {
             kernel: Some(kernel),
-            initrd: self.initrd.clone(),
-            cmdline: self.cmdline.clone(),
-            cmdline_only: self.cmdline_only,
-            cpus: self.cpus,
-            memory: self.memory,
-            rootfs: self.rootfs.clone(),
-            overlay: self.overlay.clone(),
-            disks: self.disks.clone(),
-            nets: self.nets()?,
-            shares: self.shares.clone(),
-            vsock: self.vsock.clone(),
-            rng: !self.no_rng,
+            initrd: self.initrd.clone().or(config.initrd),
+            cmdline: self.cmdline.clone().unwrap_or(config.cmdline),
+            cmdline_only: self.cmdline_only || config.cmdline_only,
+            cpus: self.cpus.unwrap_or(config.cpus),
+            memory: self.memory.unwrap_or(config.memory),
+            rootfs: self.rootfs.clone().or(config.rootfs),
+            overlay: self.overlay.clone().or(config.overlay),
+            disks: [config.disks, self.disks.clone()].concat(),
+            nets: self.nets(config.nets)?,
+            shares: [config.shares, self.shares.clone()].concat(),
+            vsock: self.vsock.clone().or(config.vsock),
+            rng: config.rng && !self.no_rng,
             command,
-            modules: self.modules.clone(),
-            cpu_quota: self.cpu_quota,
-            serial,
-            boot_timeout: self.boot_timeout,
-            timeout: self.timeout,
+            modules: self.modules.clone().or(config.modules),
+            cpu_quota: self.cpu_quota.or(config.cpu_quota),
+            serial: self.serial.clone().or(file).unwrap_or(default_serial),
+            boot_timeout: self.boot_timeout.or(config.boot_timeout),
+            timeout: self.timeout.or(config.timeout),
         })
     }
-}
 
-impl Run {
-    /// The network cards.
-    fn nets(&self) -> Result<Vec<net::Spec>, Error> {
+    /// The machine as a file for --config, and how its run is told.
+    pub fn print(&self, config: &Config) -> serde_json::Result<String> {
+        let run = file::Run {
+            report: self.report.clone(),
+            junit: self.junit.clone(),
+            github: self.github,
+            retry: self.retries(),
+            verbose: self.verbose,
+            log_file: self.log_file.clone(),
+        };
+        let (config, run) = (serde_json::to_string_pretty(config)?, serde_json::to_string_pretty(&run)?);
+        Ok(match (config.strip_suffix("\n}"), run.strip_prefix("{\n")) {
+            (Some(config), Some(run)) => format!("{config},\n{run}\n"),
+            // There is nothing to add.
+            _ => config + "\n",
+        })
+    }
+
+    /// The network cards: those of the file, unless there are to be none, and those of the flags.
+    fn nets(&self, of_file: Vec<net::Spec>) -> Result<Vec<net::Spec>, Error> {
         let cards =
             self.nets.iter().filter_map(|net| if let Net::Card(card) = net { Some(card.clone()) } else { None });
-        let mut cards: Vec<_> = cards.collect();
-        if !cards.is_empty() && cards.len() < self.nets.len() {
+        let cards: Vec<_> = cards.collect();
+        let none = cards.len() < self.nets.len();
+        if !cards.is_empty() && none {
             return Err(Error::NoneAndSome);
         }
+        let mut cards = if none { vec![] } else { [of_file, cards].concat() };
         match (self.publish.first(), cards.iter_mut().find(|card| card.user)) {
             (Some(port), None) => return Err(Error::NoUserNetwork(*port)),
             (_, Some(card)) => card.publish.extend(&self.publish),
@@ -359,25 +412,27 @@ impl Run {
         Ok(cards)
     }
 
-    /// The command, if there is one.
-    fn command(&self) -> Option<command::Spec> {
+    /// The command, if there is one: that of the file, with what the flags say in its place.
+    fn command(&self, of_file: Option<command::Spec>) -> Option<command::Spec> {
         let variable = |variable: &String| match variable.contains('=') {
             true => Some(variable.clone()),
             false => std::env::var(variable).ok().map(|value| format!("{variable}={value}")),
         };
-        let mut env: Vec<_> = self.env.iter().filter_map(variable).collect();
-        if self.tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
+        let file = of_file.unwrap_or_default();
+        let tty = self.tty || file.tty;
+        let mut env: Vec<_> = file.env.into_iter().chain(self.env.iter().filter_map(variable)).collect();
+        if tty && !env.iter().any(|variable| variable.starts_with("TERM=")) {
             env.extend(std::env::var("TERM").map(|term| format!("TERM={term}")));
         }
         let command = command::Spec {
-            arguments: self.command.clone(),
+            arguments: if self.command.is_empty() { file.arguments } else { self.command.clone() },
             env,
-            workdir: self.workdir.clone(),
-            user: self.user.clone(),
-            hostname: self.hostname.clone(),
-            pids: self.pids,
-            tty: self.tty,
-            rw: self.rw,
+            workdir: self.workdir.clone().or(file.workdir),
+            user: self.user.clone().or(file.user),
+            hostname: self.hostname.clone().or(file.hostname),
+            pids: self.pids.or(file.pids),
+            tty,
+            rw: self.rw || file.rw,
         };
         // An image may name the program.
         Some(command).filter(|command| *command != command::Spec::default())
@@ -423,8 +478,67 @@ mod tests {
 
     fn config(flags: &[&str]) -> Config {
         let flags = ["bantam", "run", "--kernel", "k"].iter().chain(flags);
-        let Command::Run(run) = Cli::try_parse_from(flags).unwrap().command else { panic!("not a run") };
-        run.config("k".into()).unwrap()
+        let Command::Run(mut run) = Cli::try_parse_from(flags).unwrap().command else { panic!("not a run") };
+        let document = run.document().unwrap();
+        run.config(document, run.kernel.clone().unwrap()).unwrap()
+    }
+
+    /// Flags that are no keys by the same name, and what they are in a file.
+    const OTHER_NAMES: [(&str, &str); 13] = [
+        ("console", "serial"),
+        ("disk", "disks"),
+        ("env", "command"),
+        ("hostname", "command"),
+        ("net", "nets"),
+        ("no-rng", "rng"),
+        ("pids", "command"),
+        ("publish", "nets"),
+        ("rw", "command"),
+        ("share", "shares"),
+        ("tty", "command"),
+        ("user", "command"),
+        ("workdir", "command"),
+    ];
+
+    #[test]
+    fn every_flag_has_its_key() {
+        // What says where to look, and what is not for people.
+        let without = ["config", "print-config", "supervised", "help", "version"];
+        let keys = file::keys();
+        let mut seen = 0;
+        for flag in Cli::command().find_subcommand("run").unwrap().get_arguments() {
+            let Some(name) = flag.get_long().filter(|name| !without.contains(name)) else { continue };
+            let key = OTHER_NAMES.iter().find(|(flag, _)| *flag == name).map_or(name, |(_, key)| key);
+            assert!(keys.contains(&key), "--{name} has no key in the file");
+            seen += 1;
+        }
+        assert!(seen > 25);
+    }
+
+    #[test]
+    fn flags_count_more_than_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "cpus = 4\nmemory = '1G'\nrootfs = 'r'\nrng = false\ntimeout = 5\nretry = 2\nreport = 'r'\n[[disks]]\npath = 'a'\n\
+                    [[nets]]\nuser = true\n[command]\narguments = ['ls']\nenv = ['A=1']\nworkdir = '/w'\n";
+        std::fs::write(file.path(), text).unwrap();
+        let flags = |flags: &str| {
+            let path = file.path().to_str().unwrap();
+            config(&["--config", path].into_iter().chain(flags.split_terminator(' ')).collect::<Vec<_>>())
+        };
+        let plain = flags("");
+        assert_eq!((plain.cpus, plain.rng, plain.serial.clone()), (4, false, console::Spec::None));
+        let other = flags("--cpus 2 --disk b -p 1:2 -e B=2 root.img -- make x");
+        assert_eq!((other.cpus, other.memory), (2, Size::gib(1)));
+        assert_eq!(other.rootfs, Some("root.img".into()));
+        assert_eq!(other.disks, [blk::Spec::new("a"), blk::Spec::new("b")]);
+        assert_eq!(other.nets[0].publish.len(), 1);
+        let command = command::Spec {
+            env: vec!["A=1".into(), "B=2".into()],
+            workdir: Some("/w".into()),
+            ..command::Spec::new(["make", "x"])
+        };
+        assert_eq!(other.command, Some(command));
+        assert_eq!(flags("--net none").nets, []);
     }
 
     #[test]

@@ -50,13 +50,13 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    let result = match &cli.command {
-        Command::Run(run) => self::run(run, started),
-        Command::Check(check) => self::check(check),
+    let result = match cli.command {
+        Command::Run(run) => self::run(*run, started),
+        Command::Check(check) => self::check(&check),
         Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
         Command::Image(image) => print_told(|told| image.run(told)),
-        Command::Test(test) => self::test(test),
-        Command::Completions { shell } => print(&cli::completions(*shell)),
+        Command::Test(test) => self::test(&test),
+        Command::Completions { shell } => print(&cli::completions(shell)),
         Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
     };
     result.unwrap_or_else(|error| {
@@ -69,10 +69,12 @@ fn main() -> ExitCode {
 }
 
 /// Runs a machine to its end.
-fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     if run.supervised.is_some_and(|parent| !signal::end_with_parent(parent)) {
         return Err("cannot run for a process that has ended".into());
     }
+    let document = run.document()?;
+    let run = run;
     if run.github {
         cli::github::guard_words();
     }
@@ -85,17 +87,15 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
         }
         found => found?,
     };
-    let mut config = run.config(kernel)?;
+    let mut config = run.config(document, kernel)?;
     if run.print_config {
         config.validate()?;
-        let mut json = serde_json::to_vec_pretty(&config)?;
-        json.push(b'\n');
-        return print(&json);
+        return print(run.print(&config)?.as_bytes());
     }
     let outputs = [("report", &run.report), ("JUnit file", &run.junit), ("log", &run.log_file)];
     cli::outputs::check(&config, outputs.map(|(what, path)| (what, path.as_deref())))?;
-    let mut attempts = Attempts::new(run, &config)?;
-    if run.retry > 0 {
+    let mut attempts = Attempts::new(&run, &config)?;
+    if run.retries() > 0 {
         prepare_retries(&config)?;
     }
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
@@ -105,10 +105,10 @@ fn run(run: &cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
     let (ended, machine) = attempts.run(has_command, started, |begin, wanted| {
-        let config = if run.retry > 0 { config.clone() } else { std::mem::take(&mut config) };
-        let built = std::mem::replace(&mut opened, Ok(())).and_then(|()| build(run, config, begin, wanted));
+        let config = if run.retries() > 0 { config.clone() } else { std::mem::take(&mut config) };
+        let built = std::mem::replace(&mut opened, Ok(())).and_then(|()| build(&run, config, begin, wanted));
         // Kernel and modules are in the guest's memory, unless they are needed again.
-        in_use = in_use.take().filter(|_| run.retry > 0);
+        in_use = in_use.take().filter(|_| run.retries() > 0);
         built
     });
     let unwritten = attempts.tell().err();

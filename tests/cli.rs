@@ -244,6 +244,67 @@ fn the_config_is_printed_whole() {
 }
 
 #[test]
+fn the_config_that_is_printed_is_read() {
+    let folder = Folder::new();
+    let printed = include_str!("cli/config.json");
+    folder.write("printed", printed.as_bytes());
+    let run = |flags: &[&str]| folder.bantam(&[&["run", "--print-config"], flags].concat());
+    for name in ["printed", "-"] {
+        let mut command = folder.command(BANTAM, &["run", "--print-config", "--config", name]);
+        let again = output(command.stdin(fs::File::open(folder.path("printed")).unwrap()));
+        assert_eq!(text(&again.stdout), printed, "{}", text(&again.stderr));
+    }
+    // What says how the run is told is printed as well, if there is something.
+    let told = ["--report", "r", "--junit", "j", "--github", "--retry", "2", "-vv", "--log-file", "l"];
+    let first = run(&[&["--kernel", "k"], &told[..]].concat());
+    folder.write("told.json", &first.stdout);
+    let keys: serde_json::Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert_eq!(
+        (keys["report"].as_str(), keys["retry"].as_u64(), keys["verbose"].as_u64()),
+        (Some("r"), Some(2), Some(2))
+    );
+    assert_eq!(text(&run(&["--config", "told.json"]).stdout), text(&first.stdout));
+    let other = run(&["--config", "told.json", "--report", "other", "--memory", "1G"]);
+    let other: serde_json::Value = serde_json::from_slice(&other.stdout).unwrap();
+    assert_eq!((other["report"].as_str(), other["memory"].as_str()), (Some("other"), Some("1G")));
+}
+
+#[test]
+fn a_machine_runs_from_its_file() {
+    let folder = Folder::new();
+    folder.write("vm.toml", b"kernel = 'kernel'\nserial = 'none'\nreport = 'report'\n");
+    let output = folder.bantam(&["run", "--config", "vm.toml"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(fs::read_to_string(folder.path("report")).unwrap().contains("rebooted"));
+    // Firecracker's, as it is.
+    let file = r#"{"boot-source": {"kernel_image_path": "kernel", "boot_args": "console=ttyS0"},
+                   "drives": [{"drive_id": "root", "path_on_host": "disk", "is_root_device": true, "is_read_only": false}],
+                   "machine-config": {"vcpu_count": 1, "mem_size_mib": 64}}"#;
+    folder.write("vm_config.json", file.as_bytes());
+    let output = folder.bantam(&["run", "--config", "vm_config.json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_file_that_is_no_machine_is_refused() {
+    let folder = Folder::new();
+    for (name, content, words) in [
+        ("a.toml", "cpus = 2\n\nmemry = '1G'\n", &["a.toml, line 3: unknown key `memry`: did you mean `memory`?"][..]),
+        ("a.json", "{\"cpus\": 2,\n\"cpus\": 3}", &["a.json, line 2", "`cpus` is given twice"]),
+        ("a", "[[disks]]\npath = 'disk'\nreadonly = 'yes'", &["line 3: `disks[0].readonly`: expected true or false"]),
+        ("a", "{\"boot-source\": {\"kernel\": 1}}", &["line 1: `boot-source`: unknown key `kernel`"]),
+        ("a", "cpus = 0", &["0 cpus"]),
+    ] {
+        folder.write(name, content.as_bytes());
+        folder.refuses(&["--config", name], words);
+    }
+    folder.refuses(&["--config", "nothing"], &["cannot read the configuration nothing", "No such file"]);
+    folder.refuses(&["--config", "."], &["cannot read the configuration ."]);
+    folder.write("tty.toml", b"retry = 1\nrootfs = 'disk'\n[command]\narguments = ['ls']\ntty = true");
+    folder.refuses(&["--config", "tty.toml"], &["cannot try again (--retry) with a command that has a terminal"]);
+}
+
+#[test]
 fn check_tells_as_text_and_as_json() {
     let folder = Folder::new();
     let output = folder.bantam(&["check"]);

@@ -138,7 +138,7 @@ impl Attempts {
             name,
             class,
             ended: vec![],
-            most: 1 + usize::from(run.retry),
+            most: 1 + usize::from(run.retries()),
         })
     }
 
