@@ -2,8 +2,9 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, memory, boot, disk, net, share, commands; all without any. `start` uses the machine's own KVM, if there is one, even where
-# that cannot run a guest's kernel; the others need VT-x or SVM, or run in the emulated KVM host.
+# Items: start, memory, boot, disk, net, share, commands, images; all without any. `images` needs no KVM, `start` uses the
+# machine's own, if there is one, even where that cannot run a guest's kernel; the others need VT-x or SVM, or run in the
+# emulated KVM host.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net|share|commands]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net|share|commands|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start memory boot disk net share commands)
+(($#)) || items=(start memory boot disk net share commands images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -182,20 +183,27 @@ memory() {
     in_turn 3 1 memory_once
 }
 
-memory_once() {
-    local pid tries
-    machine "$1" "$tiny" "$built/boot.cpio" "quiet bench=idle rdinit=/bench"
+# Starts `command` as the process `pid`, and waits until it has said bench-idle and is.
+start_idle() {
+    local tries
     "${command[@]}" </dev/null >"$built/log" 2>&1 &
     pid=$!
     for ((tries = 0; tries < 600; tries++)); do
         ! grep -q bench-idle "$built/log" || break
         sleep 0.1
     done
-    sleep 1 # for the guest to become idle
+    sleep 1
+    ((tries < 600))
+}
+
+memory_once() {
+    local pid status=0
+    machine "$1" "$tiny" "$built/boot.cpio" "quiet bench=idle rdinit=/bench"
+    start_idle || status=1
     cp "/proc/$pid/smaps" "$built/smaps-$1"
     kill "$pid"
     wait "$pid" || true
-    ((tries < 600)) || return 1
+    ((status == 0)) || return 1
     figure "$1" "private memory, guest idle, MiB (budget 2)" \
         "$(private "$1")"
     figure "$1" "of it written, MiB" \
@@ -283,21 +291,35 @@ command_once() {
 
 # What all processes of an instance have, of what they share with others their part.
 command_memory() {
-    local pid tries
+    local pid status=0
     run_command "$1" "echo bench-idle; sleep 1000"
-    "${command[@]}" </dev/null >"$built/log" 2>&1 &
-    pid=$!
-    for ((tries = 0; tries < 600; tries++)); do
-        ! grep -q bench-idle "$built/log" || break
-        sleep 0.1
-    done
-    sleep 1 # for the guest to become idle
+    start_idle || status=1
     figure "$1" "host memory (PSS) of a sleeping command, MiB" "$(descendants "$pid" |
         xargs -I {} cat /proc/{}/smaps_rollup | awk '/^Pss:/ { kib += $2 } END { print kib / 1024 }')"
     if [[ $1 == runc ]]; then runc delete --force bench; else kill "$pid"; fi
     wait "$pid" || true
-    ((tries < 600))
+    return "$status"
 }
+
+images() {
+    step "Images on disk"
+    local archive image unpacked=$built/unpacked name="a busybox root"
+    for archive in "$built/commands.tar" "$PWD/target/guest/debian-root.tar"; do
+        image=$(XDG_CACHE_HOME=$built/cache "$bantam" image pull "$archive")
+        rm -rf "$unpacked"
+        mkdir "$unpacked"
+        # Devices would need root.
+        tar -C "$unpacked" -xf "$archive" --no-same-owner --exclude './dev/*'
+        figure bantam "$name on disk, MiB" "$(on_disk "$image")"
+        figure runc "$name on disk, MiB" "$(on_disk "$unpacked")"
+        figure bantam "$name with its layers, gzipped, MiB" "$(on_disk "$image")"
+        figure runc "$name with its layers, gzipped, MiB" \
+            "$(gzip -c "$archive" | wc -c | awk -v root="$(on_disk "$unpacked")" '{ print root + $1 / 2 ^ 20 }')"
+        name="a Debian (minbase)"
+    done
+}
+
+on_disk() { du -sk "$1" | awk '{ print $1 / 1024 }'; }
 
 # A process and all below it.
 descendants() {
@@ -329,14 +351,14 @@ own=(resources/bench/run.sh ${quick:+--quick} --figures)
 hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 for item in "${items[@]}"; do
     case $item in
-    start) "${own[@]}" own start ;;
+    start | images) "${own[@]}" own "$item" ;;
     net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
 : >"$built/figures.emulated"
 guests=()
-for item in "${items[@]}"; do [[ $item == start || -n $hardware ]] || guests+=("$item"); done
+for item in "${items[@]}"; do [[ $item =~ start|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
     KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
