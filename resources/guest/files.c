@@ -1,6 +1,7 @@
 /*
  * Checks what a shell cannot of a file system: locks, mappings, holes, extended attributes, times, changing directories.
  *     files DIRECTORY [attributes]
+ *     files DIRECTORY read-only       of one with what the above made, which cannot be written to
  * Ends with 1 at the first thing that is not as POSIX or Linux has it, and says which.
  */
 #define _GNU_SOURCE
@@ -127,7 +128,9 @@ static void holes(void)
 
 static void attributes(void)
 {
-    char value[100], large[32 << 10];
+    static char large[(64 << 10) + 1];
+    char value[100], name[257] = "user.";
+    const int most = 64 << 10;
     close(make("attributes"));
     REQUIRE(setxattr("attributes", "user.one", "1\0one", 5, XATTR_CREATE) == 0);
     FAILS(setxattr("attributes", "user.one", "x", 1, XATTR_CREATE), EEXIST);
@@ -141,10 +144,31 @@ static void attributes(void)
     REQUIRE(removexattr("attributes", "user.one") == 0);
     FAILS(getxattr("attributes", "user.one", value, sizeof value), ENODATA);
     FAILS(setxattr("attributes", "trusted.one", "x", 1, 0), EOPNOTSUPP);
-    memset(large, 'l', sizeof large);
-    /* Not every file system has room for it. */
-    if (setxattr("attributes", "user.large", large, sizeof large, 0) == 0)
-        REQUIRE(getxattr("attributes", "user.large", large, sizeof large) == sizeof large && large[1] == 'l');
+    memset(large, 'l', most);
+    /* Not every file system has room for it; then nothing changes. */
+    if (setxattr("attributes", "user.large", large, most, 0) == 0)
+        REQUIRE(getxattr("attributes", "user.large", large, most) == most && large[1] == 'l');
+    else
+        REQUIRE((errno == ENOSPC || errno == E2BIG) && listxattr("attributes", NULL, 0) == 9);
+    FAILS(setxattr("attributes", "user.larger", large, most + 1, 0), E2BIG);
+    memset(name + 5, 'n', 251);
+    FAILS(setxattr("attributes", name, "x", 1, 0), ERANGE);
+    name[255] = '\0';
+    REQUIRE(setxattr("attributes", name, "x", 1, 0) == 0 && removexattr("attributes", name) == 0);
+    FAILS(removexattr("attributes", "user.none"), ENODATA);
+    REQUIRE(mkdir("folder", 0755) == 0 && setxattr("folder", "user.folder", "x", 1, 0) == 0);
+    REQUIRE(getxattr("folder", "user.folder", value, sizeof value) == 1 && value[0] == 'x');
+}
+
+static void read_only(void)
+{
+    char value[100];
+    REQUIRE(getxattr("attributes", "user.two", value, sizeof value) == 0);
+    REQUIRE(getxattr("folder", "user.folder", value, sizeof value) == 1 && value[0] == 'x');
+    REQUIRE(listxattr("folder", value, sizeof value) == 12);
+    FAILS(setxattr("folder", "user.folder", "y", 1, 0), EROFS);
+    FAILS(setxattr("folder", "user.new", "x", 1, 0), EROFS);
+    FAILS(removexattr("folder", "user.folder"), EROFS);
 }
 
 static void times(void)
@@ -223,6 +247,10 @@ static void appending(void)
 int main(int count, char **arguments)
 {
     REQUIRE(count >= 2 && chdir(arguments[1]) == 0);
+    if (count > 2 && strcmp(arguments[2], "read-only") == 0) {
+        read_only();
+        return 0;
+    }
     locks();
     mapping();
     holes();

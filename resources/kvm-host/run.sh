@@ -3,7 +3,7 @@
 # /dev/kvm is there, whole, on a machine without VT-x and SVM.
 #     run.sh COMMAND [ARGUMENT...]
 # The command sees this machine's files under the same paths, the environment and the working folder; what it writes is
-# gone afterwards. /tmp is empty. Its output and exit status are ours: status 124 at the time limit, 125 when the
+# gone afterwards. /tmp, in memory, and /var/tmp, on a disk, are empty. Its output and exit status are ours: status 124 at the time limit, 125 when the
 # host itself fails. With a terminal on standard input and output the command gets a terminal, else no input.
 # Environment: KVM_HOST_TIMEOUT, in seconds (1800); KVM_HOST_MEMORY (7G); KVM_HOST_CPUS (1).
 set -euo pipefail
@@ -32,8 +32,11 @@ else
     streams='</dev/null >>/run/kvm-host/stdout 2>>/run/kvm-host/stderr'
 fi
 touch "$run/stdout" "$run/stderr"
+truncate -s 1G "$run/disk"
+PATH=$PATH:/usr/sbin:/sbin mke2fs -q -t ext4 "$run/disk" || fail "cannot make a file system: run resources/test.sh, which installs e2fsprogs"
 echo "$project" >"$run/project"
 {
+    echo 'mount /dev/vda /var/tmp && chmod 1777 /var/tmp'
     export -p
     printf 'cd %q\n' "$PWD"
     [[ -z ${terminal:-} ]] || echo "stty rows $rows cols $columns </dev/hvc0; setsid -cw \\"
@@ -56,6 +59,7 @@ machine=(
     -machine "q35,memory-backend=memory" -accel tcg -cpu "$cpu" -smp "${KVM_HOST_CPUS:-1}"
     -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
     -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
+    -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe"
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
     -virtfs "local,path=$run,mount_tag=run,security_model=none"
 )
