@@ -47,7 +47,7 @@ impl Registry {
             .user_agent(concat!("bantam/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_secs(60)));
-        let config = if reference.is_local() { config } else { with_tls(config)? };
+        let config = if reference.is_local() { config } else { with_tls(config, reference)? };
         let authorization = Mutex::new(None);
         Ok(Self { agent: config.build().into(), reference: reference.clone(), authorization })
     }
@@ -138,7 +138,7 @@ type Builder = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
 /// TLS with the certificates that the host trusts.
 #[cfg(feature = "tls")]
-fn with_tls(config: Builder) -> io::Result<Builder> {
+fn with_tls(config: Builder, _reference: &Reference) -> io::Result<Builder> {
     use std::sync::Arc;
     use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
@@ -158,11 +158,14 @@ fn with_tls(config: Builder) -> io::Result<Builder> {
 }
 
 #[cfg(not(feature = "tls"))]
-fn with_tls(_config: Builder) -> io::Result<Builder> {
-    Err(io::Error::new(
-        io::ErrorKind::Unsupported,
-        "this bantam has no TLS: build it with `--features tls`, or copy the image (skopeo copy docker://... oci:...)",
-    ))
+fn with_tls(_config: Builder, reference: &Reference) -> io::Result<Builder> {
+    let name = reference.name.rsplit('/').next().unwrap_or_default();
+    let layout = format!("oci:{name}:{}", reference.tag.as_deref().unwrap_or("latest"));
+    let text = format!(
+        "this bantam has no TLS, which other machines are spoken to by: run `skopeo copy {reference} {layout}` and \
+         give {layout} in its place, or build bantam with `cargo build --release --features tls`"
+    );
+    Err(io::Error::new(io::ErrorKind::Unsupported, text))
 }
 
 /// An error with whom it was about.

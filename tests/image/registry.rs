@@ -7,6 +7,26 @@ use super::layers::layered;
 use super::{Place, assert_same};
 
 #[test]
+#[cfg(not(feature = "tls"))]
+fn what_needs_tls_is_told_with_what_brings_it() {
+    let place = Place::new();
+    for (reference, copied) in [
+        (
+            "docker://alpine:3",
+            "`skopeo copy docker://docker.io/library/alpine:3 oci:alpine:3` and give oci:alpine:3 in",
+        ),
+        ("docker://example.org/team/app", "`skopeo copy docker://example.org/team/app:latest oci:app:latest` and give"),
+    ] {
+        let output = place.bantam(&["pull", reference]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(125), "{said}");
+        for words in ["this bantam has no TLS", copied, "`cargo build --release --features tls`"] {
+            assert!(said.contains(words), "`{words}` is not in: {said}");
+        }
+    }
+}
+
+#[test]
 fn an_image_is_pulled_and_kept() {
     let place = Place::new();
     layered(&place);
