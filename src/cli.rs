@@ -21,7 +21,7 @@ use bantam::command;
 use bantam::config::file::{self, Document};
 use bantam::config::{Config, Overlay, Quota, Share, Size, duration, kv};
 use bantam::devices::console;
-use bantam::virtio::{blk, net, vsock};
+use bantam::virtio::{balloon, blk, net, vsock};
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use rustix::fs::{Access, AtFlags, CWD};
@@ -221,6 +221,13 @@ pub struct Run {
     /// Leave out the random number device.
     #[arg(long, help_heading = "Devices")]
     no_rng: bool,
+    /// Add a memory balloon, which the guest is asked to put SIZE of its memory into, for the host to use.
+    ///
+    /// With deflate-on-oom the guest takes memory out before it ends a process for lack of it; with stats it tells of its
+    /// memory every TIME; with free-page-reporting it gives back, unasked, what it does not use.
+    #[arg(long, value_name = "[size=]SIZE[,deflate-on-oom=on][,stats=TIME][,free-page-reporting=on]")]
+    #[arg(value_parser = kv::from_str::<balloon::Spec>, help_heading = "Devices")]
+    balloon: Option<balloon::Spec>,
 
     /// Where the serial console is: stdio, none, file=PATH or socket=PATH [default: stdio, with COMMAND none].
     #[arg(long, value_name = "WHERE", help_heading = "Console")]
@@ -367,6 +374,7 @@ impl Run {
             shares: [config.shares, self.shares.clone()].concat(),
             vsock: self.vsock.clone().or(config.vsock),
             rng: config.rng && !self.no_rng,
+            balloon: self.balloon.clone().or(config.balloon),
             command,
             modules: self.modules.clone().or(config.modules),
             cpu_quota: self.cpu_quota.or(config.cpu_quota),

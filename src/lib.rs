@@ -49,7 +49,7 @@
 //! | 3, what runs | [`boot`]: kernel, initrd, command line; [`vcpu`]: the thread of a vCPU; [`command`]: one command in the guest |
 //! | 2, what it runs on | [`kvm`]: all of KVM's ioctls; [`devices`]: serial port, clock, power; [`virtio`]: disks, network, randomness |
 //! | 1, the architecture as data | [`arch`]: addresses, registers, tables |
-//! | 0, the vocabulary | [`outcome`], [`memory`], [`bus`], [`cgroup`], [`interrupt`], [`metrics`], [`signal`], [`size`], [`terminal`] |
+//! | 0, the vocabulary | [`outcome`], [`memory`], [`bus`], [`cgroup`], [`duration`], [`interrupt`], [`metrics`], [`signal`], [`size`], [`terminal`] |
 //! | beside them | [`image`]: root file systems of images, archives and directories |
 
 // For the parts of the guest's init, which has no `std`, that are tested here.
@@ -64,6 +64,7 @@ pub mod check;
 pub mod command;
 pub mod config;
 pub mod devices;
+pub mod duration;
 pub mod image;
 pub mod interrupt;
 pub mod kernels;

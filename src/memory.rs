@@ -14,7 +14,9 @@ use std::os::unix::fs::FileExt;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use rustix::param::page_size;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// The guest's memory. A clone refers to the same pages.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -72,6 +74,39 @@ pub fn reserve(ranges: &[Range<u64>]) -> Result<GuestRam, Error> {
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(|_| layout())
+}
+
+/// Gives the pages of `range`, of guest-physical addresses, back to the host: whole pages, none of which is counted as
+/// the guest's any more. What the guest finds there when it uses them again is zeros, or, of memory mapped privately
+/// from a file, what is in that.
+///
+/// # Errors
+/// When some of it is not guest memory, it does not begin and end at pages' bounds, or the host refuses.
+pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let page = rustix::param::page_size() as u64;
+    let size = usize::try_from(range.end.saturating_sub(range.start)).map_err(|_| invalid())?;
+    if !range.start.is_multiple_of(page)
+        || !range.end.is_multiple_of(page)
+        || !ram.check_range(GuestAddress(range.start), size)
+    {
+        return Err(invalid());
+    }
+    let mut start = range.start;
+    while start < range.end {
+        let region = ram.find_region(GuestAddress(start)).ok_or_else(invalid)?;
+        let end = range.end.min(region.start_addr().0 + region.len());
+        let size = usize::try_from(end - start).map_err(|_| invalid())?;
+        let pages = ram.get_slice(GuestAddress(start), size).map_err(|_| invalid())?;
+        // Shared pages belong to the file, which has to give them up.
+        let shared = region.flags() & libc::MAP_SHARED != 0;
+        let advice = if shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
+        // SAFETY: the pages are mapped for as long as `ram` is. It is the guest's memory, of which no reference exists,
+        // and which the guest may change at any time anyway.
+        unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), advice) }?;
+        start = end;
+    }
+    Ok(())
 }
 
 /// The size of a huge page on x86-64 and AArch64 hosts, in bytes.
@@ -265,6 +300,37 @@ mod tests {
         let error = load_file(&ram, 0x1_0001, &file, 0x3_ffff, 2).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(load_file(&ram, 0, &file, 1, u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn discarded_pages_are_zeros_and_the_others_stay() {
+        let ram = reserve(&[0..0x2000, 0x2000..0x4000]).unwrap();
+        ram.write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
+        discard(&ram, 0x1000..0x3000).unwrap();
+        let byte = |address| ram.read_obj::<u8>(GuestAddress(address)).unwrap();
+        assert_eq!([0xfff, 0x1000, 0x2fff, 0x3000].map(byte), [7, 0, 0, 7]);
+        for range in [0x3000..0x5000, 0x10_0000..0x10_1000, 0x800..0x1000, 0..0x800, u64::MAX - 0xfff..u64::MAX] {
+            assert!(discard(&ram, range).is_err());
+        }
+        assert_eq!(byte(0x3000), 7);
+    }
+
+    #[test]
+    fn shared_pages_are_taken_out_of_their_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x4000).unwrap();
+        let pages = MmapRegionBuilder::new(0x4000)
+            .with_file_offset(vm_memory::FileOffset::new(file.try_clone().unwrap(), 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED)
+            .build()
+            .unwrap();
+        let ram = GuestRam::from_regions(vec![GuestRegionMmap::new(pages, GuestAddress(0)).unwrap()]).unwrap();
+        ram.write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
+        discard(&ram, 0x1000..0x3000).unwrap();
+        let mut content = vec![0; 0x4000];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut content, 0).unwrap();
+        assert_eq!([0xfff, 0x1000, 0x2fff, 0x3000].map(|at| content[at]), [7, 0, 0, 7]);
     }
 
     #[test]

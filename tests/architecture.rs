@@ -13,6 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &[
         "bus",
         "cgroup",
+        "duration",
         "image",
         "interrupt",
         "memory",

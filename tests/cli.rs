@@ -389,6 +389,15 @@ fn a_number_of_cpus_that_cannot_be_is_refused() {
 fn mistaken_device_options_are_refused() {
     let folder = Folder::new();
     folder.refuses(&["--disk", ""], &["--disk"]);
+    folder.refuses(&["--balloon", "257M"], &["balloon of 257M in a machine with 256M of memory", "larger"]);
+    folder.refuses(&["--balloon", "4097"], &["balloon of 4097: it is not a multiple of 4096"]);
+    folder.refuses(&["--balloon", "big"], &["--balloon", "size=big", "512M"]);
+    folder.refuses(&["--balloon", "64M,stats=often"], &["--balloon", "stats=often", "60s"]);
+    folder.refuses(&["--balloon", "64M,deflate-on-oom=perhaps"], &["deflate-on-oom=perhaps", "on or off"]);
+    folder.refuses(
+        &["--balloon", "64M,free-page-hinting=on"],
+        &["`free-page-hinting` is not known", "free-page-reporting"],
+    );
     folder.refuses(&["--disk", "disk,readonly=on,readonly=off"], &["--disk", "`readonly` is given twice"]);
     folder.refuses(&["--disk", "disk,path=disk"], &["--disk", "`path` is given twice"]);
     folder.refuses(&["--disk", "disk,speed=9"], &["--disk", "`speed` is not known", "readonly"]);

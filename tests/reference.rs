@@ -154,6 +154,8 @@ fn every_key_of_the_configuration_is_explained() {
         "t",
         "--timeout",
         "1s",
+        "--balloon",
+        "64M",
         "--print-config",
         "root.img",
         "--",
@@ -170,14 +172,17 @@ fn every_key_of_the_configuration_is_explained() {
 
 #[test]
 fn every_field_of_the_report_is_explained() {
+    use bantam::config::Size;
     use bantam::virtio::device::VirtioDevice;
-    use bantam::virtio::{blk, net, rng};
+    use bantam::virtio::{balloon, blk, net, rng};
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(512).unwrap();
     let disk = blk::Blk::open(&blk::Spec::new(image.path())).unwrap();
     let mut found = BTreeSet::new();
     keys(&disk.metrics().to_json(), &mut found);
     keys(&rng::Rng::new().metrics().to_json(), &mut found);
+    let balloon = balloon::Balloon::new(&balloon::Spec::default(), Size::mib(256)).unwrap();
+    keys(&balloon.metrics().to_json(), &mut found);
     keys(&serde_json::to_value(net::Statistics::default()).unwrap(), &mut found);
     keys(&serde_json::to_value(bantam::vcpu::Metrics::default()).unwrap(), &mut found);
     keys(&serde_json::to_value(bantam::machine::Report::default()).unwrap(), &mut found);

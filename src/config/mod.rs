@@ -1,7 +1,6 @@
 //! What machine to build: one struct that the command line, a file and an embedding program all fill in.
 
 mod de;
-pub mod duration;
 pub mod file;
 pub mod firecracker;
 pub mod json;
@@ -19,6 +18,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::duration;
 pub use crate::size::{BadSize, Size};
 pub use overlay::Overlay;
 pub use quota::{BadQuota, Quota};
@@ -26,7 +26,7 @@ pub use share::{BadShare, Share};
 
 use crate::command::{self, BadSpec};
 use crate::devices::console;
-use crate::virtio::{blk, net, vsock};
+use crate::virtio::{balloon, blk, net, vsock};
 
 /// The least guest memory that a Linux kernel boots in.
 pub const MIN_MEMORY: Size = Size::mib(8);
@@ -63,6 +63,9 @@ pub enum Error {
         /// What was asked for.
         asked: Size,
     },
+    /// A balloon that cannot be.
+    #[error(transparent)]
+    Balloon(#[from] balloon::Error),
     /// A command that cannot be run.
     #[error(transparent)]
     Command(#[from] BadSpec),
@@ -141,6 +144,8 @@ pub struct Config {
     pub vsock: Option<vsock::Spec>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
+    /// The balloon, by which the guest gives memory back.
+    pub balloon: Option<balloon::Spec>,
     /// The command to run in the guest; without one the guest's own init runs.
     pub command: Option<command::Spec>,
     /// Where the modules of the kernel are for that, if not beside the kernel or with the host's own.
@@ -175,6 +180,7 @@ impl Default for Config {
             shares: vec![],
             vsock: None,
             rng: true,
+            balloon: None,
             command: None,
             modules: None,
             cpu_quota: None,
@@ -292,6 +298,12 @@ impl Config {
         self
     }
 
+    /// Adds a balloon.
+    pub fn balloon(mut self, balloon: balloon::Spec) -> Self {
+        self.balloon = Some(balloon);
+        self
+    }
+
     /// Sets the command to run in the guest. Its streams are this process' own or those of
     /// [`Builder::streams`](crate::machine::Builder::streams), and the serial console is not on them.
     pub fn command(mut self, command: command::Spec) -> Self {
@@ -355,6 +367,7 @@ impl Config {
         } else if self.nets.iter().filter(|net| net.user).count() > 1 {
             Err(Error::TwoUserNetworks)
         } else {
+            self.balloon.as_ref().map_or(Ok(()), |balloon| balloon.validate(self.memory))?;
             self.overlay.as_ref().map_or(Ok(()), |overlay| self.validate_overlay(overlay))?;
             self.command.as_ref().map_or(Ok(()), |command| self.validate_command(command))
         }

@@ -1,6 +1,6 @@
 //! The x86-64 board: which devices are where, and how they reach the run loop.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -33,8 +33,18 @@ pub(super) type NamedDevice = (String, Box<dyn VirtioDevice>);
 pub(super) struct Board<'a> {
     pub vm: &'a Vm,
     pub buses: Buses,
-    /// Counters of the virtio devices by name.
-    pub metrics: Vec<(String, Arc<dyn Metrics>)>,
+    /// The virtio devices.
+    pub attached: Vec<Attached>,
+}
+
+/// A virtio device on its bus.
+#[derive(Clone)]
+pub(super) struct Attached {
+    /// What its thread and its counters are called.
+    pub name: String,
+    pub metrics: Arc<dyn Metrics>,
+    /// Gone when the machine has ended.
+    pub transport: Weak<Mutex<Mmio>>,
 }
 
 fn event_fd(what: &'static str) -> Result<EventFd, Error> {
@@ -43,7 +53,7 @@ fn event_fd(what: &'static str) -> Result<EventFd, Error> {
 
 impl<'a> Board<'a> {
     pub fn new(vm: &'a Vm) -> Self {
-        Board { vm, buses: Buses::default(), metrics: Vec::new() }
+        Board { vm, buses: Buses::default(), attached: Vec::new() }
     }
 
     /// Attaches what every machine has: serial port, keyboard controller, clock, power registers, pvpanic.
@@ -97,8 +107,10 @@ impl<'a> Board<'a> {
             for (queue, kick) in mmio.kicks() {
                 self.vm.attach_ioeventfd(kick, base + QUEUE_NOTIFY, queue.into())?;
             }
-            self.metrics.push((name, mmio.metrics()));
-            self.buses.mmio.attach(base, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(mmio)))?;
+            let metrics = mmio.metrics();
+            let mmio = Arc::new(Mutex::new(mmio));
+            self.attached.push(Attached { name, metrics, transport: Arc::downgrade(&mmio) });
+            self.buses.mmio.attach(base, layout::VIRTIO_MMIO_SIZE, mmio)?;
         }
         Ok(())
     }

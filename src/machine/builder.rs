@@ -21,7 +21,7 @@ use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
-use crate::virtio::{blk, fs, net, rng, vsock};
+use crate::virtio::{balloon, blk, fs, net, rng, vsock};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
 #[must_use]
@@ -114,10 +114,11 @@ impl Builder {
         let overlay = open_overlay(&config)?;
         let nets = open_nets(&config, first_nets)?;
         let vsock = open_vsock(&config, ends)?;
-        let devices =
-            disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(vsock).chain(rng(&config)).collect();
+        let (balloon, balloon_state) = open_balloon(&config)?.unzip();
+        let last = vsock.into_iter().chain(rng(&config)).chain(balloon);
+        let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
-        let Board { buses, metrics, .. } = board;
+        let Board { buses, attached, .. } = board;
         // a file is emptied, or the user's terminal switched to raw mode.
         let console = console.map_or_else(|| Console::open(&config.serial), Ok)?;
         Ok(Machine {
@@ -137,8 +138,10 @@ impl Builder {
             has_modules: command.is_some_and(|command| command.has_modules),
             vcpus,
             threads: Vec::new(),
+            vcpu_metrics: Vec::new(),
             writer: None,
-            metrics,
+            attached,
+            balloon: balloon_state,
             watch: Default::default(),
             pause: Default::default(),
             started,
@@ -149,13 +152,18 @@ impl Builder {
     }
 }
 
-/// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng. A root that
+/// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng, balloon. A root that
 /// is a folder comes first of the shares, an overlay last of the disks.
 fn count_devices(config: &Config) -> usize {
     let vsock = config.vsock.is_some() || config.command.is_some();
     let disks = config.all_disks().count() + usize::from(config.overlay.is_some());
     let shares = config.shares.len() + usize::from(config.root_folder().is_some());
-    disks + config.nets.len() + shares + usize::from(vsock) + usize::from(config.rng)
+    disks
+        + config.nets.len()
+        + shares
+        + usize::from(vsock)
+        + usize::from(config.rng)
+        + usize::from(config.balloon.is_some())
 }
 
 /// The network cards on descriptors, each at its place, and those whose network takes a while to start.
@@ -254,6 +262,13 @@ fn open_session(config: &Config, streams: Option<Streams>) -> io::Result<Option<
     let Some(command) = &config.command else { return Ok(None) };
     let streams = streams.map_or_else(Streams::inherit, Ok)?;
     Session::new(command.tty, streams).map(Some)
+}
+
+fn open_balloon(config: &Config) -> Result<Option<(NamedDevice, Arc<balloon::Shared>)>, balloon::Error> {
+    let Some(spec) = &config.balloon else { return Ok(None) };
+    let balloon = balloon::Balloon::new(spec, config.memory)?;
+    let shared = balloon.shared();
+    Ok(Some((("balloon".into(), Box::new(balloon) as _), shared)))
 }
 
 fn rng(config: &Config) -> Option<NamedDevice> {

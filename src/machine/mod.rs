@@ -2,21 +2,24 @@
 
 mod board_x86_64;
 mod builder;
+mod handle;
 mod inbox;
 mod pause;
 mod quota;
 mod report;
 mod run;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use board_x86_64::Port;
+use board_x86_64::{Attached, Port};
 pub use builder::Builder;
-use inbox::{Event, Inbox, Sender};
+pub use handle::Handle;
+use inbox::{Inbox, Sender};
 use pause::Pause;
 pub use pause::Refusal;
 use quota::Quota;
@@ -30,6 +33,7 @@ use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
+use crate::virtio::balloon;
 use crate::{arch, boot, bus, cgroup, command, config, devices, kvm, memory, virtio};
 
 /// Why a machine could not be built or run. How the guest fared is no error but an [`Outcome`].
@@ -50,6 +54,9 @@ pub enum Error {
     /// A network device cannot be used.
     #[error(transparent)]
     Net(#[from] virtio::net::Error),
+    /// The balloon cannot be had.
+    #[error(transparent)]
+    Balloon(#[from] balloon::Error),
     /// A folder cannot be shared.
     #[error(transparent)]
     Share(#[from] virtio::fs::Error),
@@ -140,9 +147,12 @@ pub struct Machine {
     vcpus: Vec<kvm::Vcpu>,
     /// Running.
     threads: Vec<vcpu::Thread>,
+    /// Of those that ran.
+    vcpu_metrics: Vec<(String, Arc<vcpu::Metrics>)>,
     /// Writes the console.
     writer: Option<JoinHandle<()>>,
-    metrics: Vec<(String, Arc<dyn Metrics>)>,
+    attached: Vec<Attached>,
+    balloon: Option<Arc<balloon::Shared>>,
     watch: run::Watch,
     pause: Pause,
     started: Instant,
@@ -152,26 +162,10 @@ pub struct Machine {
     _vm: kvm::Vm,
 }
 
-/// Reaches a machine from other threads. Clones reach the same machine.
-#[derive(Debug, Clone)]
-pub struct Handle(Sender);
-
-impl Handle {
-    /// Ends the machine: [`Machine::run`] returns [`Outcome::Stopped`]. Without effect on one that has ended.
-    pub fn stop(&self) {
-        self.0.send(Event::Stop);
-    }
-
-    /// Sends `bytes` to the guest's serial port. They wait for as long as the guest does not read them.
-    pub fn input(&self, bytes: impl Into<Vec<u8>>) {
-        self.0.send(Event::Input(bytes.into()));
-    }
-}
-
 impl Machine {
     /// What reaches the machine from other threads.
     pub fn handle(&self) -> Handle {
-        Handle(self.sender.clone())
+        Handle::new(self.sender.clone(), &self.attached, self.balloon.clone())
     }
 
     /// The last lines of the console.
@@ -202,7 +196,13 @@ impl Machine {
             out_of_memory: self.watch.out_of_memory.clone(),
             limits: self.limits.clone(),
             durations: self.times,
-            statistics: self.metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json())).collect(),
+            statistics: self.statistics(),
         }
+    }
+
+    fn statistics(&self) -> BTreeMap<String, serde_json::Value> {
+        let devices = self.attached.iter().map(|device| (device.name.clone(), device.metrics.to_json()));
+        let vcpus = self.vcpu_metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json()));
+        devices.chain(vcpus).collect()
     }
 }

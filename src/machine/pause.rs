@@ -57,7 +57,7 @@ impl Handle {
     /// # Errors
     /// When the machine has ended, or ends before it is paused.
     pub fn pause(&self) -> Result<(), Refusal> {
-        ask(&self.0, "pause", Event::Pause)
+        ask(&self.sender, "pause", Event::Pause)
     }
 
     /// Has a machine that is paused go on, and returns when it does. Without effect on one that runs.
@@ -65,7 +65,7 @@ impl Handle {
     /// # Errors
     /// When the machine has ended.
     pub fn resume(&self) -> Result<(), Refusal> {
-        ask(&self.0, "resume", Event::Resume)
+        ask(&self.sender, "resume", Event::Resume)
     }
 }
 

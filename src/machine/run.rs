@@ -415,7 +415,7 @@ impl Machine {
         self.threads.iter().for_each(vcpu::Thread::stop);
         for (index, thread) in self.threads.iter().enumerate() {
             let metrics = Arc::clone(&thread.metrics);
-            self.metrics.push((format!("vcpu{index}"), metrics));
+            self.vcpu_metrics.push((format!("vcpu{index}"), metrics));
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
         let output = self.output.clone();

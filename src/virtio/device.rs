@@ -14,9 +14,11 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use rustix::event::epoll::{self, EventFlags};
 
+use super::change::{self, Change};
 use super::queue::{self, InterruptState, Queue};
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
@@ -53,6 +55,11 @@ pub trait VirtioDevice: Send {
     /// The device configuration space as the driver reads it, little-endian.
     fn config(&self) -> &[u8];
 
+    /// The field of the configuration that the driver may write, if there is one.
+    fn driver_field(&self) -> Option<Arc<DriverField>> {
+        None
+    }
+
     /// The device's counters, for reports; they stay readable wherever the device is.
     fn metrics(&self) -> Arc<dyn Metrics>;
 
@@ -77,11 +84,27 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// Somebody outside the guest changes the device, which runs with `io`, or is idle. A change of what
+    /// [`config`](Self::config) gives is told to the driver by whoever calls. On an error nothing has changed.
+    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+        let _ = io;
+        Err(change.unsupported())
+    }
+
     /// The device is being stopped, also after a failure: finish what is in flight, or leave it unused. The last
     /// callback; the device may be started again.
     fn stop(&mut self, io: &mut Io) {
         let _ = io;
     }
+}
+
+/// A field of 32 bits in the configuration that the driver writes, and both sides read.
+#[derive(Debug, Default)]
+pub struct DriverField {
+    /// Where it is, in bytes.
+    pub offset: u32,
+    /// What is in it.
+    pub value: AtomicU32,
 }
 
 /// What a running device works with.

@@ -3,7 +3,8 @@
 //! Virtio 1.2, section 4.2, version 2 registers (no legacy interface); the device's life cycle is that of 2.1 and 3.1.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
@@ -16,9 +17,10 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::VirtioDevice;
+use super::change::{self, Change};
+use super::device::{DriverField, VirtioDevice};
 use super::queue::InterruptState;
-use super::worker::{Paused, Worker};
+use super::worker::{Paused, Request, Worker};
 use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
@@ -48,6 +50,7 @@ pub struct Mmio {
     device_type: u32,
     offered: u64,
     config: Box<[u8]>,
+    driver_field: Option<Arc<DriverField>>,
 
     // The registers that the driver writes.
     status: u32,
@@ -145,6 +148,7 @@ impl Mmio {
             device_type: device.device_type(),
             offered: device.features() | FEATURES,
             config: device.config().into(),
+            driver_field: device.driver_field(),
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -164,6 +168,24 @@ impl Mmio {
     /// The device's counters, and one for its interrupts.
     pub fn metrics(&self) -> Arc<dyn Metrics> {
         Arc::new(Counts { device: self.metrics.clone(), interrupt: self.interrupt.clone() })
+    }
+
+    /// Changes the device, or has its thread do it, and returns at once. The answer comes when it is done; none comes
+    /// when the driver reset the device before: then the change is to be asked for again.
+    pub fn change(&mut self, change: Change) -> mpsc::Receiver<Result<(), change::Error>> {
+        let (answer, answered) = mpsc::channel();
+        let request = Request { change, answer };
+        match &mut self.owner {
+            Owner::Transport(device) => {
+                request.answer(&mut **device, None, &self.interrupt, self.status & DRIVER_OK != 0);
+            }
+            Owner::Thread(worker) => worker.change(request),
+            Owner::Paused(paused) => paused.change(request),
+            Owner::Nobody => {
+                let _ = request.answer.send(Err(change::Error::Gone));
+            }
+        }
+        answered
     }
 
     fn read_register(&self, offset: u32) -> u32 {
@@ -339,7 +361,11 @@ impl BusDevice for Mmio {
             Ok(offset) => (offset, offset.checked_sub(VIRTIO_MMIO_CONFIG)),
             Err(_) => return,
         };
-        if let Some(at) = config {
+        if let Some(field) = self.driver_field.as_ref().filter(|field| config == Some(field.offset)) {
+            let bytes = field.value.load(Ordering::Relaxed).to_le_bytes();
+            let len = bytes.len().min(data.len());
+            data[..len].copy_from_slice(&bytes[..len]);
+        } else if let Some(at) = config {
             let changed = self.interrupt.changed_config();
             let config = changed.as_ref().map_or(&self.config, |(_, config)| config);
             let bytes = config.get(at as usize..).unwrap_or_default();
@@ -351,12 +377,12 @@ impl BusDevice for Mmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has a configuration that the driver may write.
-        if let (Ok(offset), Ok(word)) = (u32::try_from(offset), data.try_into())
-            && offset < VIRTIO_MMIO_CONFIG
-            && offset % 4 == 0
-        {
-            self.write_register(offset, u32::from_le_bytes(word));
+        let (Ok(offset), Ok(word)) = (u32::try_from(offset), data.try_into()) else { return };
+        let value = u32::from_le_bytes(word);
+        match (offset.checked_sub(VIRTIO_MMIO_CONFIG), &self.driver_field) {
+            (None, _) if offset % 4 == 0 => self.write_register(offset, value),
+            (Some(at), Some(field)) if at == field.offset => field.value.store(value, Ordering::Relaxed),
+            _ => {}
         }
     }
 

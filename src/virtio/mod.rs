@@ -3,7 +3,9 @@
 //! [`device`] is what a device is, [`queue`] how it talks to the driver, [`worker`] the thread it runs
 //! on, the transport ([`mmio`]) is what the driver finds on the bus. One folder or file per device type follows.
 
+pub mod balloon;
 pub mod blk;
+pub mod change;
 pub mod device;
 pub mod fs;
 pub mod iovec;

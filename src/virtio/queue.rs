@@ -104,10 +104,17 @@ impl InterruptState {
 
     /// The device's configuration is another from now on, also after a reset: a configuration change interrupt.
     pub fn change_config(&self, config: &[u8]) {
+        self.set_config(config, true);
+    }
+
+    /// As [`change_config`](Self::change_config), with an interrupt only if the driver `is_told`.
+    pub fn set_config(&self, config: &[u8], is_told: bool) {
         let mut changed = self.config.lock().unwrap_or_else(PoisonError::into_inner);
         *changed = (changed.0.wrapping_add(1), config.into());
         drop(changed);
-        self.raise(INTERRUPT_CONFIG_CHANGE);
+        if is_told {
+            self.raise(INTERRUPT_CONFIG_CHANGE);
+        }
     }
 
     /// How often the configuration has changed, and what it is since.
@@ -271,7 +278,8 @@ impl Queue {
                 if budget == 0 || now - start >= SERVE_FOR {
                     self.notify(ram)?;
                     self.enable_kicks(ram)?;
-                    return self.kick_again();
+                    self.kick_again();
+                    return Ok(());
                 }
             }
             if !self.enable_kicks(ram)? {
@@ -282,10 +290,9 @@ impl Queue {
     }
 
     /// Has the device called for this queue once more, as if the driver had notified.
-    pub fn kick_again(&self) -> Result<(), Error> {
+    pub fn kick_again(&self) {
         // It fails only when the counter is full, after 2^64 - 2 kicks.
         let _ = self.kick.write(1);
-        Ok(())
     }
 
     fn error(&self, what: &'static str, source: virtio_queue::Error) -> Error {

@@ -16,6 +16,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::{read, retry_on_intr, write};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::change::{self, Change};
 use super::device::{Error, HOST_TOKEN, Io, VirtioDevice};
 use super::queue::{InterruptState, Queue};
 use crate::memory::GuestRam;
@@ -23,17 +24,59 @@ use crate::memory::GuestRam;
 /// What moves to the thread and back: a device, and its queues by index (`None` if not set up).
 pub type Parts = (Box<dyn VirtioDevice>, Vec<Option<virtio_queue::Queue>>);
 
-/// Epoll data of the eventfd that ends the thread.
-const END: u64 = u64::MAX;
-/// What is written to it: the device is stopped, also if it was to be paused before,
-const STOP: u64 = 2;
-/// or only paused.
-const PAUSE: u64 = 1;
+/// Epoll data of the eventfd that tells of messages.
+const WAKE: u64 = u64::MAX;
+
+/// What the thread is told.
+enum Message {
+    /// Have this device; the first message.
+    Take(Box<Loop>),
+    Change(Box<Request>),
+    End(End),
+}
+
+/// How a thread ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The device is stopped,
+    Stop,
+    /// or only paused.
+    Pause,
+}
+
+/// A change of the device, and where the answer goes.
+pub struct Request {
+    /// What to change.
+    pub change: Change,
+    /// Who hears what became of it.
+    pub answer: mpsc::Sender<Result<(), change::Error>>,
+}
+
+impl Request {
+    /// Changes `device`, which runs with `io` unless it is idle. `interrupt` has the configuration if that is another
+    /// then, and interrupts a driver that `is_there`.
+    pub fn answer(
+        self,
+        device: &mut dyn VirtioDevice,
+        io: Option<&mut Io>,
+        interrupt: &InterruptState,
+        is_there: bool,
+    ) {
+        let before: Box<[u8]> = device.config().into();
+        let result = device.change(&self.change, io);
+        if *before != *device.config() {
+            interrupt.set_config(device.config(), is_there);
+        }
+        // Whoever asked may have gone.
+        let _ = self.answer.send(result);
+    }
+}
 
 /// A running device.
 pub struct Worker {
     name: String,
-    stop: Arc<OwnedFd>,
+    messages: mpsc::Sender<Message>,
+    wake: Arc<OwnedFd>,
     /// `None` once joined.
     thread: Option<JoinHandle<Option<Left>>>,
 }
@@ -62,16 +105,14 @@ impl Worker {
         interrupt: &Arc<InterruptState>,
     ) -> Result<Self, (io::Error, Parts)> {
         // The thread comes first and is handed the device when nothing can fail any more.
-        let (give, take) = mpsc::sync_channel::<Loop>(1);
-        match Self::prepare(name, kicks, &rings, take) {
+        match Self::prepare(name, kicks, &rings) {
             Ok((events, worker)) => {
                 let queues = (rings.into_iter().zip(kicks).enumerate())
                     .map(|(i, (ring, kick))| Some(Queue::new(i, ring?, kick.clone(), interrupt.clone())))
                     .collect();
                 let io = Io { ram: ram.clone(), queues, interrupt: interrupt.clone(), events };
-                let stop = worker.stop.clone();
-                give.send(Loop { name: name.into(), device, io, features, stop, state: State::New })
-                    .expect("the thread takes one device before it does anything else");
+                let wake = worker.wake.clone();
+                worker.give(Box::new(Loop { name: name.into(), device, io, features, wake, state: State::New }));
                 Ok(worker)
             }
             Err(error) => Err((error, (device, rings))),
@@ -82,31 +123,49 @@ impl Worker {
         name: &str,
         kicks: &[Arc<EventFd>],
         rings: &[Option<virtio_queue::Queue>],
-        take: mpsc::Receiver<Loop>,
     ) -> io::Result<(OwnedFd, Self)> {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        epoll::add(&events, &stop, EventData::new_u64(END), EventFlags::IN)?;
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        epoll::add(&events, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         for (index, (_, kick)) in (0..).zip(rings.iter().zip(kicks)).filter(|(_, (ring, _))| ring.is_some()) {
             // SAFETY: `kick` is borrowed, and so open, for the call.
             let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
             // Edge-triggered: each kick is an event although nobody reads the counter, which saves a system call.
             epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
         }
-        Ok((events, Self::spawn(name, stop, take)?))
+        Ok((events, Self::spawn(name, wake)?))
     }
 
-    fn spawn(name: &str, stop: Arc<OwnedFd>, take: mpsc::Receiver<Loop>) -> io::Result<Self> {
+    fn spawn(name: &str, wake: Arc<OwnedFd>) -> io::Result<Self> {
         let _blocked = BlockedSignals::new();
-        let thread =
-            thread::Builder::new().name(format!("bantam-{name}")).spawn(move || Some(take.recv().ok()?.run()))?;
-        Ok(Self { name: name.into(), stop, thread: Some(thread) })
+        let (messages, inbox) = mpsc::channel();
+        let thread = thread::Builder::new().name(format!("bantam-{name}")).spawn(move || match inbox.recv() {
+            Ok(Message::Take(device)) => Some(device.run(&inbox)),
+            _ => None,
+        })?;
+        Ok(Self { name: name.into(), messages, wake, thread: Some(thread) })
+    }
+
+    fn give(&self, device: Box<Loop>) {
+        let given = self.messages.send(Message::Take(device));
+        assert!(given.is_ok(), "the thread takes one device before it does anything else");
+    }
+
+    /// Has the thread change the device after what it is doing now. A request that it has not come to when it is stopped is
+    /// dropped: who waits for the answer learns that there is none.
+    pub fn change(&self, request: Request) {
+        // A thread that panicked has dropped the other end.
+        if self.messages.send(Message::Change(Box::new(request))).is_ok()
+            && let Err(error) = write(&self.wake, &1u64.to_ne_bytes())
+        {
+            log::error!("{}: cannot wake the device's thread: {error}", self.name);
+        }
     }
 
     /// Ends the thread after what the device is doing now, and takes the device and its rings back. `None` if the
     /// thread panicked, and the device with it.
     pub fn stop(mut self) -> Option<Parts> {
-        match self.join(STOP)? {
+        match self.join(End::Stop)? {
             Left::Stopped(parts) => Some(parts),
             Left::Paused(paused) => Some(Paused(paused).stop()),
         }
@@ -115,15 +174,16 @@ impl Worker {
     /// Ends the thread after what the device is doing now. What the device and its driver have begun goes on when it is
     /// [resumed](Paused::resume). `None` if the thread panicked, and the device with it.
     pub fn pause(mut self) -> Option<Paused> {
-        match self.join(PAUSE)? {
+        match self.join(End::Pause)? {
             Left::Paused(paused) => Some(Paused(paused)),
             Left::Stopped(_) => None,
         }
     }
 
-    fn join(&mut self, how: u64) -> Option<Left> {
+    fn join(&mut self, how: End) -> Option<Left> {
         let thread = self.thread.take()?;
-        if let Err(error) = write(&self.stop, &how.to_ne_bytes()) {
+        let _ = self.messages.send(Message::End(how));
+        if let Err(error) = write(&self.wake, &1u64.to_ne_bytes()) {
             log::error!("{}: cannot stop the device's thread: {error}", self.name);
             return None;
         }
@@ -136,7 +196,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.join(STOP);
+        self.join(End::Stop);
     }
 }
 
@@ -146,14 +206,18 @@ impl Paused {
     /// # Errors
     /// When the host has no thread left: the device stays paused.
     pub fn resume(self) -> Result<Worker, (io::Error, Self)> {
-        let (give, take) = mpsc::sync_channel::<Loop>(1);
-        match Worker::spawn(&self.0.name, Arc::clone(&self.0.stop), take) {
+        match Worker::spawn(&self.0.name, Arc::clone(&self.0.wake)) {
             Ok(worker) => {
-                give.send(*self.0).expect("the thread takes one device before it does anything else");
+                worker.give(self.0);
                 Ok(worker)
             }
             Err(error) => Err((error, self)),
         }
+    }
+
+    /// Changes the device.
+    pub fn change(&mut self, request: Request) {
+        self.0.change(request);
     }
 
     /// Stops the device for good: it, and its rings.
@@ -168,7 +232,7 @@ struct Loop {
     device: Box<dyn VirtioDevice>,
     io: Io,
     features: u64,
-    stop: Arc<OwnedFd>,
+    wake: Arc<OwnedFd>,
     state: State,
 }
 
@@ -183,24 +247,44 @@ enum State {
 }
 
 impl Loop {
-    fn run(mut self) -> Left {
+    fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>) -> Left {
         let _guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
-        if self.state != State::Failed
-            && let Err(error) = self.serve()
-        {
-            let mut text = error.to_string();
-            let mut cause = error.source();
-            while let Some(source) = cause {
-                let _ = write!(text, ": {source}");
-                cause = source.source();
+        let mut end = None;
+        if self.state != State::Failed {
+            match self.serve(messages) {
+                Ok(how) => end = Some(how),
+                Err(error) => {
+                    let mut text = error.to_string();
+                    let mut cause = error.source();
+                    while let Some(source) = cause {
+                        let _ = write!(text, ": {source}");
+                        cause = source.source();
+                    }
+                    self.io.interrupt.fail(&self.name, text);
+                    self.state = State::Failed;
+                }
             }
-            self.io.interrupt.fail(&self.name, text);
-            self.state = State::Failed;
         }
-        let mut how = [0; 8];
-        // The eventfd blocks until `stop` or `pause` writes it.
-        let _ = retry_on_intr(|| read(&self.stop, &mut how));
-        if u64::from_ne_bytes(how) == PAUSE { Left::Paused(Box::new(self)) } else { Left::Stopped(self.into_parts()) }
+        while end.is_none() {
+            end = self.take(messages.recv());
+        }
+        if end == Some(End::Pause) { Left::Paused(self) } else { Left::Stopped(self.into_parts()) }
+    }
+
+    /// Does what the thread was told; how it is to end, if it is.
+    fn take(&mut self, message: Result<Message, mpsc::RecvError>) -> Option<End> {
+        match message {
+            Ok(Message::Change(request)) => self.change(*request),
+            Ok(Message::Take(_)) => {}
+            Ok(Message::End(end)) => return Some(end),
+            Err(mpsc::RecvError) => return Some(End::Stop),
+        }
+        None
+    }
+
+    fn change(&mut self, request: Request) {
+        let interrupt = self.io.interrupt.clone();
+        request.answer(&mut *self.device, Some(&mut self.io), &interrupt, true);
     }
 
     fn into_parts(mut self) -> Parts {
@@ -209,37 +293,40 @@ impl Loop {
     }
 
     /// Calls the device until it is stopped or paused, or fails.
-    fn serve(&mut self) -> Result<(), Error> {
-        let Self { device, io, .. } = self;
+    fn serve(&mut self, messages: &mpsc::Receiver<Message>) -> Result<End, Error> {
         if self.state == State::New {
-            device.start(self.features, io)?;
+            self.device.start(self.features, &mut self.io)?;
             self.state = State::Started;
         }
         // The driver may have added buffers before it was ready, and notifications from then may be lost.
-        for index in 0..io.queues.len() {
-            if io.queues[index].is_some() {
-                device.queue_ready(index, io)?;
+        for index in 0..self.io.queues.len() {
+            if self.io.queues[index].is_some() {
+                self.device.queue_ready(index, &mut self.io)?;
             }
         }
         let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 16];
         loop {
-            let count = retry_on_intr(|| epoll::wait(&io.events, &mut events, None))
+            let count = retry_on_intr(|| epoll::wait(&self.io.events, &mut events, None))
                 .map_err(|error| Error::Host { what: "cannot wait for events".into(), source: error.into() })?;
             let ready = &events[..count];
             // Copied out of the packed struct that the kernel fills.
             let tokens = || ready.iter().map(|event| event.data.u64());
-            let end = tokens().any(|token| token == END);
             // What came with the end is not told again: one who pauses needs it done.
-            for token in tokens().filter(|token| *token != END) {
+            for token in tokens().filter(|token| *token != WAKE) {
                 let low = u32::try_from(token & 0xffff_ffff).expect("32 bits");
                 if token & HOST_TOKEN != 0 {
-                    device.host_ready(low, io)?;
+                    self.device.host_ready(low, &mut self.io)?;
                 } else {
-                    device.queue_ready(low as usize, io)?;
+                    self.device.queue_ready(low as usize, &mut self.io)?;
                 }
             }
-            if end {
-                return Ok(());
+            if tokens().any(|token| token == WAKE) {
+                let _ = retry_on_intr(|| read(&self.wake, &mut [0; 8]));
+                while let Ok(message) = messages.try_recv() {
+                    if let Some(end) = self.take(Ok(message)) {
+                        return Ok(end);
+                    }
+                }
             }
         }
     }

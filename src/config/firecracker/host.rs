@@ -1,8 +1,12 @@
 //! `balloon`, `logger` and `metrics`.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
+use crate::config::Size;
 use crate::config::tree::{Error, Node};
+use crate::virtio::balloon;
 
 /// A balloon device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,17 @@ impl Balloon {
             free_page_hinting: table.boolean("free_page_hinting")?.unwrap_or(false),
             free_page_reporting: table.boolean("free_page_reporting")?.unwrap_or(false),
         })
+    }
+
+    /// As bantam has it.
+    pub fn spec(&self) -> balloon::Spec {
+        balloon::Spec {
+            size: Some(Size::mib(self.amount_mib.into())),
+            deflate_on_oom: self.deflate_on_oom,
+            stats: (self.stats_polling_interval_s > 0)
+                .then(|| Duration::from_secs(self.stats_polling_interval_s.into())),
+            free_page_reporting: self.free_page_reporting,
+        }
     }
 
     /// As it is read.

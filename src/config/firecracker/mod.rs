@@ -190,6 +190,7 @@ impl Settings {
             nets: self.interfaces.iter().map(NetworkInterface::spec).collect(),
             vsock: self.vsock.clone(),
             rng: self.entropy.is_some(),
+            balloon: self.balloon.as_ref().map(Balloon::spec),
             serial: self.serial.clone().unwrap_or_default().spec(),
             ..Config::default()
         }

@@ -1,6 +1,6 @@
 //! A disk image on the host: a raw file or a block device, locked against other writers.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -116,8 +116,26 @@ pub struct Image {
 impl Image {
     /// Opens and locks the image at `path`.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
+        Self::with_file(open(path, readonly)?, path, readonly)
+    }
+
+    /// The image at `path` in place of this one. If that is the same file, this one's lock is its own, and it has the size
+    /// that the file has now.
+    pub fn replace(&self, path: &Path, readonly: bool) -> Result<Self, Error> {
+        let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|it| (it.dev(), it.ino(), it.rdev()));
+        match (identity(self.file.metadata()), identity(fs::metadata(path))) {
+            (Ok(this), Ok(other)) if this == other && !self.block_device => {
+                let file = self.file.try_clone();
+                let file = file.map_err(|source| Error::Open { path: path.into(), source })?;
+                let image = Self::with_file(file, path, readonly)?;
+                Ok(Self { flush_failed: self.flush_failed, ..image })
+            }
+            _ => Self::open(path, readonly),
+        }
+    }
+
+    fn with_file(file: File, path: &Path, readonly: bool) -> Result<Self, Error> {
         let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
-        let file = open(path, readonly)?;
         let metadata = file.metadata().map_err(examine("examine"))?;
         let kind = metadata.file_type();
         let block_device = kind.is_block_device();

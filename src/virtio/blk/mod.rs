@@ -9,7 +9,7 @@ mod layout;
 
 use std::io;
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,6 +22,7 @@ use vm_memory::Bytes;
 pub use self::image::Error;
 use self::image::Image;
 use self::layout::Layout;
+use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::Iovecs;
 use super::queue::Chain;
@@ -108,6 +109,8 @@ pub struct Blk {
     readonly: bool,
     cache: Cache,
     id: [u8; ID_BYTES],
+    /// Whether that is the image's own.
+    default_id: bool,
     config: [u8; CONFIG_SIZE],
     counts: Arc<Counts>,
     /// What was negotiated.
@@ -155,21 +158,19 @@ impl Blk {
     /// Opens and locks the image.
     pub fn open(spec: &Spec) -> Result<Self, Error> {
         let image = Image::open(&spec.path, spec.readonly)?;
-        let mut id = [0; ID_BYTES];
-        let text = match &spec.id {
+        let id = match &spec.id {
             Some(text) if text.len() > ID_BYTES => {
                 return Err(Error::Id { path: spec.path.clone(), id: text.clone() });
             }
-            Some(text) => text.as_bytes(),
-            None => image.serial().as_bytes(),
+            Some(text) => id_bytes(text),
+            None => id_bytes(image.serial()),
         };
-        let len = text.len().min(ID_BYTES);
-        id[..len].copy_from_slice(&text[..len]);
         Ok(Self {
             path: spec.path.clone(),
             readonly: spec.readonly,
             cache: spec.cache,
             id,
+            default_id: spec.id.is_none(),
             config: config(image.sectors()),
             image,
             counts: Arc::default(),
@@ -181,6 +182,34 @@ impl Blk {
             limit: RateLimiter::new(spec.bw, spec.iops).map_err(Error::Timer)?,
             moved: 0,
         })
+    }
+
+    /// Goes on with another image, from the next request on.
+    fn set_path(&mut self, path: &Path) -> Result<(), Error> {
+        let image = self.image.replace(path, self.readonly)?;
+        if self.default_id {
+            self.id = id_bytes(image.serial());
+        }
+        self.config = config(image.sectors());
+        self.path = path.into();
+        self.image = image;
+        Ok(())
+    }
+
+    fn set_rates(&mut self, rates: Rates, io: Option<&mut Io>) -> io::Result<()> {
+        let limit = RateLimiter::new(rates.bytes, rates.operations)?;
+        if let Some(io) = io {
+            limit.as_ref().map_or(Ok(()), |limit| io.watch(LIMIT, limit, EventFlags::IN))?;
+            if let Some(before) = &self.limit {
+                io.unwatch(before)?;
+            }
+            // What waited for the last limit.
+            if let Some((_, queue)) = io.queue(0) {
+                queue.kick_again();
+            }
+        }
+        self.limit = limit;
+        Ok(())
     }
 
     /// Does one request unless the rate limit has it wait.
@@ -395,6 +424,13 @@ struct Segment {
     flags: u64,
 }
 
+fn id_bytes(text: &str) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    let len = text.len().min(ID_BYTES);
+    id[..len].copy_from_slice(&text.as_bytes()[..len]);
+    id
+}
+
 /// The number that at most 8 bytes are.
 fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
@@ -457,6 +493,14 @@ impl VirtioDevice for Blk {
             watched.map_err(|source| device::Error::Host { what: "cannot watch a timer".into(), source })?;
         }
         Ok(())
+    }
+
+    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+        match change {
+            Change::Path(path) => Ok(self.set_path(path)?),
+            Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
+            other => Err(other.unsupported()),
+        }
     }
 
     fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), device::Error> {

@@ -466,3 +466,59 @@ fn a_limit_has_requests_wait_and_none_is_lost() {
     disk.driver.start();
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
 }
+
+#[test]
+fn another_image_takes_the_place_of_the_first() {
+    let mut disk = Disk::new();
+    let other = NamedTempFile::new().unwrap();
+    other.as_file().write_all_at(&[9; 4096], 0).unwrap();
+    let capacity = |disk: &mut Disk| [0, 4].map(|at| disk.driver.read(0x100 + at));
+    let change = |disk: &mut Disk, path: &Path| disk.driver.mmio.change(Change::Path(path.into())).recv().unwrap();
+    change(&mut disk, other.path()).unwrap();
+    assert_eq!(disk.driver.wait(), 2, "a configuration change interrupt");
+    assert_eq!(capacity(&mut disk), [8, 0]);
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 7, &[(DATA, 512, true)]), (OK, 513));
+    assert_eq!(disk.driver.get(DATA, 512), [9; 512]);
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 8, &[(DATA, 512, true)]).0, IOERR);
+
+    // The first one is free, this one is not; and what cannot be used changes nothing.
+    drop(Image::open(disk.file.path(), false).unwrap());
+    assert!(Image::open(other.path(), false).is_err());
+    let folder = tempfile::tempdir().unwrap();
+    for path in [folder.path(), &folder.path().join("missing"), Path::new("/dev/null")] {
+        let error = change(&mut disk, path).unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+    }
+    assert_eq!(capacity(&mut disk), [8, 0]);
+
+    // The same one, which has grown, by another name, also for a driver that starts over.
+    other.as_file().set_len(8192).unwrap();
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(other.path(), &link).unwrap();
+    disk.driver.write(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS, 0);
+    change(&mut disk, &link).unwrap();
+    disk.driver.start();
+    assert_eq!(capacity(&mut disk), [16, 0]);
+    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 15, &[(DATA, 512, false)]), (OK, 1));
+    assert!(Image::open(other.path(), false).is_err(), "it is still locked");
+}
+
+#[test]
+fn a_limit_that_is_taken_away_lets_what_waits_go_on() {
+    // Otherwise it would take a minute.
+    let mut disk = Disk::with(|spec| spec.iops = NonZeroU32::new(1));
+    disk.header(VIRTIO_BLK_T_IN, 0);
+    for _ in 0..60 {
+        disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    }
+    let mut used = disk.driver.finish(0, 1).len();
+    let rates = Rates { bytes: Some(Size::mib(64)), operations: None };
+    disk.driver.mmio.change(Change::Rates(rates)).recv().unwrap().unwrap();
+    while used < 60 {
+        disk.driver.wait();
+        used += disk.driver.rings[0].used().len();
+    }
+    assert!(disk.count("throttled") > 0);
+    disk.driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
+}

@@ -35,6 +35,7 @@ use self::passt::Passt;
 use self::rx::Rx;
 use self::tap::offload;
 use self::tx::Tx;
+use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::{self, Iovecs};
 use super::queue::Chain;
@@ -300,6 +301,33 @@ impl Net {
         &self.statistics
     }
 
+    fn set_rates(&mut self, rates: [Option<Rates>; 2], io: Option<&mut Io>) -> io::Result<()> {
+        let make = |rates: Rates| RateLimiter::new(rates.bytes, rates.operations);
+        let [rx, tx] = rates.map(|rates| rates.map(make).transpose());
+        let mut limits = [rx?, tx?];
+        if let Some(io) = io {
+            for (limit, token) in limits.iter().zip(LIMITS) {
+                limit.iter().flatten().try_for_each(|limit| io.watch(token, limit, EventFlags::IN))?;
+            }
+            for index in [RX, TX].into_iter().filter(|index| limits[*index].is_some()) {
+                if let Some(before) = &self.limits[index] {
+                    io.unwatch(before)?;
+                }
+                // What waited for the last limit has another look.
+                let running = self.running.as_mut();
+                let wait = running.map(|running| if index == RX { &mut running.rx_wait } else { &mut running.tx_wait });
+                if let (Some(wait), Some((_, queue))) = (wait.filter(|wait| **wait == Wait::Limit), io.queue(index)) {
+                    *wait = Wait::Driver;
+                    queue.kick_again();
+                }
+            }
+        }
+        for (limit, new) in self.limits.iter_mut().zip(&mut limits) {
+            new.take().into_iter().for_each(|new| *limit = new);
+        }
+        Ok(())
+    }
+
     fn receive(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(RX)) {
             running.rx_wait = running.rx.run(&mut self.host, ram, queue, &mut self.limits[RX], &self.statistics)?;
@@ -326,7 +354,7 @@ impl Net {
                 && running.tx_wait == Wait::Host
             {
                 running.tx_wait = Wait::Driver;
-                queue.kick_again()?;
+                queue.kick_again();
             }
         }
         let Some(running) = &mut self.running else { return Ok(()) };
@@ -399,6 +427,13 @@ impl VirtioDevice for Net {
             (Some(Running { rx_wait: Wait::Driver, .. }), RX) => self.receive(io),
             (Some(Running { tx_wait: Wait::Driver, .. }), TX) => self.transmit(io),
             _ => Ok(()),
+        }
+    }
+
+    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+        match change {
+            Change::NetRates { rx, tx } => self.set_rates([*rx, *tx], io).map_err(change::Error::Timer),
+            other => Err(other.unsupported()),
         }
     }
 

@@ -128,7 +128,7 @@ impl Rx {
         queue.notify(ram)?;
         if wait.is_none() && host.has_more() {
             // The descriptor may have nothing more to say.
-            queue.kick_again()?;
+            queue.kick_again();
             return Ok(Wait::Driver);
         }
         Ok(wait.unwrap_or(Wait::Host))
@@ -193,7 +193,7 @@ impl Rx {
             return Ok(Fit::Never);
         }
         if queue.enable_kicks(ram)? {
-            queue.kick_again()?;
+            queue.kick_again();
         }
         Ok(Fit::Later)
     }

@@ -930,3 +930,28 @@ fn tcp_passes_two_devices_in_large_packets() {
         assert_eq!(statistics.tx_drops.get() + statistics.tx_errors.get() + statistics.rx_drops.get(), 0);
     }
 }
+
+#[test]
+fn limits_that_are_taken_away_let_what_waits_go_on() {
+    if !namespace() {
+        return;
+    }
+    let (mut net, _host) = on_tap(None);
+    // Otherwise it would take a minute.
+    let slow = Rates { operations: NonZeroU32::new(1), ..Default::default() };
+    net.change(&Change::NetRates { rx: Some(slow), tx: Some(slow) }, None).unwrap();
+    let mut driver = testing::Driver::new(Box::new(net));
+    driver.start();
+    for _ in 0..60 {
+        driver.rings[TX].add(&[(testing::BUFFERS, 12 + 60, false)]);
+    }
+    let mut used = driver.finish(TX, 1).len();
+    let change = Change::NetRates { rx: None, tx: Some(Rates::default()) };
+    driver.mmio.change(change).recv().unwrap().unwrap();
+    while used < 60 {
+        driver.wait();
+        used += driver.rings[TX].used().len();
+    }
+    let error = driver.mmio.change(Change::Path("/x".into())).recv().unwrap().unwrap_err().to_string();
+    assert!(error.contains("a device of this type has none"), "{error}");
+}

@@ -36,7 +36,7 @@ impl Tx {
         let mut moved = 0;
         let mut wait = loop {
             if moved == BATCH {
-                queue.kick_again()?;
+                queue.kick_again();
                 break Wait::Driver;
             }
             moved += 1;

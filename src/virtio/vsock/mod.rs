@@ -386,7 +386,7 @@ impl Running {
         let mut budget = BATCH;
         while !self.resets.is_empty() || !self.ready.is_empty() {
             if budget == 0 {
-                queue.kick_again()?;
+                queue.kick_again();
                 break;
             }
             budget -= 1;
@@ -435,7 +435,7 @@ impl Running {
         while self.resets.len() + 1 < MAX_RESETS {
             let Some((ram, queue)) = io.queue(TX) else { return Ok(()) };
             if budget == 0 {
-                queue.kick_again()?;
+                queue.kick_again();
                 break;
             }
             budget -= 1;

@@ -1,0 +1,69 @@
+//! What reaches a machine that runs from other threads.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError};
+
+use super::board_x86_64::Attached;
+use super::inbox::{Event, Sender};
+use crate::size::Size;
+use crate::virtio::balloon::{self, Statistics};
+use crate::virtio::change::{Change, Error};
+
+/// Reaches a machine from other threads. Clones reach the same machine.
+#[derive(Clone)]
+pub struct Handle {
+    pub(super) sender: Sender,
+    devices: Arc<[Attached]>,
+    balloon: Option<Arc<balloon::Shared>>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
+}
+
+impl Handle {
+    pub(super) fn new(sender: Sender, devices: &[Attached], balloon: Option<Arc<balloon::Shared>>) -> Self {
+        Self { sender, devices: devices.into(), balloon }
+    }
+
+    /// Ends the machine: [`Machine::run`](super::Machine::run) returns
+    /// [`Outcome::Stopped`](crate::outcome::Outcome::Stopped). Without effect on one that has ended.
+    pub fn stop(&self) {
+        self.sender.send(Event::Stop);
+    }
+
+    /// Sends `bytes` to the guest's serial port. They wait for as long as the guest does not read them.
+    pub fn input(&self, bytes: impl Into<Vec<u8>>) {
+        self.sender.send(Event::Input(bytes.into()));
+    }
+
+    /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:
+    /// by the device's own thread, after the request that it is doing now, if it has one.
+    pub fn change(&self, device: &str, change: Change) -> Result<(), Error> {
+        let no_device = || Error::NoDevice { device: device.into() };
+        let found = self.devices.iter().find(|attached| attached.name == device).ok_or_else(no_device)?;
+        loop {
+            let ended = || Error::Ended { device: device.into() };
+            let transport = found.transport.upgrade().ok_or_else(ended)?;
+            let answer = transport.lock().unwrap_or_else(PoisonError::into_inner).change(change.clone());
+            // No part of the machine is kept while waiting.
+            drop(transport);
+            if let Ok(result) = answer.recv() {
+                return result;
+            }
+            // The device was stopped before its thread came to it.
+        }
+    }
+
+    /// Asks the guest to put so much memory into its balloon, or to take out what is more. It does so when it can.
+    pub fn balloon(&self, size: Size) -> Result<(), Error> {
+        self.change("balloon", Change::Balloon(size))
+    }
+
+    /// How large the balloon is, and what the guest said last of its memory.
+    pub fn balloon_statistics(&self) -> Result<Statistics, balloon::Error> {
+        Ok(self.balloon.as_ref().ok_or(balloon::Error::NoBalloon)?.statistics())
+    }
+}
