@@ -65,16 +65,17 @@ machine=(
 )
 ended=0
 if [[ -n ${terminal:-} ]]; then
-    "${machine[@]}" "${terminal[@]}" || ended=$?
+    "${machine[@]}" "${terminal[@]}" <&0 &
+    qemu=$!
 else
     "${machine[@]}" </dev/null >&2 &
     qemu=$!
     tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stdout" &
     tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stderr" >&2 &
-    wait "$qemu" || ended=$?
-    qemu=
-    wait
 fi
+wait "$qemu" || ended=$?
+qemu=
+wait
 
 [[ $ended != 124 ]] || { echo "kvm-host: time limit of ${KVM_HOST_TIMEOUT:-1800} s reached: $*" >&2 && exit 124; }
 [[ -s $run/status ]] || { tail -n 30 "$run/console" >&2 && fail "ended without running the command to its end"; }
