@@ -1,7 +1,7 @@
 //! The serial port: a 16550A UART by vm-superio, with what bantam adds around it.
 //!
 //! What the guest sends goes to a [`Write`]r, a byte at a time: it is that writer's business to batch. What the guest
-//! is sent waits until its driver listens, because a driver that starts up throws away what has arrived before.
+//! is sent waits until its driver listens, because one that starts up or shuts down throws away what has arrived.
 
 use std::cell::Cell;
 use std::io::{self, Write};
@@ -12,14 +12,20 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
+/// Receiver Buffer Register.
+const RBR: u8 = 0;
 /// Interrupt Enable Register.
 const IER: u64 = 1;
 /// Line Control Register.
 const LCR: u64 = 3;
+/// Line Status Register.
+const LSR: u8 = 5;
 /// IER: interrupt when data has arrived; a driver that listens has it set.
 const IER_RECEIVED_DATA: u8 = 1;
 /// LCR: offsets 0 and 1 are the baud rate divisor.
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
+/// LSR: there is something in the RBR.
+const LSR_DATA_READY: u8 = 1;
 
 struct Line(EventFd);
 
@@ -52,6 +58,8 @@ pub struct Serial<W: Write, F: Fn()> {
     uart: Uart<Line, Room<F>, W>,
     divisor_latch: bool,
     listening: bool,
+    /// What the driver was sent and did not read before it stopped to listen.
+    unread: Vec<u8>,
 }
 
 impl<W: Write, F: Fn()> Serial<W, F> {
@@ -59,7 +67,7 @@ impl<W: Write, F: Fn()> Serial<W, F> {
     /// `on_room` when it may have some again.
     pub fn new(line: EventFd, output: W, on_room: F) -> Self {
         let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room }, output);
-        Self { uart, divisor_latch: false, listening: false }
+        Self { uart, divisor_latch: false, listening: false, unread: Vec::new() }
     }
 
     /// How many bytes the guest can be sent now.
@@ -95,8 +103,18 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
             LCR => self.divisor_latch = data[0] & LCR_DIVISOR_LATCH != 0,
             IER if !self.divisor_latch => {
                 let listened = std::mem::replace(&mut self.listening, data[0] & IER_RECEIVED_DATA != 0);
-                if self.listening && !listened {
-                    self.uart.events().in_buffer_empty();
+                match (listened, self.listening) {
+                    (false, true) => {
+                        self.uart.events().in_buffer_empty();
+                        let unread = std::mem::take(&mut self.unread);
+                        self.send(&unread);
+                    }
+                    (true, false) => {
+                        while self.uart.read(LSR) & LSR_DATA_READY != 0 {
+                            self.unread.push(self.uart.read(RBR));
+                        }
+                    }
+                    _ => {}
                 }
             }
             _ => {}
@@ -129,6 +147,29 @@ mod tests {
             assert_eq!(byte, *b"x");
         }
         assert_eq!((rooms.load(Ordering::SeqCst), serial.room()), (2, 64));
+    }
+
+    #[test]
+    fn a_driver_that_shuts_down_and_starts_again_loses_nothing() {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut serial = Serial::new(line.try_clone().unwrap(), Vec::new(), || ());
+        let read = |serial: &mut Serial<_, _>| {
+            let mut byte = [0];
+            serial.read(0, &mut byte);
+            byte[0]
+        };
+        serial.write(IER, &[IER_RECEIVED_DATA]);
+        assert_eq!(serial.send(b"echo"), 4);
+        assert_eq!(read(&mut serial), b'e');
+        // As Linux does, which also does so for each message of its own.
+        serial.write(IER, &[0]);
+        for _ in 0..3 {
+            assert_eq!(read(&mut serial), 0);
+        }
+        line.read().unwrap();
+        serial.write(IER, &[IER_RECEIVED_DATA]);
+        line.read().expect("interrupted again");
+        assert_eq!([(); 3].map(|()| read(&mut serial)), *b"cho");
     }
 
     #[test]
