@@ -107,8 +107,8 @@ pub enum Command {
     },
     /// Print a manual page in roff: bantam's own, or a command's.
     Man {
-        /// The command whose page it is.
-        command: Option<String>,
+        /// The command whose page it is: `run`, `image ls`.
+        command: Vec<String>,
     },
 }
 
@@ -182,7 +182,7 @@ pub struct Run {
     #[arg(long, value_name = "N", value_parser = cpus, allow_negative_numbers = true, help_heading = "Machine")]
     cpus: Option<u32>,
     /// The guest's memory: 512M, 4G, ... [default: 256M].
-    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true, help_heading = "Machine")]
     memory: Option<Size>,
 
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
@@ -454,17 +454,19 @@ pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
     script
 }
 
-/// The manual page of bantam, or of one of its commands.
-pub fn man(name: Option<&str>) -> Result<Vec<u8>, Error> {
+/// The manual page of bantam, or of one of its commands: `["image", "ls"]`.
+pub fn man(names: &[String]) -> Result<Vec<u8>, Error> {
     let mut bantam = Cli::command();
     bantam.build();
-    let command = match name {
-        None => bantam,
-        Some(name) => bantam.find_subcommand(name).cloned().ok_or_else(|| Error::NoCommand(name.to_owned()))?,
-    };
-    let title = name.map_or("bantam".to_owned(), |name| format!("bantam-{name}"));
+    let mut command = &bantam;
+    for name in names {
+        command = command.find_subcommand(name).ok_or_else(|| Error::NoCommand(names.join(" ")))?;
+    }
+    let title = std::iter::once("bantam").chain(names.iter().map(String::as_str)).collect::<Vec<_>>().join("-");
     let mut page = vec![];
-    let rendered = clap_mangen::Man::new(command).title(title.to_uppercase()).render(&mut page);
+    let source = concat!("bantam ", env!("CARGO_PKG_VERSION"));
+    let man = clap_mangen::Man::new(command.clone()).title(title.to_uppercase()).source(source);
+    let rendered = man.render(&mut page);
     rendered.expect("writing to memory does not fail");
     Ok(page)
 }

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         Command::Image(image) => print_told(|told| image.run(told)),
         Command::Test(test) => self::test(&test),
         Command::Completions { shell } => print(&cli::completions(shell)),
-        Command::Man { command } => cli::man(command.as_deref()).map_err(Into::into).and_then(|page| print(&page)),
+        Command::Man { command } => cli::man(&command).map_err(Into::into).and_then(|page| print(&page)),
     };
     result.unwrap_or_else(|error| {
         say(&chain(&*error));
