@@ -225,7 +225,11 @@ fn completions_and_manual_pages_render() {
         let script = folder.bantam(&["completions", shell]);
         assert!(script.status.success() && text(&script.stdout).contains("print-config"), "{shell}");
     }
-    for (flags, words) in [(&["man"][..], ".TH BANTAM 1"), (&["man", "run"], "boot\\-timeout")] {
+    for (flags, words) in [
+        (&["man"][..], ".TH BANTAM 1"),
+        (&["man", "run"], "boot\\-timeout"),
+        (&["man", "image", "ls"], ".TH BANTAM-IMAGE-LS 1"),
+    ] {
         let page = folder.bantam(flags);
         assert!(page.status.success());
         assert!(text(&page.stdout).contains(words), "{flags:?} lacks {words}");
@@ -368,6 +372,7 @@ fn a_mistaken_flag_is_refused() {
 fn a_memory_that_boots_nothing_is_refused() {
     let folder = Folder::new();
     folder.refuses(&["--memory", "0"], &["--memory", "`0`", "zero"]);
+    folder.refuses(&["--memory", "-1"], &["--memory", "`-1`", "512M"]);
     folder.refuses(&["--memory", "12X"], &["--memory", "`12X`", "512M"]);
     folder.refuses(&["--memory", "99999999999T"], &["--memory", "too large"]);
     folder.refuses(&["--memory", "1M"], &["1M of memory", "8M"]);
@@ -719,6 +724,13 @@ fn a_report_may_go_to_standard_output() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&report["outcome"], output.status.code()), (&"rebooted".into(), Some(0)));
     assert!(!folder.path("-").exists());
+
+    let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut command = folder.command(BANTAM, &["run", "--kernel", "missing", "--report", "-"]);
+    let status = command.stdout(std::os::fd::OwnedFd::from(writer)).status().unwrap();
+    drop(command);
+    let report: serde_json::Value = serde_json::from_reader(&mut reader).unwrap();
+    assert_eq!((&report["outcome"], status.code()), (&"failed".into(), Some(125)));
 }
 
 #[test]

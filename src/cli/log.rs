@@ -4,10 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
+use rustix::stdio::stderr;
 
 use super::may_create;
 
@@ -90,7 +93,7 @@ impl Drop for Started {
     fn drop(&mut self) {
         let mut target = lock(&self.0);
         if let Target::Later(_, lines) = &*target {
-            let _ = io::stderr().write_all(lines);
+            let _ = say(lines);
             *target = Target::StandardError;
         }
     }
@@ -118,7 +121,7 @@ impl Log for Logger {
         if self.enabled(record.metadata()) {
             let line = line(record.level(), &record.args().to_string());
             let _ = match &mut *lock(&self.target) {
-                Target::StandardError => io::stderr().write_all(line.as_bytes()),
+                Target::StandardError => say(line.as_bytes()),
                 Target::Later(_, lines) => lines.write_all(line.as_bytes()),
                 Target::File(file) => file.write_all(line.as_bytes()),
             };
@@ -126,6 +129,25 @@ impl Log for Logger {
     }
 
     fn flush(&self) {}
+}
+
+/// Writes to standard error. One that takes nothing is given a second, once: threads of vCPUs and devices log, and so does
+/// the one that heeds limits and signals.
+fn say(bytes: &[u8]) -> io::Result<()> {
+    static IS_DEAF: AtomicBool = AtomicBool::new(false);
+    const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+    // What a pipe takes at once, if it takes anything.
+    const PIPE_BUF: usize = 4096;
+    for part in bytes.chunks(PIPE_BUF) {
+        let patience = if IS_DEAF.load(Relaxed) { Timespec::default() } else { PATIENCE };
+        let is_deaf = poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], Some(&patience)) == Ok(0);
+        IS_DEAF.store(is_deaf, Relaxed);
+        if is_deaf {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        io::stderr().write_all(part)?;
+    }
+    Ok(())
 }
 
 fn line(level: Level, text: &str) -> String {

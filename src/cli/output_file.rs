@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use bantam::devices::console::Stdout;
 use rustix::fs::OFlags;
+use rustix::stdio::stdout;
 
 use super::{folder, may_create};
 
@@ -23,8 +25,18 @@ pub struct Error {
 pub struct OutputFile {
     what: &'static str,
     path: PathBuf,
-    /// Whether `path` is a pipe or a device, which is written to, where a file is replaced.
-    stream: bool,
+    kind: Kind,
+}
+
+/// How it is written.
+#[derive(PartialEq)]
+enum Kind {
+    /// A file is replaced.
+    File,
+    /// A pipe or a device is opened and written to.
+    Stream,
+    /// `-`: standard output as it is open, which may be a socket, or a file that the guest's output goes to as well.
+    Stdout,
 }
 
 impl OutputFile {
@@ -34,11 +46,14 @@ impl OutputFile {
     }
 
     fn check(what: &'static str, path: &Path) -> io::Result<Self> {
-        let path = if path == Path::new("-") { Path::new("/proc/self/fd/1") } else { path };
+        if path == Path::new("-") {
+            rustix::io::fcntl_getfd(stdout())?;
+            return Ok(Self { what, path: path.to_owned(), kind: Kind::Stdout });
+        }
         // `/dev/stdout` may lead to a file, which others write to at the same time.
         if ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"].iter().any(|stream| path.starts_with(stream)) {
             OpenOptions::new().append(true).open(path)?;
-            return Ok(Self { what, path: path.to_owned(), stream: true });
+            return Ok(Self { what, path: path.to_owned(), kind: Kind::Stream });
         }
         // A link stays a link: what it points to is replaced.
         let path = match path.canonicalize() {
@@ -49,18 +64,18 @@ impl OutputFile {
             },
             real => real?,
         };
-        let stream = match fs::metadata(&path) {
+        let kind = match fs::metadata(&path) {
             Ok(meta) if meta.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
-            Ok(meta) => !meta.is_file(),
-            Err(_) => false,
+            Ok(meta) if !meta.is_file() => Kind::Stream,
+            _ => Kind::File,
         };
-        if !stream {
+        if kind == Kind::File {
             if path.file_name().is_none() {
                 return Err(io::ErrorKind::InvalidFilename.into());
             }
             may_create(&path)?;
         }
-        Ok(Self { what, path, stream })
+        Ok(Self { what, path, kind })
     }
 
     /// Writes all of it.
@@ -69,12 +84,19 @@ impl OutputFile {
     }
 
     fn try_write(&self, bytes: &[u8]) -> io::Result<()> {
-        if self.stream {
-            // A pipe that nobody reads is not waited for: the signals that would end that are blocked.
-            let mut file = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
-            rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
-            return file.write_all(bytes);
+        match self.kind {
+            Kind::File => self.replace(bytes),
+            Kind::Stream => {
+                // A pipe that nobody reads is not waited for: the signals that would end that are blocked.
+                let mut file = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;
+                rustix::fs::fcntl_setfl(&file, OFlags::APPEND)?;
+                file.write_all(bytes)
+            }
+            Kind::Stdout => Stdout::new()?.write_all(bytes),
         }
+    }
+
+    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
         let (mut file, temporary) = create_beside(&self.path)?;
         // Who may read the old one may read the new one, and nobody else.
         if let Ok(old) = fs::metadata(&self.path) {
@@ -86,7 +108,14 @@ impl OutputFile {
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
         }
-        written
+        match written {
+            // A file that is mounted there, as a container's may be, can only be written.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                let mut file = OpenOptions::new().write(true).truncate(true).open(&self.path)?;
+                file.write_all(bytes).and_then(|()| file.sync_all())
+            }
+            written => written,
+        }
     }
 }
 

@@ -135,7 +135,7 @@ impl Console {
     }
 
     fn stdio() -> io::Result<Self> {
-        let output = Stdout(File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?));
+        let output = Stdout::new()?;
         let raw = Raw::enter()?;
         // A background process that reads its terminal is stopped; without it the guest just has no input.
         let background = raw.is_none() && rustix::termios::isatty(rustix::stdio::stdin());
@@ -163,8 +163,16 @@ fn create(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Standard output, which another program that has it too may have made non-blocking.
-struct Stdout(File);
+/// Standard output, unbuffered. Another program that has it too may have made it non-blocking.
+#[derive(Debug)]
+pub struct Stdout(File);
+
+impl Stdout {
+    /// A descriptor of its own.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(File::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0)?)))
+    }
+}
 
 impl Write for Stdout {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -254,7 +262,12 @@ impl Input for Socket {
             return Ok(Incoming::Bytes(0));
         };
         match client.read(buffer) {
-            Ok(0) | Err(_) => {
+            // It may have more to read: it makes way when it cannot be written to, or for the next one.
+            Ok(0) => {
+                self.reading = None;
+                Ok(Incoming::Bytes(0))
+            }
+            Err(_) => {
                 self.reading = None;
                 lock(&self.client).take();
                 Ok(Incoming::Bytes(0))
@@ -271,11 +284,8 @@ impl Write for SocketOutput {
         // Not under the lock: a client that does not read blocks this thread, but not the one that accepts.
         let client = lock(&self.0).as_ref().map(UnixStream::try_clone).transpose()?;
         let Some(mut client) = client else { return Ok(bytes.len()) };
-        match client.write(bytes) {
-            Ok(count) => Ok(count),
-            // The reading end sees the hang-up, too, and makes way for the next client.
-            Err(_) => Ok(bytes.len()),
-        }
+        // The reading end sees that it has gone, too, and takes the next one.
+        Ok(client.write(bytes).unwrap_or(bytes.len()))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -338,6 +348,28 @@ mod tests {
         }
         drop(input);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_client_that_has_no_more_to_say_reads_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.sock");
+        let mut console = Console::open(&Spec::Socket(path.clone())).unwrap();
+        let mut input = console.input.take().unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        for step in ["accepted", "at its end"] {
+            assert_eq!(input.read(&mut [0; 16]).unwrap(), Incoming::Bytes(0), "{step}");
+        }
+        console.output.write_all(b"out").unwrap();
+        let mut next = UnixStream::connect(&path).unwrap();
+        assert_eq!(input.read(&mut [0; 16]).unwrap(), Incoming::Bytes(0), "accepted");
+        console.output.write_all(b"next").unwrap();
+        drop((input, console));
+        let (mut seen, mut seen_next) = (String::new(), String::new());
+        client.read_to_string(&mut seen).unwrap();
+        next.read_to_string(&mut seen_next).unwrap();
+        assert_eq!((&*seen, &*seen_next), ("out", "next"));
     }
 
     #[test]

@@ -33,7 +33,9 @@ fn with_pipe(script: &str) -> (Guest, PipeReader) {
 fn read_until(reader: &mut impl Read, end: &str) -> String {
     let (mut seen, mut buffer) = (Vec::new(), [0; 4096]);
     while !seen.windows(end.len()).any(|window| window == end.as_bytes()) {
-        let count = reader.read(&mut buffer).unwrap();
+        let count = reader.read(&mut buffer);
+        let count =
+            count.unwrap_or_else(|error| panic!("{error}, and no `{end}` in {}", String::from_utf8_lossy(&seen)));
         assert!(count > 0, "no `{end}` in {}", String::from_utf8_lossy(&seen));
         seen.extend_from_slice(&buffer[..count]);
     }
@@ -88,6 +90,40 @@ fn everything_closed() {
 fn output_to_dev_null() {
     let ended = started_by(tiny("echo to nobody"), "sh", &["-c", "exec \"$@\" >/dev/null", "sh"]).run();
     ended.require(ended.status == 0 && ended.report["outcome"] == "halted", "expected a clean end");
+}
+
+#[test]
+fn output_to_a_file_that_may_not_grow_on() {
+    let guest = tiny(COUNT);
+    let output = guest.folder().join("output").display().to_string();
+    let guest = guest.option("--serial", format_args!("file={output}"));
+    let running = started_by(guest, "sh", &["-c", "ulimit -f 16; exec \"$@\"", "sh"]).start();
+    let folder = running.folder().to_owned();
+    eventually(|| folder.join("report.json").exists());
+    assert!((1..=16 << 10).contains(&fs::metadata(output).unwrap().len()));
+    let ended = running.wait();
+    ended.require(ended.status == 0 && ended.report["outcome"] == "halted", "expected the guest to go on");
+}
+
+#[test]
+fn words_for_nobody_do_not_keep_the_end_away() {
+    let (reader, mut writer) = io::pipe().unwrap();
+    let size = fcntl_setpipe_size(&writer, 4096).unwrap();
+    writer.write_all(&vec![b'x'; size]).unwrap();
+    let mut guest = tiny("echo to the end").flag("-vv");
+    guest.command().stderr(writer);
+    let ended = guest.run();
+    ended.require(ended.status == 0 && ended.stdout.contains("to the end"), "expected a clean end");
+    drop(reader);
+}
+
+#[test]
+fn a_report_that_is_a_mount_of_its_own() {
+    let guest = tiny("echo done");
+    let report = guest.folder().join("report.json").display().to_string();
+    let mounted = ["--mount", "sh", "-c", "touch \"$0\"; mount --bind \"$0\" \"$0\"; exec \"$@\"", &report];
+    let ended = started_by(guest, "unshare", &mounted).run();
+    ended.require(ended.status == 0 && ended.report["outcome"] == "halted", "expected a report in place");
 }
 
 #[test]
