@@ -10,6 +10,7 @@ pub mod log;
 pub mod message;
 pub mod output_file;
 pub mod outputs;
+pub mod progress;
 pub mod rootfs;
 pub mod test;
 

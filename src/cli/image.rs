@@ -1,13 +1,12 @@
 //! `bantam image`: what is in the cache of images.
 
-use std::io::IsTerminal;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bantam::config::duration;
-use bantam::image::{self, Cache, Listed, Options, Progress, Pull, Source};
+use bantam::image::{self, Cache, Listed, Options, Pull, Source};
 use clap::Subcommand;
-use indicatif::{ProgressBar, ProgressStyle};
+
+use super::progress::ProgressLine;
 
 /// The cache of images.
 #[derive(Debug, Subcommand)]
@@ -68,8 +67,8 @@ impl Image {
 
 fn pull(cache: &Cache, source: &str) -> Result<String, image::Error> {
     let source: Source = source.parse()?;
-    let bars = Bars::default();
-    let options = Options { pull: Pull::Always, progress: Some(&bars), ..Options::default() };
+    let line = ProgressLine::default();
+    let options = Options { pull: Pull::Always, progress: Some(&line), ..Options::default() };
     let image = image::open(&source, cache, &options)?;
     Ok(format!("{}\n", image.path().display()))
 }
@@ -86,33 +85,4 @@ fn table(list: &[Listed]) -> String {
 
 fn size(bytes: u64) -> String {
     format!("{}M", bytes.div_ceil(1 << 20))
-}
-
-/// Progress bars on standard error, if that is a terminal.
-#[derive(Default)]
-pub struct Bars(Mutex<Option<ProgressBar>>);
-
-impl Progress for Bars {
-    fn begin(&self, what: &str, bytes: Option<u64>) {
-        if !std::io::stderr().is_terminal() {
-            return;
-        }
-        let bar = bytes.map_or_else(ProgressBar::no_length, ProgressBar::new);
-        let style = "{msg:24!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
-        bar.set_style(ProgressStyle::with_template(style).expect("the template is right"));
-        bar.set_message(what.to_owned());
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar);
-    }
-
-    fn advance(&self, bytes: u64) {
-        if let Some(bar) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            bar.inc(bytes);
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            bar.finish_and_clear();
-        }
-    }
 }

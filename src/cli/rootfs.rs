@@ -7,7 +7,7 @@ use bantam::command;
 use bantam::config::Config;
 use bantam::image::{self, Cache, Image, Options, Source};
 
-use super::image::Bars;
+use super::progress::ProgressLine;
 
 /// Why ROOTFS cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -48,8 +48,8 @@ pub fn open(config: &mut Config) -> Result<Option<Image>, Error> {
         _ if asked.rw => return Err(Error::Writable(path)),
         _ => {}
     }
-    let bars = Bars::default();
-    let options = Options { progress: Some(&bars), ..Options::default() };
+    let line = ProgressLine::default();
+    let options = Options { progress: Some(&line), ..Options::default() };
     let image = image::open(&source, &Cache::of_user()?, &options)?;
     let command = complete(asked, image.config());
     if command.arguments.is_empty() {
