@@ -85,6 +85,8 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
+// Only what is asked for is made.
+#[command(defer = true)]
 pub enum Command {
     /// Run a virtual machine until it ends.
     #[command(after_long_help = RUN_EXAMPLES)]
