@@ -1,5 +1,5 @@
 //! Compiles the guest's init, `src/init`, which bantam carries within itself: a static program without the standard
-//! library, by the compiler that compiles bantam.
+//! library, by the compiler that compiles bantam. And leaves out of a release what only unwinding needs.
 
 #![allow(clippy::expect_used, reason = "a build script says what went wrong by failing")]
 
@@ -8,6 +8,24 @@ use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
+    init();
+    leave_out_unwind_tables();
+}
+
+/// A release without debugging information never unwinds: what tells how is a tenth of it, and left out. The precompiled
+/// standard library has it in any case, and with that all that is linked.
+fn leave_out_unwind_tables() {
+    let is = |variable, value| env::var(variable).is_ok_and(|set| set == value);
+    println!("cargo::rerun-if-changed=src/no-unwind-tables.ld");
+    if is("PROFILE", "release") && is("DEBUG", "false") {
+        let script =
+            env::current_dir().expect("cargo starts build scripts in a folder").join("src/no-unwind-tables.ld");
+        println!("cargo::rustc-link-arg-bin=bantam=-Wl,--no-eh-frame-hdr,-T,{}", script.display());
+    }
+}
+
+/// Compiles the guest's init.
+fn init() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src/init");
     println!("cargo::rerun-if-changed=src/command/protocol.rs");
