@@ -1,12 +1,14 @@
 //! The `bantam` command: flags in, an exit status out. Exit statuses exist only here.
 
+#![cfg_attr(all(target_env = "gnu", not(test)), no_main)]
+
 mod cli;
+mod process;
 
 use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::process::ExitCode;
 use std::time::Instant;
 
 use bantam::config::Config;
@@ -20,6 +22,7 @@ use cli::attempts::Attempts;
 use cli::message::{chain, say};
 use cli::test::{Test, Verdict};
 use cli::{Cli, Command, ending};
+use process::ExitCode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use rustix::termios::isatty;
@@ -37,7 +40,13 @@ const FAILED: u8 = 125;
 /// With the number of the signal that ended the machine, or its command, which is below it.
 const SIGNALED: u8 = 128;
 
-fn main() -> ExitCode {
+#[cfg(any(not(target_env = "gnu"), test))]
+fn main() -> std::process::ExitCode {
+    start().into()
+}
+
+/// Does what the arguments say.
+fn start() -> ExitCode {
     let started = Instant::now();
     std::panic::set_hook(Box::new(|panic| {
         terminal::restore();
@@ -174,7 +183,6 @@ fn indent(lines: &[String]) -> String {
 
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result<Machine, Box<dyn Error>> {
-    config.validate()?;
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let mut signals = signal::ENDING.to_vec();
     // A terminal that a shell had while this process was stopped, or that changes its size.
@@ -188,7 +196,7 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
         config.memory
     );
     allow_descriptors(&config);
-    let mut builder = Builder::new(config).started(started).signals(signals);
+    let mut builder = Builder::new(config).started(started).signals(signals).when_running(process::give_back);
     if keep {
         builder = builder.keep_output(ending::KEPT);
     }

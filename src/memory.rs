@@ -4,7 +4,7 @@
 //! the loader, first writes it. Parts of files can be mapped over them: what the guest only reads of these is in the host's
 //! page cache, once for all machines.
 
-#![expect(unsafe_code, reason = "mmap and madvise take an address; mallopt has no safe wrapper")]
+#![expect(unsafe_code, reason = "mmap and madvise take an address; mallopt and sysconf have no safe wrapper")]
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -12,7 +12,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
-use rustix::param::page_size;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -127,6 +126,12 @@ pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
     }
 }
 
+/// The size of the host's pages, in bytes.
+fn page_size() -> u64 {
+    // SAFETY: only asks. The C library was told when the program started: rustix would ask the kernel.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.unsigned_abs()
+}
+
 /// Maps `len` bytes of `file` from `offset` on over guest memory at `address`, all three multiples of the host's page size,
 /// in place of what was there. What the guest writes stays its own (`MAP_PRIVATE`).
 ///
@@ -139,7 +144,7 @@ pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
 /// memory is as fresh.
 pub fn map_file(ram: &GuestRam, address: u64, file: &File, offset: u64, len: u64) -> io::Result<()> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    let page = page_size() as u64;
+    let page = page_size();
     if [address, offset, len].iter().any(|number| number % page != 0) {
         return Err(invalid());
     }
@@ -169,7 +174,7 @@ const MAP_MIN: u64 = 64 << 10;
 /// # Errors
 /// When the host does not read the file, it ends before, or there is no such guest memory.
 pub fn load_file(ram: &GuestRam, address: u64, file: &File, offset: u64, len: u64) -> io::Result<()> {
-    let page = page_size() as u64;
+    let page = page_size();
     let all = offset..offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
     let pages = all.start.next_multiple_of(page)..all.end / page * page;
     if address % page == offset % page && pages.end.saturating_sub(pages.start) >= MAP_MIN {

@@ -31,7 +31,7 @@ const FLOORS: &[&[&str]] = &[
     &["config"],
     &["machine"],
     &["check", "kernels"],
-    &["cli", "main", "lib"],
+    &["cli", "main", "lib", "process"],
 ];
 
 fn floor(module: &str) -> usize {

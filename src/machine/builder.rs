@@ -31,13 +31,15 @@ pub struct Builder {
     signals: Option<SignalFd>,
     streams: Option<Streams>,
     keep: Option<usize>,
+    when_running: Option<fn()>,
     started: Instant,
 }
 
 impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
-        Builder { config, console: None, signals: None, streams: None, keep: None, started: Instant::now() }
+        let started = Instant::now();
+        Builder { config, console: None, signals: None, streams: None, keep: None, when_running: None, started }
     }
 
     /// Uses `console` instead of what the configuration's `serial` says.
@@ -67,6 +69,12 @@ impl Builder {
         self
     }
 
+    /// Has [`Machine::run`] call `then` when its vCPUs run.
+    pub fn when_running(mut self, then: fn()) -> Self {
+        self.when_running = Some(then);
+        self
+    }
+
     /// The moment that the report's durations count from; else that of [`Builder::new`].
     pub fn started(mut self, started: Instant) -> Self {
         self.started = started;
@@ -75,7 +83,7 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, keep, started } = self;
+        let Builder { config, console, signals, streams, keep, when_running, started } = self;
         config.validate()?;
         let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
         let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.len());
@@ -146,6 +154,7 @@ impl Builder {
             pause: Default::default(),
             started,
             times: Durations::default(),
+            when_running,
             outcome: None,
             _vm: vm,
         })

@@ -157,6 +157,7 @@ pub struct Machine {
     pause: Pause,
     started: Instant,
     times: Durations,
+    when_running: Option<fn()>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     _vm: kvm::Vm,

@@ -213,6 +213,7 @@ impl Machine {
         match event {
             Event::Vcpu(_, vcpu::Report::Started) => {
                 self.times.first_kvm_run.get_or_insert_with(|| self.started.elapsed());
+                self.when_running.take().into_iter().for_each(|then| then());
             }
             Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {
                 return Some(Ok(Outcome::Crashed(crash(vcpu, exit, rip, cpl))));
