@@ -16,8 +16,10 @@ fn main() {
 /// standard library has it in any case, and with that all that is linked.
 fn leave_out_unwind_tables() {
     let is = |variable, value| env::var(variable).is_ok_and(|set| set == value);
+    let is_static =
+        env::var("CARGO_CFG_TARGET_FEATURE").is_ok_and(|list| list.split(',').any(|one| one == "crt-static"));
     println!("cargo::rerun-if-changed=src/no-unwind-tables.ld");
-    if is("PROFILE", "release") && is("DEBUG", "false") {
+    if is("PROFILE", "release") && is("DEBUG", "false") && !is_static {
         let script =
             env::current_dir().expect("cargo starts build scripts in a folder").join("src/no-unwind-tables.ld");
         println!("cargo::rustc-link-arg-bin=bantam=-Wl,--no-eh-frame-hdr,-T,{}", script.display());

@@ -95,8 +95,8 @@ unsafe fn give_back_pages(start: usize, end: usize) {
 }
 
 /// A release never unwinds (`panic = "abort"`), and says where it panicked without a list of callers. These are for what the
-/// precompiled standard library has of both: with them the linker finds that nobody uses it, nor libgcc.
-#[cfg(all(panic = "abort", target_env = "gnu"))]
+/// precompiled standard library has of both: with them the linker finds that nobody uses it, nor libgcc. A static C library needs the true ones.
+#[cfg(all(panic = "abort", target_env = "gnu", not(target_feature = "crt-static")))]
 mod unwinder {
     use std::ffi::{c_int, c_void};
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use bantam::boot::inspect::inspect;
 use memchr::memmem;
@@ -71,6 +72,24 @@ fn vmlinux_without_pvh_is_entered_in_64_bits() {
         assert!(!inspect(image.path()).unwrap().pvh);
         boots(kernel, image.path(), "6.");
     }
+}
+
+/// What a machine must not do: more before its guest runs. A release makes some less, which its dynamic linker does for libgcc.
+#[test]
+fn few_system_calls_come_before_the_guest() {
+    const BUDGET: usize = 145;
+    let calls = NamedTempFile::new().unwrap();
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-o"]).arg(calls.path()).arg(env!("CARGO_BIN_EXE_bantam"));
+    strace.args(["run", "--memory", "128M", "--timeout", "3s", "--kernel"]).arg(Kernel::Tiny.vmlinux());
+    strace.arg("--initrd").arg(Kernel::Tiny.file("initramfs.cpio"));
+    let output = strace.stdin(Stdio::null()).output().unwrap();
+    let calls = fs::read_to_string(calls.path()).unwrap();
+    let before = calls.split_once("KVM_RUN").unwrap_or_else(|| panic!("{output:?}")).0;
+    // The other half of one, signals, the ends of threads.
+    let is_call = |line: &&str| !["resumed>", "---", "+++"].iter().any(|part| line.contains(part));
+    let count = before.lines().filter(is_call).count();
+    assert!(count <= BUDGET, "{count} system calls, of {BUDGET}:\n{before}");
 }
 
 #[test]
