@@ -115,6 +115,9 @@ impl Transcript {
             None if !line.is_empty() => self.see_user_line(on_sight),
             _ => {}
         }
+        if message == Some(NO_PCI) {
+            return;
+        }
         if self.lines.len() == LINES {
             self.lines.pop_front();
         }
@@ -134,6 +137,9 @@ impl Transcript {
         }
     }
 }
+
+/// What distribution kernels say of a machine without PCI. It is harmless, and would look like the reason of every failure.
+const NO_PCI: &str = "PCI: Fatal: No config space access function found";
 
 /// The text of a kernel message: all of a line after its time stamp. Of what says how the kernel ends, also in the
 /// middle of a line that a user's program left unfinished; and without a stamp, unless the kernel is known to stamp.
@@ -187,6 +193,15 @@ mod tests {
             transcript.feed(piece, &|sight| seen.borrow_mut().push(sight));
         }
         seen.into_inner()
+    }
+
+    #[test]
+    fn that_there_is_no_pci_is_not_among_the_last_lines() {
+        let mut transcript = Transcript::default();
+        let log =
+            "[    1.0] one\r\n[    2.704701] PCI: Fatal: No config space access function found\r\n[    3.0] two\r\n";
+        transcript.feed(log.as_bytes(), &|_| {});
+        assert_eq!(transcript.tail(), ["[    1.0] one", "[    3.0] two"]);
     }
 
     #[test]
