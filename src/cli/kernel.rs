@@ -64,7 +64,10 @@ pub enum Kernel {
 /// Why there is no kernel to boot.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot find a kernel: no --kernel is given, none is named `{DEFAULT}`, and {path} cannot be read")]
+    #[error(
+        "cannot find a kernel: no --kernel is given, none is named `{DEFAULT}` (`bantam kernel import {DEFAULT} FILE` names \
+         one), and {path} cannot be read"
+    )]
     None {
         path: String,
         #[source]

@@ -171,6 +171,17 @@ fn the_kernel_named_default_is_the_default() {
 }
 
 #[test]
+fn without_any_kernel_it_is_told_how_to_name_one() {
+    let release = Command::new("uname").arg("-r").output().unwrap().stdout;
+    let running = format!("/boot/vmlinuz-{}", text(&release).trim());
+    // The host's own would be taken.
+    if fs::File::open(&running).is_err() {
+        let words = ["cannot find a kernel: no --kernel is given", "`bantam kernel import default FILE`", &running];
+        Place::new().refuses(&["run", "--print-config"], &words);
+    }
+}
+
+#[test]
 fn what_is_no_kernel_is_refused_and_leaves_nothing() {
     let place = Place::new();
     let import = |source: &str, words: &[&str]| place.refuses(&["kernel", "import", "k", source], words);
