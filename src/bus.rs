@@ -2,6 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
+use crate::snapshot;
+
 /// A device as a vCPU sees it. `offset` counts bytes from the start of the device's range; `data` is as long as the
 /// access: 1, 2, 4 or 8 bytes, little-endian.
 pub trait BusDevice: Send {
@@ -13,6 +17,18 @@ pub trait BusDevice: Send {
     fn pause(&mut self) {}
     /// Has it go on.
     fn resume(&mut self) {}
+    /// What it has to know to go on elsewhere, as JSON; nothing for one that remembers nothing. It is paused, and may be
+    /// resumed afterwards.
+    fn save(&mut self) -> Value {
+        Value::Null
+    }
+    /// Takes over what one of its kind saved, before the guest or a driver has used it. It is paused then.
+    ///
+    /// # Errors
+    /// When `state` is that of another device.
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        if state.is_null() { Ok(()) } else { Err(snapshot::Error::part("a device", "it has no state")) }
+    }
 }
 
 struct Slot {
@@ -71,11 +87,11 @@ impl Bus {
         }
     }
 
-    /// Calls `act` with each device, in the order of their addresses.
-    pub fn for_each(&self, mut act: impl FnMut(&mut dyn BusDevice)) {
-        for slot in &self.slots {
-            act(&mut *slot.device.lock().unwrap_or_else(PoisonError::into_inner));
-        }
+    /// Calls `act` with the address of each device and the device, in that order, until it fails.
+    pub fn try_for_each<E>(&self, mut act: impl FnMut(u64, &mut dyn BusDevice) -> Result<(), E>) -> Result<(), E> {
+        self.slots
+            .iter()
+            .try_for_each(|slot| act(slot.base, &mut *slot.device.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
     fn find(&self, address: u64, len: usize) -> Option<(&Slot, u64)> {

@@ -75,6 +75,7 @@ pub mod metrics;
 pub mod outcome;
 pub mod signal;
 pub mod size;
+pub mod snapshot;
 pub mod socket;
 pub mod terminal;
 mod text;

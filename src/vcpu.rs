@@ -2,18 +2,21 @@
 
 mod throttle;
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use serde::Serialize;
+use serde_json::Value;
 use vmm_sys_util::signal::{Killable, unblock_signal};
 
 use crate::bus::{Bus, BusDevice};
 use crate::kvm::{self, Exit, Kicker, Vcpu};
 use crate::metrics::Counter;
-use crate::signal;
+use crate::{signal, snapshot};
 pub use throttle::Budget;
 use throttle::Throttle;
 
@@ -111,17 +114,23 @@ impl Shared {
 
 impl Thread {
     /// Runs `vcpu`, number `index`, on a thread of its own that serves its accesses from the buses and tells `report`
-    /// what happens. With a `budget` it takes no more CPU time than that has.
+    /// what happens. With a `budget` it takes no more CPU time than that has. One that is to be `paused` does not enter the
+    /// guest before it is resumed.
     pub fn spawn(
         vcpu: Vcpu,
         index: u32,
         buses: Arc<Buses>,
         budget: Option<Arc<Budget>>,
+        paused: bool,
         report: impl Fn(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let signal = signal::kick_signal()?;
         let kicker = vcpu.kicker().map_err(io::Error::other)?;
-        let shared = Arc::new(Shared { command: AtomicU8::new(NONE), place: Mutex::new(Place::Thread) });
+        let command = AtomicU8::new(if paused { PAUSE } else { NONE });
+        if paused {
+            kicker.kick();
+        }
+        let shared = Arc::new(Shared { command, place: Mutex::new(Place::Thread) });
         let metrics = Arc::new(Metrics::default());
         let thread = thread::Builder::new().name(format!("bantam-vcpu{index}")).spawn({
             let (shared, metrics) = (Arc::clone(&shared), Arc::clone(&metrics));
@@ -172,6 +181,14 @@ impl Thread {
         self.thread.thread().unpark();
     }
 
+    /// What `ask` makes of the vCPU, if it is paused.
+    pub fn with_paused<T>(&self, ask: impl FnOnce(&Vcpu) -> T) -> Option<T> {
+        match &*self.shared.place() {
+            Place::Paused(vcpu) => Some(ask(vcpu)),
+            _ => None,
+        }
+    }
+
     fn tell(&self, command: u8) {
         self.shared.command.fetch_max(command, Ordering::SeqCst);
         self.kicker.kick();
@@ -192,9 +209,55 @@ pub struct Buses {
 }
 
 impl Buses {
-    /// Calls `act` with each device.
-    pub fn for_each(&self, mut act: impl FnMut(&mut dyn BusDevice)) {
-        [&self.pio, &self.mmio].into_iter().for_each(|bus| bus.for_each(&mut act));
+    /// Pauses each device.
+    pub fn pause(&self) {
+        self.each(|_, device| device.pause());
+    }
+
+    /// Has each device go on.
+    pub fn resume(&self) {
+        self.each(|_, device| device.resume());
+    }
+
+    /// The state of each device that has one, by where it is. All are paused.
+    pub fn save(&self) -> BTreeMap<String, Value> {
+        let mut states = BTreeMap::new();
+        self.each(|place, device| {
+            let state = device.save();
+            if !state.is_null() {
+                states.insert(place, state);
+            }
+        });
+        states
+    }
+
+    /// Gives each device the state that the one in its place had, and leaves it paused.
+    ///
+    /// # Errors
+    /// When a state fits no device.
+    pub fn restore(&self, mut states: BTreeMap<String, Value>) -> Result<(), snapshot::Error> {
+        let mut result = Ok(());
+        self.each(|place, device| {
+            let state = states.remove(&place).unwrap_or_default();
+            if result.is_ok() {
+                let fail = |error| snapshot::Error::part(format!("the device at {place}"), error);
+                result = device.restore(&state).map_err(fail);
+            }
+        });
+        match states.first_key_value() {
+            Some((place, _)) if result.is_ok() => {
+                Err(snapshot::Error::part(format!("the device at {place}"), "this machine has none there"))
+            }
+            _ => result,
+        }
+    }
+
+    fn each(&self, mut act: impl FnMut(String, &mut dyn BusDevice)) {
+        for (name, bus) in [("port", &self.pio), ("memory", &self.mmio)] {
+            let result: Result<(), Infallible> =
+                bus.try_for_each(|base, device| Ok(act(format!("{name} {base:#x}"), device)));
+            let Ok(()) = result;
+        }
     }
 }
 

@@ -21,6 +21,7 @@ const FLOORS: &[&[&str]] = &[
         "outcome",
         "signal",
         "size",
+        "snapshot",
         "socket",
         "terminal",
         "text",

@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use bantam::config::{Config, Size};
 use bantam::devices::console::{self, Console};
 use bantam::machine::{self, Builder, Handle, Machine};
 use bantam::outcome::Outcome;
-use support::{Guest, Kernel};
+use support::{Guest, Kernel, Screen};
 
 /// A guest that is still there then has failed.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -24,33 +24,6 @@ const SHELL: &str = "echo ready for commands; sh";
 
 /// Held for writing by the test that looks at what the whole process has.
 static PROCESS: RwLock<()> = RwLock::new(());
-
-/// A console that keeps what is written to it, for who waits for it.
-#[derive(Clone, Default)]
-struct Screen(Arc<(Mutex<String>, Condvar)>);
-
-impl Write for Screen {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.0.lock().unwrap().push_str(&String::from_utf8_lossy(bytes));
-        self.0.1.notify_all();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Screen {
-    fn wait_for(&self, text: &str) {
-        let text = self.0.1.wait_timeout_while(self.0.0.lock().unwrap(), LIMIT, |seen| !seen.contains(text)).unwrap();
-        assert!(!text.1.timed_out(), "{}", text.0);
-    }
-
-    fn text(&self) -> String {
-        self.0.0.lock().unwrap().clone()
-    }
-}
 
 /// A machine with the small kernel and a script for its guest, and its console.
 struct Lab {

@@ -5,7 +5,11 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::Deserialize;
+use serde_json::Value;
+
 use crate::bus::BusDevice;
+use crate::snapshot;
 
 /// Offset of the index port (0x70); the data port (0x71) follows.
 const INDEX: u64 = 0;
@@ -42,6 +46,16 @@ impl BusDevice for Cmos {
         if offset == INDEX {
             self.index = data[0] & INDEX_MASK;
         }
+    }
+
+    fn save(&mut self) -> Value {
+        self.index.into()
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        let fail = |error: serde_json::Error| snapshot::Error::part("the CMOS clock", error);
+        self.index = Deserialize::deserialize(state).map_err(fail)?;
+        Ok(())
     }
 }
 

@@ -1,7 +1,11 @@
 //! The keyboard controller, of which machines without a keyboard keep two things: it answers a driver's probe, and
 //! its command 0xFE resets the processor. Linux reboots this way with `reboot=k`.
 
+use serde::Deserialize;
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
+use crate::snapshot;
 
 /// Reads the command byte.
 const READ_COMMAND_BYTE: u8 = 0x20;
@@ -56,12 +60,36 @@ impl<F: Fn() + Send> BusDevice for I8042<F> {
             _ => {}
         }
     }
+
+    fn save(&mut self) -> Value {
+        json!([self.command_byte, self.awaits_command_byte, self.output])
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        let fail = |error: serde_json::Error| snapshot::Error::part("the keyboard controller", error);
+        (self.command_byte, self.awaits_command_byte, self.output) = Deserialize::deserialize(state).map_err(fail)?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn what_is_saved_is_read_elsewhere() {
+        let mut i8042 = I8042::new(|| ());
+        i8042.write(STATUS, &[WRITE_COMMAND_BYTE]);
+        i8042.write(DATA, &[0x45]);
+        i8042.write(STATUS, &[READ_COMMAND_BYTE]);
+        let mut other = I8042::new(|| ());
+        other.restore(&i8042.save()).unwrap();
+        let mut byte = [0];
+        other.read(DATA, &mut byte);
+        assert_eq!(byte, [0x45]);
+        assert!(other.restore(&json!([1, 2])).is_err());
+    }
 
     #[test]
     fn command_fe_resets_and_the_command_byte_is_kept() {

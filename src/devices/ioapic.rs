@@ -4,7 +4,11 @@
 //! Intel 82093AA data sheet, section 3. A destination has 15 bits (Xen's and KVM's "extended destination ID"), the upper
 //! seven where the data sheet reserves bits 49 to 55. There are no level-triggered interrupts in this machine.
 
+use serde::Deserialize;
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
+use crate::snapshot;
 
 /// Pins, and so entries.
 pub const PINS: usize = LAST_PIN as usize + 1;
@@ -114,6 +118,17 @@ impl<F: Fn([Option<Message>; PINS]) + Send> BusDevice for Ioapic<F> {
             _ => {}
         }
     }
+
+    fn save(&mut self) -> Value {
+        json!([self.select, self.id, self.entries])
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        let fail = |error: serde_json::Error| snapshot::Error::part("the IOAPIC", error);
+        (self.select, self.id, self.entries) = Deserialize::deserialize(state).map_err(fail)?;
+        (self.on_change)(self.messages());
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -173,5 +188,10 @@ mod tests {
         let second = expected;
         expected[5] = None;
         assert_eq!(*seen.lock().unwrap(), [first, second, expected]);
+        let state = ioapic.save();
+        let mut other = Ioapic::new(|messages: [Option<Message>; PINS]| seen.lock().unwrap().push(messages));
+        other.restore(&state).unwrap();
+        assert_eq!(seen.lock().unwrap().last(), Some(&expected));
+        assert!(other.restore(&json!([0, 0, [1, 2]])).is_err());
     }
 }

@@ -6,11 +6,14 @@
 use std::cell::Cell;
 use std::io::{self, Write};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vm_superio::Trigger;
 use vm_superio::serial::{Serial as Uart, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::snapshot::{self, Hex};
 
 /// Receiver Buffer Register.
 const RBR: u8 = 0;
@@ -18,8 +21,12 @@ const RBR: u8 = 0;
 const IER: u64 = 1;
 /// Line Control Register.
 const LCR: u64 = 3;
+/// Modem Control Register.
+const MCR: u64 = 4;
 /// Line Status Register.
 const LSR: u8 = 5;
+/// Scratch Register.
+const SCR: u64 = 7;
 /// IER: interrupt when data has arrived; a driver that listens has it set.
 const IER_RECEIVED_DATA: u8 = 1;
 /// LCR: offsets 0 and 1 are the baud rate divisor.
@@ -120,6 +127,51 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
             _ => {}
         }
     }
+
+    /// An interrupt may have been lost on the way to where it is now; one too many does no harm.
+    fn resume(&mut self) {
+        let enabled = self.uart.state().interrupt_enable;
+        if !self.divisor_latch {
+            let _ = self.uart.write(IER.to_le_bytes()[0], enabled);
+        }
+    }
+
+    fn save(&mut self) -> Value {
+        let state = self.uart.state();
+        let divisor = [state.baud_divisor_low, state.baud_divisor_high];
+        let [ier, lcr] = [state.interrupt_enable, state.line_control];
+        let [mcr, scr] = [state.modem_control, state.scratch];
+        let input = Hex([state.in_buffer, self.unread.clone()].concat());
+        let state = State { divisor, ier, lcr, mcr, scr, input };
+        serde_json::to_value(state).expect("numbers and text are JSON")
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        let fail = |error: serde_json::Error| snapshot::Error::part("the serial port", error);
+        let state = State::deserialize(state).map_err(fail)?;
+        // As a driver would set it up, which has what arrived when it listens.
+        self.write(LCR, &[LCR_DIVISOR_LATCH]);
+        self.write(0, &state.divisor[..1]);
+        self.write(IER, &state.divisor[1..]);
+        self.write(LCR, &[0]);
+        self.unread = state.input.0;
+        for (register, value) in [(IER, state.ier), (LCR, state.lcr), (MCR, state.mcr), (SCR, state.scr)] {
+            self.write(register, &[value]);
+        }
+        Ok(())
+    }
+}
+
+/// The registers that the driver writes, and the input that it has not read.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    divisor: [u8; 2],
+    ier: u8,
+    lcr: u8,
+    mcr: u8,
+    scr: u8,
+    input: Hex,
 }
 
 #[cfg(test)]
@@ -170,6 +222,37 @@ mod tests {
         serial.write(IER, &[IER_RECEIVED_DATA]);
         line.read().expect("interrupted again");
         assert_eq!([(); 3].map(|()| read(&mut serial)), *b"cho");
+    }
+
+    #[test]
+    fn what_has_arrived_arrives_elsewhere() {
+        let new = || {
+            let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            (line.try_clone().unwrap(), Serial::new(line, Vec::new(), || ()))
+        };
+        let (_, mut serial) = new();
+        serial.write(LCR, &[LCR_DIVISOR_LATCH]);
+        serial.write(0, &[12]);
+        serial.write(LCR, &[3]);
+        serial.write(IER, &[IER_RECEIVED_DATA]);
+        assert_eq!(serial.send(b"input"), 5);
+        serial.write(MCR, &[0x0b]);
+        serial.write(SCR, &[0x5a]);
+        let (line, mut other) = new();
+        let state = serial.save();
+        other.restore(&state).unwrap();
+        assert_eq!(other.save(), state);
+        let _ = line.read();
+        other.resume();
+        assert!(line.read().is_ok(), "interrupted");
+        let read = [0, 0, 0, 0, 0, MCR, SCR].map(|register| {
+            let mut byte = [0];
+            other.read(register, &mut byte);
+            byte[0]
+        });
+        assert_eq!(read, *b"input\x0b\x5a");
+        assert_eq!((other.room(), other.uart.state().baud_divisor_low), (64, 12));
+        assert!(other.restore(&serde_json::json!({"ier": 1})).is_err());
     }
 
     #[test]

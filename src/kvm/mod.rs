@@ -1,10 +1,12 @@
 //! The only caller of KVM's ioctls.
 
+mod state;
 mod vcpu;
 mod vm;
 
 /// The suberror of an internal error: an instruction that KVM does not emulate.
 pub const INTERNAL_ERROR_EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 
+pub use state::{Cpu, VcpuState, VmState};
 pub use vcpu::{Exit, Kicker, Vcpu};
 pub use vm::{Error, Routes, Vm};

@@ -41,8 +41,8 @@ pub enum Exit {
 
 /// A vCPU. Lives on one thread; [`Kicker`] reaches it from others.
 pub struct Vcpu {
-    fd: VcpuFd,
-    index: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) index: u32,
     run: RunPage,
     run_size: usize,
     /// Stays mapped while the guest may run, whoever goes first. Dropped after `fd`.

@@ -8,15 +8,18 @@ use std::sync::Arc;
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
     KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
+    kvm_cpuid_entry2, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Vcpu;
+use crate::arch::x86_64::cpuid::for_vcpu;
 use crate::arch::x86_64::{layout, needs_x2apic};
 use crate::memory::GuestRam;
+use crate::snapshot;
 
 /// What KVM would not do.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// What was saved does not fit.
+    #[error(transparent)]
+    State(snapshot::Error),
 }
 
 impl Error {
@@ -55,11 +61,11 @@ impl Error {
 
 /// A virtual machine with in-kernel interrupt controllers, and the guest memory that its slots refer to.
 pub struct Vm {
-    fd: Arc<VmFd>,
-    x2apic: bool,
+    pub(super) fd: Arc<VmFd>,
+    pub(super) x2apic: bool,
     /// Keeps the mapped pages alive for as long as the slots point at them.
     ram: GuestRam,
-    cpuid: CpuId,
+    pub(super) cpuid: CpuId,
     tsc_deadline: bool,
 }
 
@@ -117,6 +123,11 @@ impl Vm {
         self.fd.enable_cap(&enable).map_err(Error::ioctl(what))
     }
 
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// What an IOAPIC outside of KVM sets; `None` if KVM has its own.
     pub fn routes(&self) -> Option<Routes> {
         self.x2apic.then(|| Routes(Arc::clone(&self.fd)))
@@ -146,12 +157,15 @@ impl Vm {
 
     /// Creates vCPU `index` of `cpus`, with its CPUID.
     pub fn create_vcpu(&self, index: u32, cpus: u32) -> Result<Vcpu, Error> {
+        self.create_vcpu_with(index, &for_vcpu(&self.cpuid, index, cpus, self.tsc_deadline))
+    }
+
+    pub(super) fn create_vcpu_with(&self, index: u32, cpuid: &[kvm_cpuid_entry2]) -> Result<Vcpu, Error> {
         let fd = self
             .fd
             .create_vcpu(index.into())
             .map_err(Error::ioctl(format!("create vCPU {index} (KVM_CREATE_VCPU)")))?;
-        let cpuid = crate::arch::x86_64::cpuid::for_vcpu(&self.cpuid, index, cpus, self.tsc_deadline);
-        Vcpu::new(fd, index, &cpuid, self.fd.run_size(), self.ram.clone())
+        Vcpu::new(fd, index, cpuid, self.fd.run_size(), self.ram.clone())
     }
 
     /// Has KVM raise interrupt `gsi` whenever `line` is written (`KVM_IRQFD`).

@@ -8,7 +8,8 @@ use std::time::Instant;
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::inbox::Inbox;
 use super::quota::Quota;
-use super::{Durations, Error, Limits, Machine};
+use super::snapshot::{self, Snapshot};
+use super::{Durations, Error, Limits, Machine, Start, memory_file};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
@@ -33,13 +34,30 @@ pub struct Builder {
     keep: Option<usize>,
     when_running: Option<fn()>,
     started: Instant,
+    snapshot: Option<Snapshot>,
+    paused: bool,
 }
 
 impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
         let started = Instant::now();
-        Builder { config, console: None, signals: None, streams: None, keep: None, when_running: None, started }
+        let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
+        Builder { config, console, signals, streams, keep, when_running, started, snapshot: None, paused: false }
+    }
+
+    /// A builder for the machine that `snapshot` has saved, with the configuration that it has now. It goes on where that
+    /// one was when it [runs](Machine::run).
+    pub fn restore(snapshot: Snapshot) -> Self {
+        let mut builder = Self::new(snapshot.config.clone());
+        builder.snapshot = Some(snapshot);
+        builder
+    }
+
+    /// Has the machine stand still when it starts, until [`Handle::resume`](super::Handle::resume).
+    pub fn paused(mut self, paused: bool) -> Self {
+        self.paused = paused;
+        self
     }
 
     /// Uses `console` instead of what the configuration's `serial` says.
@@ -83,9 +101,12 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, keep, when_running, started } = self;
+        let Builder { config, console, signals, streams, keep, when_running, started, snapshot, paused } = self;
         config.validate()?;
-        let path = config.kernel.as_deref().ok_or(Error::NoKernel)?;
+        match &snapshot {
+            Some(snapshot) => snapshot.check()?,
+            None => drop(config.kernel.as_deref().ok_or(Error::NoKernel)?),
+        }
         let (asked, max) = (count_devices(&config), layout::VIRTIO_GSIS.len());
         if asked > max {
             return Err(Error::TooManyDevices { asked, max });
@@ -95,20 +116,18 @@ impl Builder {
         let disks = open_disks(&config)?;
         let shares = open_shares(&config)?;
 
-        let ram = memory::reserve(&layout::ram_ranges(config.memory.get()))?;
+        let ranges = layout::ram_ranges(config.memory.get());
+        let ram = match &snapshot {
+            Some(snapshot) => memory_file::map(&snapshot.memory, &ranges, snapshot.prefault)?,
+            None => memory::reserve(&ranges)?,
+        };
         let vm = Vm::new(ram.clone(), config.cpus)?;
-        let kernel = kernel::load(&ram, path).map_err(boot::Error::from)?;
-        let command =
-            config.command.as_ref().map(|command| initramfs(&config, command, path, &ram, &kernel)).transpose()?;
-        let (entry, acpi) = load_parameters(&config, &ram, &kernel, command.as_ref())?;
+        let (vcpus, has_modules) = match &snapshot {
+            Some(snapshot) => (restore(&vm, snapshot)?, false),
+            None => boot(&config, &vm)?,
+        };
         let (mut session, ends) = open_session(&config, streams).map_err(Error::Streams)?.unzip();
         let kept = session.as_mut().zip(keep).map(|(session, bytes)| session.keep(bytes));
-        let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
-        vcpus[0].set_entry(entry)?;
-        // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
-        if acpi && needs_x2apic(config.cpus) {
-            vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
-        }
 
         let quota = config.cpu_quota.map(Quota::new);
         let limits = Limits { cpu_quota: quota.as_ref().map(Quota::to_string), pids: None };
@@ -127,6 +146,10 @@ impl Builder {
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
         let Board { buses, attached, .. } = board;
+        let restored = snapshot.is_some();
+        if let Some(snapshot) = snapshot {
+            buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
+        }
         // a file is emptied, or the user's terminal switched to raw mode.
         let console = console.map_or_else(|| Console::open(&config.serial), Ok)?;
         Ok(Machine {
@@ -143,7 +166,7 @@ impl Builder {
             kept,
             quota,
             limits,
-            has_modules: command.is_some_and(|command| command.has_modules),
+            has_modules,
             vcpus,
             threads: Vec::new(),
             vcpu_metrics: Vec::new(),
@@ -156,9 +179,37 @@ impl Builder {
             times: Durations::default(),
             when_running,
             outcome: None,
-            _vm: vm,
+            start: Start { restored, paused },
+            vm,
         })
     }
+}
+
+/// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found.
+fn boot(config: &Config, vm: &Vm) -> Result<(Vec<Vcpu>, bool), Error> {
+    let (path, ram) = (config.kernel.as_deref().ok_or(Error::NoKernel)?, vm.ram());
+    let kernel = kernel::load(ram, path).map_err(boot::Error::from)?;
+    let command = config.command.as_ref().map(|command| initramfs(config, command, path, ram, &kernel)).transpose()?;
+    let (entry, acpi) = load_parameters(config, ram, &kernel, command.as_ref())?;
+    let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
+    vcpus[0].set_entry(entry)?;
+    // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
+    if acpi && needs_x2apic(config.cpus) {
+        vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
+    }
+    Ok((vcpus, command.is_some_and(|command| command.has_modules)))
+}
+
+/// Creates the vCPUs of a machine that was saved, and puts all that is in KVM where it was.
+fn restore(vm: &Vm, snapshot: &Snapshot) -> Result<Vec<Vcpu>, Error> {
+    let state = &snapshot.state;
+    state.cpu.check_on(&vm.cpu()).map_err(snapshot::Error::from)?;
+    let create = |(index, state)| vm.create_saved_vcpu(index, state);
+    let vcpus = (0..).zip(&state.vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
+    vm.restore(&state.vm)?;
+    let elapsed = state.vm.elapsed();
+    vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, elapsed))?;
+    Ok(vcpus)
 }
 
 /// How many virtio devices the machine has. The guest finds disks, then network cards, shares, vsock, rng, balloon. A root that

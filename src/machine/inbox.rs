@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Receiver};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::pause::Answer;
+use super::snapshot::Destination;
 use crate::devices::transcript::Sight;
 use crate::{command, vcpu};
 
@@ -38,6 +39,10 @@ pub enum Event {
     Pause(Answer<()>),
     /// Somebody has it go on.
     Resume(Answer<()>),
+    /// Somebody has it saved.
+    Snapshot(Destination, Answer<()>),
+    /// Its state and memory have been written.
+    Saved,
     /// No device does anything until it goes on.
     DevicesPaused,
 }

@@ -4,10 +4,13 @@ mod board_x86_64;
 mod builder;
 mod handle;
 mod inbox;
+mod memory_file;
 mod pause;
 mod quota;
 mod report;
 mod run;
+mod save;
+pub mod snapshot;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,6 +27,7 @@ use pause::Pause;
 pub use pause::Refusal;
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
+pub use snapshot::{Destination, Snapshot};
 
 use crate::command::Kept;
 use crate::config::Config;
@@ -122,6 +126,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The machine cannot be saved, or not be made from what was saved.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     /// A machine runs once.
     #[error("cannot run a machine a second time: build another one")]
     RanBefore,
@@ -155,12 +162,22 @@ pub struct Machine {
     balloon: Option<Arc<balloon::Shared>>,
     watch: run::Watch,
     pause: Pause,
+    start: Start,
     started: Instant,
     times: Durations,
     when_running: Option<fn()>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
-    _vm: kvm::Vm,
+    vm: kvm::Vm,
+}
+
+/// How a machine begins.
+#[derive(Debug, Default, Clone, Copy)]
+struct Start {
+    /// Its devices were running when it was saved.
+    restored: bool,
+    /// It stands still until it is resumed.
+    paused: bool,
 }
 
 impl Machine {

@@ -10,11 +10,13 @@
 //! A vCPU leaves the guest after the access that it is at, a device's thread ends after the requests that it has in hand.
 //! The latter are waited for by a thread, as a disk may be slow: signals and limits end a machine meanwhile as ever.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::inbox::{Event, Sender};
+use super::snapshot::{Destination, saveable};
 use super::{Error, Handle, Machine};
 use crate::vcpu;
 
@@ -69,15 +71,21 @@ impl Handle {
     }
 }
 
-/// How far a machine is from standing still.
+/// How far a machine is from standing still, and what for.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
     phase: Phase,
-    /// When the first was asked for.
+    /// When it was last asked not to run.
     since: Option<Instant>,
+    /// It does not go on until somebody says so.
+    held: bool,
     /// Who waits for it to stand still, and then for it to go on.
     pausing: Vec<Answer<()>>,
     resuming: Vec<Answer<()>>,
+    /// Where it is to be saved, before it goes on.
+    saves: VecDeque<(Destination, Answer<()>)>,
+    /// It is being saved.
+    is_saving: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -100,16 +108,40 @@ impl Pause {
 
 impl Machine {
     pub(super) fn pause(&mut self, answer: Answer<()>) {
+        self.pause.held = true;
+        if self.pause.phase == Phase::Paused {
+            tell(answer);
+        } else {
+            self.pause.pausing.push(answer);
+            self.stand_still();
+        }
+    }
+
+    pub(super) fn snapshot(&mut self, destination: Destination, answer: Answer<()>) {
+        if let Err(error) = saveable(&self.config) {
+            let _ = answer.send(Err(error.into()));
+        } else {
+            self.pause.saves.push_back((destination, answer));
+            self.stand_still();
+        }
+    }
+
+    fn stand_still(&mut self) {
         match self.pause.phase {
-            Phase::Paused => tell(answer),
             Phase::Running => {
                 self.pause.since = Some(Instant::now());
                 self.pause.phase = Phase::Vcpus(self.threads.len());
-                self.pause.pausing.push(answer);
                 self.threads.iter().for_each(vcpu::Thread::pause);
             }
-            Phase::Vcpus(_) | Phase::Devices => self.pause.pausing.push(answer),
+            Phase::Vcpus(_) | Phase::Devices => {}
+            Phase::Paused => self.stands_still(),
         }
+    }
+
+    /// The machine starts, and its threads with it, but it is to stand still.
+    pub(super) fn start_paused(&mut self) {
+        (self.pause.since, self.pause.held) = (Some(Instant::now()), true);
+        self.pause.phase = Phase::Vcpus(self.vcpus.len());
     }
 
     /// A vCPU has left the guest.
@@ -122,7 +154,7 @@ impl Machine {
         self.pause.phase = Phase::Devices;
         let (buses, sender) = (Arc::clone(&self.buses), self.sender.clone());
         let pause = move || {
-            buses.for_each(|device| device.pause());
+            buses.pause();
             sender.send(Event::DevicesPaused);
         };
         let spawned = thread::Builder::new().name("bantam-pause".into()).spawn(pause);
@@ -133,24 +165,39 @@ impl Machine {
     pub(super) fn devices_paused(&mut self) {
         self.pause.phase = Phase::Paused;
         self.pause.pausing.drain(..).for_each(tell);
-        if !self.pause.resuming.is_empty() {
+        self.stands_still();
+    }
+
+    pub(super) fn resume(&mut self, answer: Answer<()>) {
+        self.pause.held = false;
+        self.pause.resuming.push(answer);
+        match self.pause.phase {
+            Phase::Running => self.pause.resuming.drain(..).for_each(tell),
+            Phase::Vcpus(_) | Phase::Devices => {}
+            Phase::Paused => self.stands_still(),
+        }
+    }
+
+    /// The machine has been written to where it is saved.
+    pub(super) fn saved(&mut self) {
+        self.pause.is_saving = false;
+        self.stands_still();
+    }
+
+    /// Does what the machine stands still for, or goes on.
+    fn stands_still(&mut self) {
+        while !self.pause.is_saving
+            && let Some((destination, answer)) = self.pause.saves.pop_front()
+        {
+            self.pause.is_saving = self.save(destination, answer);
+        }
+        if !self.pause.is_saving && !self.pause.held {
             self.go_on();
         }
     }
 
-    pub(super) fn resume(&mut self, answer: Answer<()>) {
-        match self.pause.phase {
-            Phase::Running => tell(answer),
-            Phase::Vcpus(_) | Phase::Devices => self.pause.resuming.push(answer),
-            Phase::Paused => {
-                self.pause.resuming.push(answer);
-                self.go_on();
-            }
-        }
-    }
-
     fn go_on(&mut self) {
-        self.buses.for_each(|device| device.resume());
+        self.buses.resume();
         self.threads.iter().for_each(vcpu::Thread::resume);
         self.pause.phase = Phase::Running;
         let stood = self.pause.since.take().map_or(Duration::ZERO, |since| since.elapsed());

@@ -124,7 +124,6 @@ impl Machine {
     }
 
     fn start(&mut self) -> Result<(), Error> {
-        let idle = std::mem::take(&mut self.vcpus);
         let output = self.console_output.take().ok_or(Error::RanBefore)?;
         let (sights, end) = (self.sender.clone(), self.sender.clone());
         let writer = self
@@ -137,6 +136,14 @@ impl Machine {
             let report = move |report| sender.send(Event::Command(report));
             session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
         }
+        if self.start.paused {
+            self.start_paused();
+        } else if self.start.restored {
+            self.buses.resume();
+        }
+        // It had booted before.
+        self.watch.user_space = self.start.restored;
+        let idle = std::mem::take(&mut self.vcpus);
         let quota = self.quota.take();
         let started = match &quota {
             Some(Quota::Group(group)) => group.within(|| self.start_vcpus(idle, None))?,
@@ -151,7 +158,8 @@ impl Machine {
         for (index, vcpu) in (0u32..).zip(idle) {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
-            let thread = vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), report)?;
+            let thread =
+                vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), self.start.paused, report)?;
             self.threads.push(thread);
         }
         Ok(())
@@ -235,6 +243,8 @@ impl Machine {
                 }
             }
             Event::Vcpu(_, vcpu::Report::Paused) => return self.vcpu_paused().err().map(Err),
+            Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
+            Event::Saved => self.saved(),
             Event::DevicesPaused => self.devices_paused(),
             Event::Pause(answer) => self.pause(answer),
             Event::Resume(answer) => self.resume(answer),

@@ -91,6 +91,18 @@ pub trait VirtioDevice: Send {
         Err(change.unsupported())
     }
 
+    /// The device is paused, and its queues are about to be saved: gives back requests that it took and has not done. It may
+    /// go on afterwards, and is called for each queue then.
+    fn settle(&mut self, io: &mut Io) {
+        let _ = io;
+    }
+
+    /// The driver goes on with this device in place of one that was saved elsewhere: what that one had from the host is
+    /// gone. Called before [`start`], which is as the first time.
+    ///
+    /// [`start`]: VirtioDevice::start
+    fn replace(&mut self) {}
+
     /// The device is being stopped, also after a failure: finish what is in flight, or leave it unused. The last
     /// callback; the device may be started again.
     fn stop(&mut self, io: &mut Io) {

@@ -6,6 +6,8 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
@@ -20,11 +22,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::change::{self, Change};
 use super::device::{DriverField, VirtioDevice};
 use super::queue::InterruptState;
-use super::worker::{Paused, Request, Worker};
+use super::worker::{Parts, Paused, Request, Worker};
 use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
+use crate::snapshot::{self, Hex};
 
 /// Offset of `QueueNotify`, where an ioeventfd for each of [`Mmio::kicks`] belongs.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
@@ -83,12 +86,15 @@ enum Owner {
     Thread(Worker),
     /// The machine is paused.
     Paused(Paused),
+    /// The machine was restored and has not run since.
+    Restored(Box<dyn VirtioDevice>, Vec<Option<virtio_queue::Queue>>),
     /// Its thread panicked.
     Nobody,
 }
 
 /// A queue as the driver describes it, unchecked.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct QueueRegisters {
     max: u16,
     size: u32,
@@ -176,7 +182,7 @@ impl Mmio {
         let (answer, answered) = mpsc::channel();
         let request = Request { change, answer };
         match &mut self.owner {
-            Owner::Transport(device) => {
+            Owner::Transport(device) | Owner::Restored(device, _) => {
                 request.answer(&mut **device, None, &self.interrupt, self.status & DRIVER_OK != 0);
             }
             Owner::Thread(worker) => worker.change(request),
@@ -285,7 +291,10 @@ impl Mmio {
         let Owner::Transport(device) = std::mem::replace(&mut self.owner, Owner::Nobody) else {
             return self.interrupt.fail(&self.name, "its thread panicked: there is no such device any more");
         };
-        let parts = (device, rings);
+        self.give((device, rings));
+    }
+
+    fn give(&mut self, parts: Parts) {
         self.owner = match Worker::start(&self.name, parts, self.accepted, &self.ram, &self.kicks, &self.interrupt) {
             Ok(worker) => Owner::Thread(worker),
             Err((error, (device, _))) => {
@@ -300,6 +309,7 @@ impl Mmio {
         self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
             Owner::Thread(worker) => worker.stop().map_or(Owner::Nobody, |(device, _)| Owner::Transport(device)),
             Owner::Paused(paused) => Owner::Transport(paused.stop().0),
+            Owner::Restored(device, _) => Owner::Transport(device),
             other => other,
         };
         self.interrupt.reset();
@@ -312,6 +322,31 @@ impl Mmio {
             *queue = QueueRegisters::new(queue.max);
         }
     }
+}
+
+/// What a device's registers, its driver's queues and the interrupt were.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct State {
+    device_type: u32,
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    accepted: u64,
+    queue_sel: u32,
+    queues: Vec<QueueRegisters>,
+    /// The next available and the next used index of each queue that the device works on.
+    positions: Vec<Option<(u16, u16)>>,
+    interrupt_status: u32,
+    needs_reset: bool,
+    generation: u32,
+    config: Hex,
+    /// What the driver has written to its field of the configuration.
+    driver_field: Option<u32>,
+}
+
+fn position(ring: &virtio_queue::Queue) -> Option<(u16, u16)> {
+    Some((ring.next_avail(), ring.next_used()))
 }
 
 /// A notification must never block the vCPU that makes it.
@@ -404,8 +439,94 @@ impl BusDevice for Mmio {
                     Owner::Paused(paused)
                 }
             },
+            Owner::Restored(device, rings) => {
+                self.give((device, rings));
+                return self.interrupt.raise_again();
+            }
             other => other,
         };
+    }
+
+    fn save(&mut self) -> Value {
+        let positions = match &mut self.owner {
+            Owner::Paused(paused) => paused.positions(),
+            Owner::Restored(_, rings) => rings.iter().map(|ring| position(ring.as_ref()?)).collect(),
+            Owner::Transport(_) | Owner::Thread(_) | Owner::Nobody => vec![],
+        };
+        let changed = self.interrupt.changed_config();
+        let (generation, config) = changed.unwrap_or_else(|| (0, self.config.clone()));
+        let state = State {
+            device_type: self.device_type,
+            status: self.status,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            accepted: self.accepted,
+            queue_sel: self.queue_sel,
+            queues: self.queues.clone(),
+            positions,
+            interrupt_status: self.interrupt.pending(),
+            needs_reset: self.interrupt.needs_reset(),
+            generation,
+            config: Hex(config.into()),
+            driver_field: self.driver_field.as_ref().map(|field| field.value.load(Ordering::Relaxed)),
+        };
+        serde_json::to_value(state).expect("numbers and text are JSON")
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
+        let fail = |error: serde_json::Error| snapshot::Error::part("a virtio device", error);
+        let state = State::deserialize(state).map_err(fail)?;
+        let refuse =
+            |why: &dyn std::fmt::Display| Err(snapshot::Error::part(format!("the virtio device {}", self.name), why));
+        if state.device_type != self.device_type {
+            let (then, now) = (state.device_type, self.device_type);
+            return refuse(&format_args!("it was a device of type {then}, and here is one of type {now}"));
+        }
+        let missing = state.accepted & !self.offered;
+        // A driver may have accepted what there is not, and was told so by the status.
+        if state.status & FEATURES_OK != 0 && missing != 0 {
+            return refuse(&format_args!("its driver uses features that it does not have here: bits {missing:#x}"));
+        }
+        if !state.queues.iter().map(|queue| queue.max).eq(self.queues.iter().map(|queue| queue.max)) {
+            return refuse(&"its queues are other than here");
+        }
+        let mut rings = Vec::new();
+        let event_idx = state.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        for (index, queue) in state.queues.iter().enumerate() {
+            let Some((available, used)) = state.positions.get(index).copied().flatten() else {
+                rings.push(None);
+                continue;
+            };
+            let mut ring = match queue.ring(&self.ram, event_idx) {
+                Ok(ring) => ring,
+                Err(why) => return refuse(&format_args!("of virtqueue {index} {why}")),
+            };
+            ring.set_next_avail(available);
+            ring.set_next_used(used);
+            rings.push(Some(ring));
+        }
+        self.status = state.status;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.accepted = state.accepted;
+        self.queue_sel = state.queue_sel;
+        self.queues = state.queues;
+        self.interrupt.restore(state.interrupt_status, state.needs_reset);
+        if state.status & DRIVER_OK != 0
+            && !state.needs_reset
+            && let Owner::Transport(mut device) = std::mem::replace(&mut self.owner, Owner::Nobody)
+        {
+            device.replace();
+            self.owner = Owner::Restored(device, rings);
+        }
+        if let (Some(field), Some(value)) = (&self.driver_field, state.driver_field) {
+            field.value.store(value, Ordering::Relaxed);
+        }
+        // A link is up again that was down, a disk has another size: the driver is told.
+        if state.generation > 0 || state.config.0 != *self.config {
+            self.interrupt.restore_config(state.generation, &self.config);
+        }
+        Ok(())
     }
 }
 

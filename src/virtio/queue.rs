@@ -123,6 +123,29 @@ impl InterruptState {
         (changed.0 > 0).then(|| changed.clone())
     }
 
+    /// Interrupts once more for what is pending, in case the first time was lost on the way to another host.
+    pub fn raise_again(&self) {
+        if self.pending() != 0
+            && let Err(error) = self.line.trigger()
+        {
+            log::error!("cannot interrupt the guest: {error}");
+        }
+    }
+
+    /// Takes over what was pending, and whether the device gave up.
+    pub fn restore(&self, pending: u32, needs_reset: bool) {
+        self.status.store(pending, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+
+    /// The configuration had changed `generation` times, and now is this one: a configuration change interrupt.
+    pub fn restore_config(&self, generation: u32, config: &[u8]) {
+        let mut changed = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        *changed = (generation.wrapping_add(1).max(1), config.into());
+        drop(changed);
+        self.status.fetch_or(INTERRUPT_CONFIG_CHANGE, Ordering::SeqCst);
+    }
+
     /// The driver reset the device.
     pub fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
@@ -149,6 +172,11 @@ impl Queue {
     /// Gives the ring back to the transport.
     pub fn into_ring(self) -> virtio_queue::Queue {
         self.ring
+    }
+
+    /// The next available and the next used index.
+    pub fn position(&self) -> (u16, u16) {
+        (self.ring.next_avail(), self.ring.next_used())
     }
 
     /// The eventfd that the driver's notifications arrive on.

@@ -201,6 +201,14 @@ impl Drop for Worker {
 }
 
 impl Paused {
+    /// The device's queues by index, without what it took from them and has not done: the next available and the next
+    /// used index of each, none if it is not set up.
+    pub fn positions(&mut self) -> Vec<Option<(u16, u16)>> {
+        let Loop { device, io, .. } = &mut *self.0;
+        device.settle(io);
+        io.queues.iter().map(|queue| queue.as_ref().map(Queue::position)).collect()
+    }
+
     /// Starts a thread for the device again.
     ///
     /// # Errors

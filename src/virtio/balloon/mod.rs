@@ -438,16 +438,20 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn stop(&mut self, io: &mut Io) {
-        let Some(Running { timer, held }) = self.running.take() else { return };
-        if let Some(Err(error)) = timer.map(|timer| io.unwatch(timer)) {
-            log::error!("cannot stop watching a timer: {error}");
-        }
+    fn settle(&mut self, io: &mut Io) {
         // The driver owns it again in any case, and fills it anew if it goes on with the device.
         if let Some(index) = self.roles.iter().position(|role| *role == Role::Statistics)
-            && let (Some(head), Some((ram, queue))) = (held, io.queue(index))
+            && let Some(head) = self.running.as_mut().and_then(|running| running.held.take())
+            && let Some((ram, queue)) = io.queue(index)
         {
             let _ = queue.add_used(ram, head, 0).and_then(|()| queue.notify(ram));
+        }
+    }
+
+    fn stop(&mut self, io: &mut Io) {
+        self.settle(io);
+        if let Some(Err(error)) = self.running.take().and_then(|running| running.timer).map(|timer| io.unwatch(timer)) {
+            log::error!("cannot stop watching a timer: {error}");
         }
     }
 }

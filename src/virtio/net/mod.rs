@@ -453,6 +453,12 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn settle(&mut self, io: &mut Io) {
+        if let (Some(running), Some((_, queue))) = (&mut self.running, io.queue(RX)) {
+            running.rx.stop(queue, &self.statistics);
+        }
+    }
+
     fn stop(&mut self, io: &mut Io) {
         let Some(mut running) = self.running.take() else { return };
         for limit in self.limits.iter().flatten() {

@@ -23,6 +23,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vm_memory::Bytes;
 
 use self::connection::{Connection, Next, Over, Ports, State};
 use self::packet::{HEADER, HOST_CID, Header, Op, STREAM};
@@ -34,7 +35,8 @@ use crate::socket::Listener;
 
 const RX: usize = 0;
 const TX: usize = 1;
-/// Receive, transmit and event queue. The device has no event to tell: a machine is not moved while it runs.
+const EVENT: usize = 2;
+/// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// `VIRTIO_VSOCK_F_STREAM`.
 const F_STREAM: u64 = 1 << 0;
@@ -148,6 +150,8 @@ pub struct Vsock {
     listener: Option<Listener>,
     ends: HashMap<u32, UnixStream>,
     statistics: Arc<Statistics>,
+    /// The guest is to be told that its connections are gone.
+    tell_reset: bool,
     running: Option<Running>,
 }
 
@@ -164,10 +168,32 @@ impl Vsock {
             listener,
             ends,
             statistics: Arc::default(),
+            tell_reset: false,
             running: None,
         }
     }
+
+    /// Tells the guest, once it has a buffer for that, that all its connections are gone, and that it may have another
+    /// context ID (5.10.6.7).
+    fn tell_reset(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        if let (true, Some((ram, queue))) = (self.tell_reset, io.queue(EVENT))
+            && let Some(mut chain) = queue.pop(ram)?
+        {
+            let head = chain.head_index();
+            let event =
+                chain.next().filter(|buffer| buffer.is_write_only() && buffer.len() as usize >= TRANSPORT_RESET.len());
+            let written = event.map(|buffer| ram.write_slice(&TRANSPORT_RESET, buffer.addr()));
+            let Some(Ok(())) = written else { return Err(malformed(EVENT).into()) };
+            queue.add_used(ram, head, u32::try_from(TRANSPORT_RESET.len()).expect("4"))?;
+            queue.notify(ram)?;
+            self.tell_reset = false;
+        }
+        Ok(())
+    }
 }
+
+/// `struct virtio_vsock_event` with VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// What there is only between start and stop.
 struct Running {
@@ -232,8 +258,12 @@ impl VirtioDevice for Vsock {
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), DeviceError> {
         match &mut self.running {
             Some(running) if index == RX || index == TX => running.work(io),
-            _ => Ok(()),
+            _ => self.tell_reset(io),
         }
+    }
+
+    fn replace(&mut self) {
+        self.tell_reset = true;
     }
 
     fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), DeviceError> {

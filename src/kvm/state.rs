@@ -1,0 +1,334 @@
+//! What KVM holds of a machine, taken out and put back. Nothing runs meanwhile.
+//!
+//! The orders are those that KVM's code asks for; where one matters, it is said.
+
+#![expect(unsafe_code, reason = "KVM_SET_XSAVE takes as much as the host's features need")]
+
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES,
+    Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_mp_state, kvm_msr_entry,
+};
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{Error, Vcpu, Vm};
+use crate::snapshot::{self, Hex};
+
+/// The time-stamp counter, and when it next interrupts. The latter counts from the former.
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// How far the frequencies of two hosts' counters may be apart to be the same, in parts of a million: what a clock is
+/// corrected by.
+const TSC_TOLERANCE: u64 = 250;
+
+/// The state of a vCPU, in KVM's structs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VcpuState {
+    cpuid: Hex,
+    mp_state: u32,
+    regs: Hex,
+    sregs: Hex,
+    xsave: Hex,
+    xcrs: Hex,
+    debug_regs: Hex,
+    lapic: Hex,
+    tsc_khz: u32,
+    /// Numbers and values.
+    msrs: Vec<(u32, u64)>,
+    events: Hex,
+}
+
+/// The state of what is in KVM outside of the vCPUs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmState {
+    /// PIC (two) and IOAPIC, if they are KVM's.
+    chips: Vec<Hex>,
+    pit: Option<Hex>,
+    /// KVM's clock, in nanoseconds.
+    clock: u64,
+    /// The host's time then, in nanoseconds since 1970.
+    time: u64,
+}
+
+/// The CPU that a machine runs on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cpu {
+    name: String,
+    /// Leaf, subleaf, and which of EAX to EDX: a word with a bit for each feature.
+    features: Vec<(u32, u32, usize, u32)>,
+}
+
+/// Words of CPUID that have a bit for each feature (Intel SDM volume 2, AMD APM volume 3): leaf, subleaf, register.
+const FEATURE_WORDS: [(u32, u32, usize); 13] = [
+    (0x1, 0, 2),
+    (0x1, 0, 3),
+    (0x7, 0, 1),
+    (0x7, 0, 2),
+    (0x7, 0, 3),
+    (0x7, 1, 0),
+    (0xd, 0, 0),
+    (0xd, 1, 0),
+    (0x4000_0001, 0, 0),
+    (0x8000_0001, 0, 2),
+    (0x8000_0001, 0, 3),
+    (0x8000_0007, 0, 3),
+    (0x8000_0008, 0, 1),
+];
+
+impl Cpu {
+    fn of(cpuid: &[kvm_cpuid_entry2]) -> Self {
+        let leaf = |function, index| cpuid.iter().find(|entry| (entry.function, entry.index) == (function, index));
+        let registers = |entry: &kvm_cpuid_entry2| [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        let bytes = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_matches(['\0', ' ']).to_owned();
+        let vendor = leaf(0, 0).map_or_else(String::new, |entry| text(bytes(&[entry.ebx, entry.edx, entry.ecx])));
+        let brand = (0x8000_0002..=0x8000_0004).filter_map(|function| leaf(function, 0)).flat_map(registers);
+        let brand = text(bytes(&brand.collect::<Vec<_>>()));
+        let signature = leaf(1, 0).map_or(0, |entry| entry.eax);
+        let words = FEATURE_WORDS.iter().filter_map(|(function, index, register)| {
+            Some((*function, *index, *register, registers(leaf(*function, *index)?)[*register]))
+        });
+        Cpu { name: format!("{vendor} {brand} (signature {signature:#x})"), features: words.collect() }
+    }
+
+    /// Whether a machine of this CPU can go on on the `host`'s.
+    pub fn check_on(&self, host: &Cpu) -> Result<(), snapshot::Error> {
+        if self.name != host.name {
+            return Err(snapshot::Error::part(
+                "the vCPUs",
+                format_args!("they ran on {}, and this host has {}", self.name, host.name),
+            ));
+        }
+        for (function, index, register, bits) in &self.features {
+            let here = host.features.iter().find(|word| (word.0, word.1, word.2) == (*function, *index, *register));
+            let missing = bits & !here.map_or(0, |word| word.3);
+            if missing != 0 {
+                let register = ["EAX", "EBX", "ECX", "EDX"].get(*register).unwrap_or(&"?");
+                return Err(snapshot::Error::part(
+                    "the vCPUs",
+                    format_args!(
+                        "they ran on {} with features that KVM does not have on this host, of the same name: \
+                         CPUID.{function:#x}.{index}:{register} bits {missing:#x}",
+                        self.name
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn hex(value: &(impl IntoBytes + Immutable)) -> Hex {
+    Hex(value.as_bytes().to_vec())
+}
+
+fn value<T: FromBytes>(hex: &Hex, what: &str) -> Result<T, Error> {
+    T::read_from_bytes(&hex.0).map_err(|_| {
+        Error::State(snapshot::Error::part(what, format_args!("{} bytes are not as many as KVM takes", hex.0.len())))
+    })
+}
+
+/// The host's time in nanoseconds since 1970.
+fn now() -> u64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Vcpu {
+    /// The vCPU's state. It is outside of the guest, and has finished the access it was there for.
+    ///
+    /// `msrs` are the numbers that [`Vm::msrs`] gives.
+    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
+        let fail = |what: &str| Error::ioctl(format!("read the {what} of vCPU {}", self.index));
+        let fd = &self.fd;
+        // First: it lets pending INITs and SIPIs take effect, which changes the others.
+        let mp_state = fd.get_mp_state().map_err(fail("state (KVM_GET_MP_STATE)"))?.mp_state;
+        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(fail("CPUID (KVM_GET_CPUID2)"))?;
+        let mut state = VcpuState {
+            cpuid: Hex(cpuid.as_slice().iter().flat_map(|entry| entry.as_bytes().to_vec()).collect()),
+            mp_state,
+            regs: hex(&fd.get_regs().map_err(fail("registers (KVM_GET_REGS)"))?),
+            sregs: hex(&fd.get_sregs().map_err(fail("special registers (KVM_GET_SREGS)"))?),
+            xsave: hex(&fd.get_xsave().map_err(fail("extended registers (KVM_GET_XSAVE)"))?),
+            xcrs: hex(&fd.get_xcrs().map_err(fail("extended control registers (KVM_GET_XCRS)"))?),
+            debug_regs: hex(&fd.get_debug_regs().map_err(fail("debug registers (KVM_GET_DEBUGREGS)"))?),
+            lapic: hex(&fd.get_lapic().map_err(fail("local APIC (KVM_GET_LAPIC)"))?),
+            tsc_khz: fd.get_tsc_khz().unwrap_or(0),
+            msrs: self.save_msrs(msrs)?,
+            // Last: what is pending depends on the rest.
+            events: hex(&fd.get_vcpu_events().map_err(fail("pending events (KVM_GET_VCPU_EVENTS)"))?),
+        };
+        let tsc = state.msrs.iter().find(|(number, _)| *number == IA32_TSC).map(|(_, value)| *value);
+        // A deadline that has passed reads as 0 before its interrupt is anywhere else: it is due at once.
+        if let (Some(tsc), Some((_, deadline @ 0))) =
+            (tsc, state.msrs.iter_mut().find(|(number, _)| *number == IA32_TSC_DEADLINE))
+        {
+            *deadline = tsc;
+        }
+        Ok(state)
+    }
+
+    fn save_msrs(&self, numbers: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
+        let mut saved = Vec::with_capacity(numbers.len());
+        let mut left = numbers;
+        while !left.is_empty() {
+            let some = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+            let entries: Vec<_> =
+                some.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+            let mut msrs = Msrs::from_entries(&entries).expect("no more than KVM_MAX_MSR_ENTRIES");
+            let read = self
+                .fd
+                .get_msrs(&mut msrs)
+                .map_err(Error::ioctl(format!("read the MSRs of vCPU {} (KVM_GET_MSRS)", self.index)))?;
+            saved.extend(msrs.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+            // It stops at one that this guest does not have.
+            left = &left[(read + usize::from(read < some.len()))..];
+        }
+        Ok(saved)
+    }
+
+    /// Puts the vCPU where one was when it was saved. `elapsed` is how many nanoseconds the counters have to be ahead of
+    /// that.
+    pub fn restore(&self, state: &VcpuState, elapsed: u64) -> Result<(), Error> {
+        let fail = |what: &str| Error::ioctl(format!("set the {what} of vCPU {}", self.index));
+        let fd = &self.fd;
+        self.restore_frequency(state.tsc_khz)?;
+        // It may wait to be started: what else is set must not start it.
+        fd.set_mp_state(kvm_mp_state { mp_state: state.mp_state }).map_err(fail("state (KVM_SET_MP_STATE)"))?;
+        fd.set_regs(&value(&state.regs, "the registers")?).map_err(fail("registers (KVM_SET_REGS)"))?;
+        // Its APIC base says how the local APIC is to be read.
+        fd.set_sregs(&value(&state.sregs, "the special registers")?)
+            .map_err(fail("special registers (KVM_SET_SREGS)"))?;
+        let xsave = value(&state.xsave, "the extended registers")?;
+        // SAFETY: features whose state is larger than the struct have to be asked for by arch_prctl, which nobody here does.
+        unsafe { fd.set_xsave(&xsave) }.map_err(fail("extended registers (KVM_SET_XSAVE)"))?;
+        let xcrs: kvm_bindings::kvm_xcrs = value(&state.xcrs, "the extended control registers")?;
+        if xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&xcrs).map_err(fail("extended control registers (KVM_SET_XCRS)"))?;
+        }
+        fd.set_debug_regs(&value(&state.debug_regs, "the debug registers")?)
+            .map_err(fail("debug registers (KVM_SET_DEBUGREGS)"))?;
+        fd.set_lapic(&value(&state.lapic, "the local APIC")?).map_err(fail("local APIC (KVM_SET_LAPIC)"))?;
+        // The local APIC's mode of timer is known now, which a deadline needs, and the deadline comes after the counter.
+        let ahead = u64::try_from(u128::from(elapsed) * u128::from(state.tsc_khz) / 1_000_000).unwrap_or(0);
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            state.msrs.iter().copied().partition(|(number, _)| *number == IA32_TSC_DEADLINE);
+        let (tsc, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(number, _)| *number == IA32_TSC);
+        let tsc = tsc.into_iter().map(|(number, value)| (number, value.wrapping_add(ahead)));
+        self.restore_msrs(tsc.chain(others).chain(deadline).collect())?;
+        // After the registers, whose setting takes back what is pending.
+        fd.set_vcpu_events(&value(&state.events, "the pending events")?)
+            .map_err(fail("pending events (KVM_SET_VCPU_EVENTS)"))?;
+        self.tell_pause();
+        Ok(())
+    }
+
+    fn restore_frequency(&self, khz: u32) -> Result<(), Error> {
+        let here = self.fd.get_tsc_khz().unwrap_or(0);
+        let apart = u64::from(here.abs_diff(khz)) * 1_000_000;
+        if khz == 0 || apart <= u64::from(here) * TSC_TOLERANCE {
+            return Ok(());
+        }
+        self.fd.set_tsc_khz(khz).map_err(Error::ioctl(format!(
+            "have the time-stamp counter of vCPU {} run at {khz} kHz, as where it was saved, and not at the {here} kHz of \
+             this host (KVM_SET_TSC_KHZ)",
+            self.index
+        )))
+    }
+
+    fn restore_msrs(&self, msrs: Vec<(u32, u64)>) -> Result<(), Error> {
+        let mut left = &msrs[..];
+        while let [first, ..] = left {
+            let some = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+            let entry = |(index, data): &(u32, u64)| kvm_msr_entry { index: *index, data: *data, ..Default::default() };
+            let entries: Vec<_> = some.iter().map(entry).collect();
+            let entries = Msrs::from_entries(&entries).expect("no more than KVM_MAX_MSR_ENTRIES");
+            let what = |number: u32| format!("set the MSR {number:#x} of vCPU {} (KVM_SET_MSRS)", self.index);
+            let set = self.fd.set_msrs(&entries).map_err(Error::ioctl(what(first.0)))?;
+            left = &left[set..];
+            if set < some.len() {
+                // It stops at one that cannot be set. One that reads as 0 may be of a feature that is not there.
+                let (number, value) = left[0];
+                if value != 0 {
+                    let source = io::Error::other(format!("KVM does not take {value:#x}"));
+                    return Err(Error::Ioctl { what: what(number), source });
+                }
+                left = &left[1..];
+            }
+        }
+        Ok(())
+    }
+}
+
+impl VcpuState {
+    /// The CPUID that the vCPU has.
+    pub(super) fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+        let size = size_of::<kvm_cpuid_entry2>();
+        self.cpuid.0.chunks(size).map(|entry| value(&Hex(entry.to_vec()), "the CPUID")).collect()
+    }
+}
+
+impl Vm {
+    /// The CPU that the machine runs on.
+    pub fn cpu(&self) -> Cpu {
+        Cpu::of(self.cpuid.as_slice())
+    }
+
+    /// The numbers of the MSRs that a vCPU can have (`KVM_GET_MSR_INDEX_LIST`).
+    pub fn msrs() -> Result<Vec<u32>, Error> {
+        let kvm = Kvm::new().map_err(|error| Error::Open(io::Error::from_raw_os_error(error.errno())))?;
+        let list = kvm.get_msr_index_list().map_err(Error::ioctl("list the MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// The state of interrupt controllers, timer and clock. No vCPU runs.
+    pub fn save(&self) -> Result<VmState, Error> {
+        let mut chips = Vec::new();
+        let mut pit = None;
+        if !self.x2apic {
+            for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+                self.fd
+                    .get_irqchip(&mut chip)
+                    .map_err(Error::ioctl("read an interrupt controller (KVM_GET_IRQCHIP)"))?;
+                chips.push(hex(&chip));
+            }
+            pit = Some(hex(&self.fd.get_pit2().map_err(Error::ioctl("read the timer (KVM_GET_PIT2)"))?));
+        }
+        let clock = self.fd.get_clock().map_err(Error::ioctl("read the clock (KVM_GET_CLOCK)"))?.clock;
+        Ok(VmState { chips, pit, clock, time: now() })
+    }
+
+    /// Puts interrupt controllers, timer and clock where they were, but for the time that has passed since.
+    pub fn restore(&self, state: &VmState) -> Result<(), Error> {
+        for chip in &state.chips {
+            let chip = value(chip, "an interrupt controller")?;
+            self.fd.set_irqchip(&chip).map_err(Error::ioctl("set an interrupt controller (KVM_SET_IRQCHIP)"))?;
+        }
+        if let Some(pit) = &state.pit {
+            let pit = value(pit, "the timer")?;
+            self.fd.set_pit2(&pit).map_err(Error::ioctl("set the timer (KVM_SET_PIT2)"))?;
+        }
+        let clock = kvm_clock_data { clock: state.clock.saturating_add(state.elapsed()), ..Default::default() };
+        self.fd.set_clock(&clock).map_err(Error::ioctl("set the clock (KVM_SET_CLOCK)"))
+    }
+
+    /// Creates a vCPU with the CPUID of one that was saved; its other state comes with [`Vcpu::restore`].
+    pub fn create_saved_vcpu(&self, index: u32, state: &VcpuState) -> Result<Vcpu, Error> {
+        self.create_vcpu_with(index, &state.cpuid()?)
+    }
+}
+
+impl VmState {
+    /// How many nanoseconds ago that was, by the host's clock; none if it was set back.
+    pub fn elapsed(&self) -> u64 {
+        now().saturating_sub(self.time)
+    }
+}

@@ -1,0 +1,164 @@
+//! The `memory` file of a snapshot: guest memory as it is, region after region. Pages of zeros are holes.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+use crate::memory::{self, GuestRam};
+
+const PAGE: usize = 4096;
+/// What is copied at once, in bytes.
+const CHUNK: usize = 1 << 20;
+/// An entry of /proc/self/pagemap: the page is in memory, or swapped out.
+const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+
+/// Writes all of guest memory to `file`, which is empty. What was never written is not read.
+pub fn write(ram: &GuestRam, file: &File) -> io::Result<()> {
+    let touched = Touched::new();
+    let mut buffer = vec![0; CHUNK];
+    let mut offset = 0;
+    for region in ram.iter() {
+        let (start, len) = (region.start_addr(), region.len());
+        let host = ram.get_host_address(start).map_err(io::Error::other)? as u64;
+        for at in (0..len).step_by(CHUNK) {
+            let size = usize::try_from(len - at).map_or(CHUNK, |left| left.min(CHUNK));
+            if !touched.any(host + at..host + at + size as u64) {
+                continue;
+            }
+            let chunk = &mut buffer[..size];
+            ram.read_slice(chunk, start.unchecked_add(at)).map_err(io::Error::other)?;
+            write_chunk(chunk, file, offset + at)?;
+        }
+        offset += len;
+    }
+    file.set_len(offset)
+}
+
+/// Writes the pages of `chunk` that are not all zeros.
+fn write_chunk(chunk: &[u8], file: &File, offset: u64) -> io::Result<()> {
+    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let mut begin = None;
+    for at in (0..chunk.len()).step_by(PAGE) {
+        let page = &chunk[at..chunk.len().min(at + PAGE)];
+        match (begin, is_zero(page)) {
+            (None, false) => begin = Some(at),
+            (Some(from), true) => {
+                file.write_all_at(&chunk[from..at], offset + from as u64)?;
+                begin = None;
+            }
+            _ => {}
+        }
+    }
+    begin.map_or(Ok(()), |from| file.write_all_at(&chunk[from..], offset + from as u64))
+}
+
+/// Which pages of this process have ever been written, as far as the host tells.
+struct Touched {
+    pagemap: Option<File>,
+    /// Addresses that files are mapped to: what is there need not have been touched.
+    files: Vec<Range<u64>>,
+}
+
+impl Touched {
+    fn new() -> Self {
+        let mapping = |line: &str| {
+            let mut words = line.split_ascii_whitespace();
+            let (start, end) = words.next()?.split_once('-')?;
+            let inode = words.nth(3)?;
+            let address = |text| u64::from_str_radix(text, 16).ok();
+            Some((address(start)?..address(end)?, inode != "0"))
+        };
+        let Ok(maps) = fs::read_to_string("/proc/self/maps") else { return Self { pagemap: None, files: vec![] } };
+        let mappings: Option<Vec<_>> = maps.lines().map(mapping).collect();
+        let pagemap = File::open("/proc/self/pagemap").ok().filter(|_| mappings.is_some());
+        let files = mappings.into_iter().flatten().filter(|(_, file)| *file).map(|(range, _)| range).collect();
+        Self { pagemap, files }
+    }
+
+    /// Whether any page of `range` may have something in it.
+    fn any(&self, range: Range<u64>) -> bool {
+        let Some(pagemap) = &self.pagemap else { return true };
+        if self.files.iter().any(|file| file.start < range.end && range.start < file.end) {
+            return true;
+        }
+        let mut entries = [0; CHUNK / PAGE * 8];
+        let pages = usize::try_from((range.end - range.start) / PAGE as u64).unwrap_or(usize::MAX);
+        let Some(entries) = entries.get_mut(..8 * pages) else { return true };
+        if pagemap.read_exact_at(entries, range.start / PAGE as u64 * 8).is_err() {
+            return true;
+        }
+        let entry = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        entries.chunks(8).any(|bytes| entry(bytes) & PRESENT_OR_SWAPPED != 0)
+    }
+}
+
+/// Maps `file` as guest memory over the `ranges`. Pages are read when the guest first uses them, or all at once with
+/// `prefault`; what it writes stays its own.
+///
+/// # Errors
+/// When the host does not map it, or the file is shorter.
+pub fn map(file: &Arc<File>, ranges: &[Range<u64>], prefault: bool) -> Result<GuestRam, memory::Error> {
+    let layout = || memory::Error::Layout(ranges.to_vec());
+    let populate = if prefault { libc::MAP_POPULATE } else { 0 };
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for range in ranges {
+        let bytes = range.end.checked_sub(range.start).ok_or_else(layout)?;
+        let pages = MmapRegionBuilder::new(usize::try_from(bytes).map_err(|_| layout())?)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE | populate)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
+            .build()
+            .map_err(|source| memory::Error::Map { start: range.start, bytes, source })?;
+        regions.push(GuestRegionMmap::new(pages, GuestAddress(range.start)).ok_or_else(layout)?);
+        offset += bytes;
+    }
+    GuestRam::from_regions(regions).map_err(|_| layout())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn memory_is_written_and_mapped_and_zeros_are_holes() {
+        let ranges = [0..8 * MIB, 16 * MIB..64 * MIB];
+        let ram = memory::reserve(&ranges).unwrap();
+        let data = [(0, 1), (8 * MIB - 1, 2), (16 * MIB, 3), (40 * MIB + 5 * PAGE as u64, 4), (64 * MIB - 1, 5)];
+        for (address, byte) in data {
+            ram.write_obj(byte, GuestAddress(address)).unwrap();
+        }
+        // Touched, and zeros again.
+        ram.write_slice(&[7; 2 * PAGE], GuestAddress(30 * MIB)).unwrap();
+        ram.write_slice(&[0; 2 * PAGE], GuestAddress(30 * MIB)).unwrap();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        write(&ram, &file).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), 56 * MIB);
+        assert!(metadata.blocks() * 512 <= 16 * PAGE as u64, "{} blocks", metadata.blocks());
+        for prefault in [false, true] {
+            let mapped = map(&file, &ranges, prefault).unwrap();
+            for (address, byte) in data {
+                assert_eq!(mapped.read_obj::<u8>(GuestAddress(address)).unwrap(), byte);
+            }
+            assert_eq!(mapped.read_obj::<u64>(GuestAddress(30 * MIB)).unwrap(), 0);
+            // Its own, and not the file's; and written again with what is only in the file.
+            mapped.write_obj(9u8, GuestAddress(20 * MIB)).unwrap();
+            let again = Arc::new(tempfile::tempfile().unwrap());
+            write(&mapped, &again).unwrap();
+            let twice = map(&again, &ranges, false).unwrap();
+            assert_eq!(twice.read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 9);
+            assert_eq!(twice.read_obj::<u8>(GuestAddress(64 * MIB - 1)).unwrap(), 5);
+        }
+        assert_eq!(map(&file, &ranges, false).unwrap().read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 0);
+        assert!(map(&file, &[0..64 * MIB], false).is_err(), "the file is shorter");
+    }
+}
