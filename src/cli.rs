@@ -11,6 +11,7 @@ pub mod message;
 pub mod output_file;
 pub mod outputs;
 pub mod progress;
+pub mod restore;
 pub mod rootfs;
 pub mod test;
 
@@ -91,6 +92,9 @@ pub enum Command {
     /// Run a virtual machine until it ends.
     #[command(after_long_help = RUN_EXAMPLES)]
     Run(Box<Run>),
+    /// Have a machine go on from a snapshot.
+    #[command(after_long_help = restore::EXAMPLES)]
+    Restore(Box<restore::Restore>),
     /// Tell whether this host, and a kernel, have what bantam needs.
     #[command(after_long_help = CHECK_EXAMPLES)]
     Check(Check),

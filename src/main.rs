@@ -20,6 +20,8 @@ use bantam::{check, memory, terminal};
 use clap::Parser;
 use cli::attempts::Attempts;
 use cli::message::{chain, say};
+use cli::output_file::OutputFile;
+use cli::restore::Restore;
 use cli::test::{Test, Verdict};
 use cli::{Cli, Command, ending};
 use process::ExitCode;
@@ -61,6 +63,7 @@ fn start() -> ExitCode {
     };
     let result = match cli.command {
         Command::Run(run) => self::run(*run, started),
+        Command::Restore(restore) => self::restore(&restore, started),
         Command::Check(check) => self::check(&check),
         Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
         Command::Image(image) => print_told(|told| image.run(told)),
@@ -153,6 +156,38 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     Ok(status(&outcome))
 }
 
+/// Has a saved machine go on, to its end.
+fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    let snapshot = restore.snapshot()?;
+    let outputs = [("report", &restore.report), ("log", &restore.log_file)];
+    let [report, log] = outputs.map(|(what, path)| (what, path.as_deref()));
+    cli::outputs::check(&snapshot.config, [report, log, ("", None)])?;
+    let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
+    let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
+    let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
+    let signals = signals(&snapshot.config)?;
+    allow_descriptors(&snapshot.config);
+    let mut machine = Builder::restore(snapshot).started(started).signals(signals).build()?;
+    log.create()?;
+    let outcome = machine.run()?;
+    let told = machine.report();
+    drop(machine);
+    tell(&outcome, console_was_seen);
+    if let Some(file) = report {
+        file.write(format!("{:#}\n", serde_json::to_value(told)?).as_bytes())?;
+    }
+    Ok(status(&outcome))
+}
+
+/// The signals that end a machine, or tell of its terminal.
+fn signals(config: &Config) -> Result<SignalFd, String> {
+    let mut signals = signal::ENDING.to_vec();
+    // A terminal that a shell had while this process was stopped, or that changes its size.
+    signals.push(libc::SIGCONT);
+    signals.extend(config.command.as_ref().filter(|command| command.tty).map(|_| libc::SIGWINCH));
+    SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))
+}
+
 /// Has every attempt find the same: what the first one reads or takes is gone.
 fn prepare_retries(config: &Config) -> Result<(), Box<dyn Error>> {
     if let Some(fd) = config.nets.iter().find_map(|net| net.fd) {
@@ -184,11 +219,7 @@ fn indent(lines: &[String]) -> String {
 /// Builds the machine that the flags ask for.
 fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result<Machine, Box<dyn Error>> {
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
-    let mut signals = signal::ENDING.to_vec();
-    // A terminal that a shell had while this process was stopped, or that changes its size.
-    signals.push(libc::SIGCONT);
-    signals.extend(config.command.as_ref().filter(|command| command.tty).map(|_| libc::SIGWINCH));
-    let signals = SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))?;
+    let signals = signals(&config)?;
     let what = format!(
         "{} (vCPUs: {}, memory: {})",
         config.kernel.as_deref().unwrap_or(Path::new("")).display(),

@@ -14,7 +14,8 @@ use bantam::config::{Config, Size};
 use bantam::devices::console::{self, Console};
 use bantam::machine::{self, Builder, Handle, Machine};
 use bantam::outcome::Outcome;
-use support::{Guest, Kernel, Screen};
+use support::screen::Screen;
+use support::{Guest, Kernel};
 
 /// A guest that is still there then has failed.
 const LIMIT: Duration = Duration::from_secs(120);

@@ -2,6 +2,9 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use rustix::io::retry_on_intr;
+use rustix::rand::{GetRandomFlags, getrandom};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Error;
@@ -93,6 +96,18 @@ impl<'a> Board<'a> {
 
     fn attach_port(&mut self, port: u16, len: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), Error> {
         Ok(self.buses.pio.attach(port.into(), len, device)?)
+    }
+
+    /// Gives a restored machine an ID of its own; what interrupts the guest to tell it so, for as long as it is open.
+    pub fn attach_generation_id(&mut self, ram: &GuestRam) -> Result<EventFd, Error> {
+        let what = "the generation ID";
+        let mut id = [0; 16];
+        let random = retry_on_intr(|| getrandom(&mut id[..], GetRandomFlags::empty()));
+        random.map_err(|error| Error::EventFd { what, source: error.into() })?;
+        ram.write_slice(&id, GuestAddress(layout::GENERATION_ID)).expect("every machine has the first MiB");
+        let line = event_fd(what)?;
+        self.vm.attach_irqfd(&line, layout::ACPI_EVENT_GSI)?;
+        Ok(line)
     }
 
     /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order. There are no

@@ -9,7 +9,7 @@ use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::inbox::Inbox;
 use super::quota::Quota;
 use super::snapshot::{self, Snapshot};
-use super::{Durations, Error, Limits, Machine, Start, memory_file};
+use super::{Durations, Error, Limits, Machine, memory_file};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
@@ -145,8 +145,8 @@ impl Builder {
         let last = vsock.into_iter().chain(rng(&config)).chain(balloon);
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
+        let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, .. } = board;
-        let restored = snapshot.is_some();
         if let Some(snapshot) = snapshot {
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
@@ -179,7 +179,8 @@ impl Builder {
             times: Durations::default(),
             when_running,
             outcome: None,
-            start: Start { restored, paused },
+            start_paused: paused,
+            generation,
             vm,
         })
     }

@@ -28,6 +28,7 @@ pub use pause::Refusal;
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
 pub use snapshot::{Destination, Snapshot};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::command::Kept;
 use crate::config::Config;
@@ -162,22 +163,16 @@ pub struct Machine {
     balloon: Option<Arc<balloon::Shared>>,
     watch: run::Watch,
     pause: Pause,
-    start: Start,
+    /// Whether it stands still when it starts.
+    start_paused: bool,
+    /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
+    generation: Option<EventFd>,
     started: Instant,
     times: Durations,
     when_running: Option<fn()>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     vm: kvm::Vm,
-}
-
-/// How a machine begins.
-#[derive(Debug, Default, Clone, Copy)]
-struct Start {
-    /// Its devices were running when it was saved.
-    restored: bool,
-    /// It stands still until it is resumed.
-    paused: bool,
 }
 
 impl Machine {

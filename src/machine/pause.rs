@@ -139,7 +139,7 @@ impl Machine {
     }
 
     /// The machine starts, and its threads with it, but it is to stand still.
-    pub(super) fn start_paused(&mut self) {
+    pub(super) fn stand_still_from_start(&mut self) {
         (self.pause.since, self.pause.held) = (Some(Instant::now()), true);
         self.pause.phase = Phase::Vcpus(self.vcpus.len());
     }

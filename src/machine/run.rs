@@ -136,13 +136,17 @@ impl Machine {
             let report = move |report| sender.send(Event::Command(report));
             session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
         }
-        if self.start.paused {
-            self.start_paused();
-        } else if self.start.restored {
+        if let Some(generation) = &self.generation {
+            // It had booted before.
+            self.watch.user_space = true;
+            // Fails only when the counter is full.
+            let _ = generation.write(1);
+        }
+        if self.start_paused {
+            self.stand_still_from_start();
+        } else if self.generation.is_some() {
             self.buses.resume();
         }
-        // It had booted before.
-        self.watch.user_space = self.start.restored;
         let idle = std::mem::take(&mut self.vcpus);
         let quota = self.quota.take();
         let started = match &quota {
@@ -159,7 +163,7 @@ impl Machine {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
             let thread =
-                vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), self.start.paused, report)?;
+                vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), self.start_paused, report)?;
             self.threads.push(thread);
         }
         Ok(())

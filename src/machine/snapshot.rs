@@ -18,6 +18,7 @@ use crate::devices::console;
 use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::GuestRam;
 use crate::snapshot;
+use crate::virtio::net::MacAddr;
 
 /// Files in the folder of a snapshot.
 const STATE: &str = "state";
@@ -186,6 +187,11 @@ pub(super) fn portable(config: &Config) -> Result<Config, Error> {
     let vsock = config.vsock.iter_mut().map(|vsock| &mut vsock.socket);
     let boot = [&mut config.kernel, &mut config.initrd, &mut config.rootfs].into_iter().flatten();
     disks.chain(vsock).chain(boot).try_for_each(absolute)?;
+    // A card's address does not depend on where it is put.
+    for net in &mut config.nets {
+        let tap = net.tap.as_deref().filter(|name| !name.contains('%')).map(MacAddr::from_name);
+        net.mac = net.mac.or_else(|| net.user_mac()).or(tap);
+    }
     if let console::Spec::File(path) | console::Spec::Socket(path) = &mut config.serial {
         absolute(path)?;
     }

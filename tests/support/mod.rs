@@ -9,7 +9,7 @@
 
 mod cpio;
 mod running;
-mod screen;
+pub mod screen;
 
 use std::ffi::OsStr;
 use std::fmt::Display;
@@ -22,7 +22,6 @@ use std::{env, fs};
 use tempfile::TempDir;
 
 pub use running::{Ended, Running};
-pub use screen::Screen;
 
 /// How long a guest may take. An emulated host boots one in 5 to 10 seconds when it is not busy.
 const LIMIT: Duration = Duration::from_secs(300);

@@ -4,7 +4,8 @@
 //! the IOAPIC, the DSDT the devices.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, ONE, Package, Path, ResourceTemplate, Scope,
+    ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -16,8 +17,8 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{
-    ACPI, ACPI_RESET, ACPI_RESET_VALUE, ACPI_S5, ACPI_SLEEP_CONTROL, ACPI_SLEEP_STATUS, COM1, COM1_IRQ, IOAPIC, LAPIC,
-    PVPANIC, VIRTIO_MMIO_SIZE,
+    ACPI, ACPI_EVENT_GSI, ACPI_RESET, ACPI_RESET_VALUE, ACPI_S5, ACPI_SLEEP_CONTROL, ACPI_SLEEP_STATUS, COM1, COM1_IRQ,
+    GENERATION_ID, IOAPIC, LAPIC, PVPANIC, VIRTIO_MMIO_SIZE,
 };
 use super::{Error, FIRST_X2APIC_ID, Platform, VirtioWindow, needs_x2apic, no_memory};
 use crate::memory::GuestRam;
@@ -155,6 +156,7 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
     if platform.pvpanic {
         pvpanic(&mut devices);
     }
+    generation_id(&mut devices);
     for (index, window) in platform.virtio.iter().enumerate() {
         virtio(&mut devices, index, window);
     }
@@ -182,6 +184,35 @@ fn pvpanic(sink: &mut Vec<u8>) {
     Device::new(
         "PEVT".into(),
         vec![&Name::new("_HID".into(), &"QEMU0001"), &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&port]))],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The number that tells a guest that it was restored (Microsoft's "Virtual Machine Generation ID"), and the event device
+/// (ACPI 6.4, 5.6.9) whose interrupt says that it has changed.
+fn generation_id(sink: &mut Vec<u8>) {
+    /// What the driver is notified of.
+    const CHANGED: u8 = 0x80;
+    let address = Package::new(vec![&GENERATION_ID, &ZERO]);
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"VMGENCTR"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
+        ],
+    )
+    .to_aml_bytes(sink);
+    let interrupt = Interrupt::new(true, true, false, false, ACPI_EVENT_GSI);
+    Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt])),
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("\\_SB_.VGEN"), &CHANGED)]),
+        ],
     )
     .to_aml_bytes(sink);
 }
@@ -305,11 +336,11 @@ mod tests {
         let count = |virtio: &[VirtioWindow], present: bool| {
             let platform = Platform { cpus: 1, virtio, com1: present, pvpanic: present };
             let [_, _, dsdt] = find(&ram, write(&ram, &platform).unwrap());
-            [&b"LNRO0005\0"[..], b"QEMU0001\0", &[0x0c, 0x41, 0xd0, 0x05, 0x01]]
+            [&b"LNRO0005\0"[..], b"QEMU0001\0", &[0x0c, 0x41, 0xd0, 0x05, 0x01], b"VMGENCTR\0", b"ACPI0013\0"]
                 .map(|id| dsdt.windows(id.len()).filter(|window| *window == id).count())
         };
-        assert_eq!(count(&[], false), [0, 0, 0]);
-        assert_eq!(count(&windows(), true), [17, 1, 1]);
+        assert_eq!(count(&[], false), [0, 0, 0, 1, 1]);
+        assert_eq!(count(&windows(), true), [17, 1, 1, 1, 1]);
     }
 
     /// The ACPI project's own disassembler takes the DSDT, where it is installed.

@@ -27,7 +27,9 @@ pub const CMDLINE_MAX: usize = 2048;
 /// Where conventional memory ends: from here up to [`HIGH_MEMORY`] everything is reserved for tables.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The ACPI root pointer and, after it, the tables; the kernel looks for it from here on (ACPI 6.4, 5.2.5.1).
-pub const ACPI: Range<u64> = 0xe_0000..0xf_e000;
+pub const ACPI: Range<u64> = 0xe_0000..0xf_d000;
+/// A number of 16 bytes that is another one whenever the machine goes on from a snapshot.
+pub const GENERATION_ID: u64 = 0xf_d000;
 /// The MP floating pointer and table, within the BIOS area that the kernel scans (MP 1.4, section 4).
 pub const MP_TABLE: Range<u64> = 0xf_e000..0x10_0000;
 /// 1 MiB, where kernels begin.
@@ -56,6 +58,8 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 pub const VIRTIO_GSIS: [u32; 17] = [5, 9, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23, 3, 7, 14, 15, 6];
 /// Pins of the IOAPIC, and so global system interrupts.
 pub const IOAPIC_PINS: u32 = 24;
+/// The interrupt of ACPI events: the mouse's, as there is none.
+pub const ACPI_EVENT_GSI: u32 = 12;
 /// The first serial port, COM1: eight I/O ports.
 pub const COM1: u16 = 0x3f8;
 /// COM1's interrupt.
