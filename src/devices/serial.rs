@@ -19,6 +19,8 @@ use crate::snapshot::{self, Hex};
 const RBR: u8 = 0;
 /// Interrupt Enable Register.
 const IER: u64 = 1;
+/// Interrupt Identification Register.
+const IIR: u64 = 2;
 /// Line Control Register.
 const LCR: u64 = 3;
 /// Modem Control Register.
@@ -130,8 +132,10 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
 
     /// An interrupt may have been lost on the way to where it is now; one too many does no harm.
     fn resume(&mut self) {
-        let enabled = self.uart.state().interrupt_enable;
         if !self.divisor_latch {
+            let enabled = self.uart.state().interrupt_enable;
+            // What is pending counts as told; it is told again when it is enabled again.
+            self.uart.read(IIR.to_le_bytes()[0]);
             let _ = self.uart.write(IER.to_le_bytes()[0], enabled);
         }
     }

