@@ -10,6 +10,8 @@ use bantam::image::Progress;
 const INTERVAL: Duration = Duration::from_millis(100);
 /// How much of what is being done is shown, in characters.
 const WHAT: usize = 40;
+/// The length of a full bar.
+const BAR: usize = 20;
 
 /// One line that is written over and over, and is gone at the end.
 #[derive(Default)]
@@ -58,8 +60,10 @@ impl Progress for ProgressLine {
 impl Part {
     fn line(&self) -> String {
         let mib = |bytes: u64| format!("{}.{} MiB", bytes >> 20, ((bytes % (1 << 20)) * 10) >> 20);
-        let of = self.bytes.map(|bytes| format!(" of {}", mib(bytes))).unwrap_or_default();
-        format!("{}: {}{of}", self.what, mib(self.done))
+        let Some(bytes) = self.bytes else { return format!("{}: {}", self.what, mib(self.done)) };
+        let steps = u128::from(self.done.min(bytes)) * BAR as u128 / u128::from(bytes.max(1));
+        let bar = &"####################"[..usize::try_from(steps).unwrap_or(BAR)];
+        format!("{}: [{bar:BAR$}] {} of {}", self.what, mib(self.done), mib(bytes))
     }
 }
 
@@ -76,6 +80,8 @@ mod tests {
     fn a_part_says_how_far_it_is() {
         let part = |done, bytes| Part { what: "layer".into(), done, bytes, shown: None }.line();
         assert_eq!(part(0, None), "layer: 0.0 MiB");
-        assert_eq!(part((1 << 20) + (1 << 19), Some(20 << 20)), "layer: 1.5 MiB of 20.0 MiB");
+        assert_eq!(part((1 << 20) + (1 << 19), Some(20 << 20)), "layer: [#                   ] 1.5 MiB of 20.0 MiB");
+        assert_eq!(part(3 << 20, Some(2 << 20)), "layer: [####################] 3.0 MiB of 2.0 MiB");
+        assert_eq!(part(0, Some(0)), "layer: [                    ] 0.0 MiB of 0.0 MiB");
     }
 }
