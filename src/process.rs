@@ -70,10 +70,14 @@ pub fn give_back() {
     unsafe {
         libc::malloc_trim(0);
     }
-    let here = 0u8;
-    let stack = (&raw const here).addr() - FRAMES;
-    // SAFETY: below the frame of the last function there is nothing on a stack. Of what is below the stack nothing is mapped.
-    unsafe { give_back_pages(stack - STACK, stack) };
+    // Other threads' stacks are next to one another.
+    if rustix::thread::gettid() == rustix::process::getpid() {
+        let here = 0u8;
+        let stack = (&raw const here).addr() - FRAMES;
+        // SAFETY: below the frame of the last function there is nothing on a stack, and the kernel maps nothing else within
+        // a MiB of what the first thread's has grown to.
+        unsafe { give_back_pages(stack - STACK, stack) };
+    }
     // SAFETY: the linker defines both, around the parts of the program that are never written.
     unsafe extern "C" {
         safe static __executable_start: u8;

@@ -97,8 +97,9 @@ pub fn end_with_parent(parent: u32) -> bool {
     true
 }
 
-/// Has writes to a pipe or socket that nobody reads fail with EPIPE, in place of SIGPIPE that kills; has a file that reaches the
-/// process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills; and has children be waited for, which go without a word where SIGCHLD is ignored, as a supervisor may pass on.
+/// Has writes to a pipe or socket that nobody reads fail with EPIPE, in place of SIGPIPE that kills; has a file that reaches
+/// the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills; and has children be waited
+/// for, which go without a word where SIGCHLD is ignored, as a supervisor may pass on.
 pub fn set_up() {
     for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
         // SAFETY: to ignore a signal runs nobody's code.
