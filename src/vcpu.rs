@@ -254,8 +254,10 @@ impl Buses {
 
     fn each(&self, mut act: impl FnMut(String, &mut dyn BusDevice)) {
         for (name, bus) in [("port", &self.pio), ("memory", &self.mmio)] {
-            let result: Result<(), Infallible> =
-                bus.try_for_each(|base, device| Ok(act(format!("{name} {base:#x}"), device)));
+            let result: Result<(), Infallible> = bus.try_for_each(|base, device| {
+                act(format!("{name} {base:#x}"), device);
+                Ok(())
+            });
             let Ok(()) = result;
         }
     }

@@ -86,11 +86,11 @@ impl FromStr for Disk {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot put the disk `{name}` elsewhere: the machine has {there}")]
-    NoDisk { name: String, there: String },
+    Disk { name: String, there: String },
     #[error("cannot put {asked} network cards elsewhere: the machine has {there}")]
-    NoCard { asked: usize, there: usize },
+    Cards { asked: usize, there: usize },
     #[error("cannot put the socket device elsewhere: the machine has none")]
-    NoVsock,
+    Vsock,
 }
 
 impl Restore {
@@ -105,11 +105,11 @@ impl Restore {
     fn change(&self, config: &mut Config) -> Result<(), Error> {
         for disk in &self.disks {
             let there = disks(config);
-            let path = disk_path(config, &disk.name).ok_or_else(|| Error::NoDisk { name: disk.name.clone(), there })?;
+            let path = disk_path(config, &disk.name).ok_or_else(|| Error::Disk { name: disk.name.clone(), there })?;
             path.clone_from(&disk.path);
         }
         if self.nets.len() > config.nets.len() {
-            return Err(Error::NoCard { asked: self.nets.len(), there: config.nets.len() });
+            return Err(Error::Cards { asked: self.nets.len(), there: config.nets.len() });
         }
         for (card, asked) in config.nets.iter_mut().zip(&self.nets) {
             *card = net::Spec {
@@ -121,7 +121,7 @@ impl Restore {
             };
         }
         if let Some(vsock) = &self.vsock {
-            *config.vsock.as_mut().ok_or(Error::NoVsock)? = vsock.clone();
+            *config.vsock.as_mut().ok_or(Error::Vsock)? = vsock.clone();
         }
         config.serial = self.serial.clone().unwrap_or_else(|| config.serial.clone());
         config.timeout = self.timeout;
@@ -191,7 +191,7 @@ mod tests {
         for flags in [["--disk", "vdd=x"], ["--disk", "no=x"], ["--vsock", "cid=4,socket=s"]] {
             assert!(change(&config, &flags).is_err(), "{flags:?}");
         }
-        assert!(matches!(change(&config, &["--net=a", "--net=b"]), Err(Error::NoCard { asked: 2, there: 1 })));
+        assert!(matches!(change(&config, &["--net=a", "--net=b"]), Err(Error::Cards { asked: 2, there: 1 })));
     }
 
     #[test]
