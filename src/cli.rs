@@ -1,6 +1,8 @@
 //! The command line: flags in, a [`Config`] out.
 
+pub mod api;
 pub mod attempts;
+pub mod descriptors;
 pub mod ending;
 pub mod github;
 pub mod image;
@@ -95,6 +97,9 @@ pub enum Command {
     /// Have a machine go on from a snapshot.
     #[command(after_long_help = restore::EXAMPLES)]
     Restore(Box<restore::Restore>),
+    /// Run a virtual machine that Firecracker's clients describe, by its REST API on a Unix socket.
+    #[command(after_long_help = api::EXAMPLES)]
+    Api(Box<api::Flags>),
     /// Tell whether this host, and a kernel, have what bantam needs.
     #[command(after_long_help = CHECK_EXAMPLES)]
     Check(Check),
@@ -382,6 +387,7 @@ impl Run {
             vsock: self.vsock.clone().or(config.vsock),
             rng: config.rng && !self.no_rng,
             balloon: self.balloon.clone().or(config.balloon),
+            keyboard: config.keyboard,
             command,
             modules: self.modules.clone().or(config.modules),
             cpu_quota: self.cpu_quota.or(config.cpu_quota),

@@ -43,7 +43,7 @@
 //!
 //! | floor | modules |
 //! | --- | --- |
-//! | 6, around it | [`check`]: is the host ready, is a kernel; [`kernels`]: kernels by name, in a cache |
+//! | 6, around it | [`control`]: Firecracker's API on a socket; [`check`]: is the host ready, is a kernel; [`kernels`]: kernels by name, in a cache |
 //! | 5, the machine | [`machine`]: the builder, the board, the run loop with its one inbox |
 //! | 4, what is asked for | [`config`]: one struct for flags, JSON and programs |
 //! | 3, what runs | [`boot`]: kernel, initrd, command line; [`vcpu`]: the thread of a vCPU; [`command`]: one command in the guest |
@@ -63,6 +63,7 @@ pub mod cgroup;
 pub mod check;
 pub mod command;
 pub mod config;
+pub mod control;
 pub mod devices;
 pub mod duration;
 pub mod image;

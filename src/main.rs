@@ -12,6 +12,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use bantam::config::Config;
+use bantam::control::Served;
 use bantam::devices::console;
 use bantam::machine::{Builder, Machine};
 use bantam::outcome::{CrashKind, Outcome};
@@ -25,7 +26,6 @@ use cli::restore::Restore;
 use cli::test::{Test, Verdict};
 use cli::{Cli, Command, ending};
 use process::ExitCode;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use rustix::termios::isatty;
 
@@ -57,6 +57,12 @@ fn start() -> ExitCode {
     }));
     signal::set_up();
     memory::use_one_arena();
+    if cli::api::is_firecracker(std::env::args_os().next()) {
+        return match cli::api::parse() {
+            Ok(flags) => api(&flags, started).unwrap_or_else(|error| failed(&*error)),
+            Err(error) => usage(&error),
+        };
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
@@ -64,6 +70,7 @@ fn start() -> ExitCode {
     let result = match cli.command {
         Command::Run(run) => self::run(*run, started),
         Command::Restore(restore) => self::restore(&restore, started),
+        Command::Api(flags) => api(&flags, started),
         Command::Check(check) => self::check(&check),
         Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
         Command::Image(image) => print_told(|told| image.run(told)),
@@ -71,13 +78,57 @@ fn start() -> ExitCode {
         Command::Completions { shell } => print(&cli::completions(shell)),
         Command::Man { command } => cli::man(&command).map_err(Into::into).and_then(|page| print(&page)),
     };
-    result.unwrap_or_else(|error| {
-        say(&chain(&*error));
-        if let Some(advice) = advice(&*error) {
-            say(&advice);
+    result.unwrap_or_else(|error| failed(&*error))
+}
+
+/// Says why nothing came of it.
+fn failed(error: &(dyn Error + 'static)) -> ExitCode {
+    say(&chain(error));
+    if let Some(advice) = advice(error) {
+        say(&advice);
+    }
+    ExitCode::from(FAILED)
+}
+
+/// Runs a machine that clients of the API describe.
+fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    flags.check()?;
+    if flags.snapshot_version {
+        return print(format!("v{}\n", bantam::control::VERSION).as_bytes());
+    }
+    // First: clients wait for it.
+    let mut server = flags.server()?;
+    let mut program = cli::api::Machines::new(flags, started)?;
+    if let (Some(server), Some(metrics)) = (&mut server, flags.metrics()) {
+        server.api().set_metrics(metrics)?;
+    }
+    let settings = flags.settings()?;
+    if let Some((path, settings)) = settings {
+        let handle = program.start_from(&path, &settings)?;
+        if let Some(server) = &mut server {
+            server.api().started_with(settings, handle)?;
         }
-        ExitCode::from(FAILED)
-    })
+    } else if let Some(server) = &mut server {
+        match server.serve(Some(&mut program))? {
+            Served::Signaled(number) => return Ok(signaled(number)),
+            Served::Started | Served::Stopped => {}
+        }
+    }
+    let Some(mut machine) = program.machine.take() else { return Ok(ExitCode::SUCCESS) };
+    let serving = server.map(cli::api::Serving::start).transpose()?;
+    let ended = machine.run();
+    drop(serving);
+    // The signals do what they usually do.
+    drop(program);
+    if flags.boot_timer
+        && let Some(milliseconds) = machine.report().durations.user_space
+    {
+        log::info!("Guest-boot-time = {} us", milliseconds.as_micros());
+    }
+    let outcome = ended?;
+    drop(machine);
+    tell(&outcome, false);
+    Ok(status(&outcome))
 }
 
 /// Runs a machine to its end.
@@ -166,7 +217,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
     let signals = signals(&snapshot.config)?;
-    allow_descriptors(&snapshot.config);
+    cli::descriptors::allow(&snapshot.config);
     let mut machine = Builder::restore(snapshot).started(started).signals(signals).build()?;
     log.create()?;
     let outcome = machine.run()?;
@@ -226,7 +277,7 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
         config.cpus,
         config.memory
     );
-    allow_descriptors(&config);
+    cli::descriptors::allow(&config);
     let mut builder = Builder::new(config).started(started).signals(signals).when_running(process::give_back);
     if keep {
         builder = builder.keep_output(ending::KEPT);
@@ -241,27 +292,6 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
         );
     }
     Ok(machine)
-}
-
-/// Raises the soft limit of open files to what the machine needs, as far as the hard one lets it. What is not allowed is
-/// told when a descriptor cannot be had.
-fn allow_descriptors(config: &Config) {
-    /// Beside one for each vCPU.
-    const OTHERS: u64 = 256;
-    /// Of a shared folder, each file that the guest knows is one. As many as the kernel lets a process have.
-    const SHARES: u64 = 1 << 20;
-    let limit = getrlimit(Resource::Nofile);
-    let shares = !config.shares.is_empty() || config.root_folder().is_some();
-    // What root may raise for others it may raise for itself.
-    let all = Rlimit { current: Some(SHARES), maximum: Some(SHARES) };
-    if shares && limit.maximum.is_some_and(|maximum| maximum < SHARES) && setrlimit(Resource::Nofile, all).is_ok() {
-        return;
-    }
-    let wanted = if shares { SHARES } else { u64::from(config.cpus) + OTHERS };
-    let allowed = limit.maximum.map_or(wanted, |maximum| wanted.min(maximum));
-    if limit.current.is_some_and(|current| current < allowed) {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: limit.maximum });
-    }
 }
 
 /// Runs tests.

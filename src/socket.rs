@@ -27,6 +27,11 @@ impl Listener {
         Ok(Self { listener, path: path.to_owned() })
     }
 
+    /// Listens at `path`, where nothing may be.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        Ok(Self { listener: UnixListener::bind(path)?, path: path.to_owned() })
+    }
+
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path

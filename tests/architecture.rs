@@ -31,7 +31,7 @@ const FLOORS: &[&[&str]] = &[
     &["boot", "command", "vcpu"],
     &["config"],
     &["machine"],
-    &["check", "kernels"],
+    &["check", "control", "kernels"],
     &["cli", "main", "lib", "process"],
 ];
 

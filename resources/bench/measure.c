@@ -1,6 +1,6 @@
 // Runs a command and says, in seconds since its execve(2), when each marker appeared on its standard output, and when
-// it ended. With -r it ends the command at its first KVM_RUN, and says when that was.
-//     measure [-r] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]
+// it ended. With -r it ends the command at its first KVM_RUN, with -l at its first listen(2), and says when that was.
+//     measure [-r|-l] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]
 // What the command writes goes to standard error. After SECONDS it is killed, and the status is 1.
 #define _GNU_SOURCE
 #include <linux/filter.h>
@@ -30,12 +30,12 @@ static void fail(const char *what) {
     exit(2);
 }
 
-// A descriptor that is readable when a process started from now on makes its first ioctl(fd, KVM_RUN). The kernel
-// looks at every other system call for some nanoseconds, and lets it be.
-static int watch_kvm_run(void) {
+// A descriptor that is readable when a process started from now on makes its first ioctl(fd, KVM_RUN), or its first
+// listen. The kernel looks at every other system call for some nanoseconds, and lets it be.
+static int watch(int listens) {
     struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 3),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, listens ? SYS_listen : SYS_ioctl, listens ? 2 : 0, 3),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, KVM_RUN, 0, 1),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
@@ -51,13 +51,14 @@ static int watch_kvm_run(void) {
 int main(int argc, char **argv) {
     static char output[1 << 20];
     size_t length = 0;
-    int run = argc > 1 && !strcmp(argv[1], "-r");
+    int listens = argc > 1 && !strcmp(argv[1], "-l");
+    int run = listens || (argc > 1 && !strcmp(argv[1], "-r"));
     argv += 1 + run;
     double limit = *argv ? atof(*argv++) : 0;
     char **marker = argv;
     while (*argv && strcmp(*argv, "--")) argv++;
     if (!*argv || !argv[1]) {
-        fputs("usage: measure [-r] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]\n", stderr);
+        fputs("usage: measure [-r|-l] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]\n", stderr);
         return 2;
     }
     *argv++ = NULL;
@@ -67,7 +68,7 @@ int main(int argc, char **argv) {
     if (start == MAP_FAILED || pipe2(ends, 0)) fail("pipe");
     *start = now();
     double deadline = *start + limit;
-    int kvm_run = run ? watch_kvm_run() : -1;
+    int kvm_run = run ? watch(listens) : -1;
     pid_t child = fork();
     if (child < 0) fail("fork");
     if (child == 0) {
@@ -92,7 +93,7 @@ int main(int argc, char **argv) {
         }
         double time = now() - *start;
         if (run && fds[1].revents & POLLIN) {
-            printf("kvm-run %.6f\n", time);
+            printf("%s %.6f\n", listens ? "listen" : "kvm-run", time);
             kill(-child, SIGKILL);
             return 0;
         }

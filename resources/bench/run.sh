@@ -155,7 +155,14 @@ start() {
     in_turn 7 3 start_time "$debian" "14 MB bzImage"
     vmms=(bantam)
     in_turn 11 3 start_cached
+    in_turn 31 11 start_api
     vmms=(bantam qemu)
+}
+
+start_api() {
+    rm -f "$built/api.sock"
+    command=("$bantam" api --api-sock "$built/api.sock")
+    figure "$1" "exec to the API's socket, ms (budget 5)" "$(measured -l 20 | awk '{ print $2 * 1000 }')"
 }
 
 start_cached() {

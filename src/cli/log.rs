@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bantam::config::firecracker;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
@@ -31,9 +32,30 @@ enum Target {
     File(File),
 }
 
+/// What is logged, and how.
+#[derive(Debug, Clone)]
+struct Style {
+    level: LevelFilter,
+    show_level: bool,
+    show_origin: bool,
+    /// The only module that is heard.
+    module: Option<String>,
+}
+
+impl Style {
+    fn new(level: LevelFilter) -> Self {
+        Self { level, show_level: false, show_origin: false, module: None }
+    }
+}
+
+struct State {
+    target: Target,
+    style: Style,
+}
+
 /// The log, which lasts for the rest of the process.
 #[must_use]
-pub struct Started(Arc<Mutex<Target>>);
+pub struct Started(Arc<Mutex<State>>);
 
 /// Starts to log: warnings, and with `verbose` 1, 2, 3 what is less and less important; to the end of `file`, or to
 /// standard error. Nothing is touched before [`Started::create`].
@@ -51,11 +73,11 @@ pub fn start(verbose: u8, file: Option<&Path>) -> Result<Started, Error> {
         }
         None => Target::StandardError,
     };
-    let target = Arc::new(Mutex::new(target));
-    if log::set_boxed_logger(Box::new(Logger { level, target: Arc::clone(&target) })).is_ok() {
+    let state = Arc::new(Mutex::new(State { target, style: Style::new(level) }));
+    if log::set_boxed_logger(Box::new(Logger(Arc::clone(&state)))).is_ok() {
         log::set_max_level(level);
     }
-    Ok(Started(target))
+    Ok(Started(state))
 }
 
 /// Opens the file to append to it. A pipe that nobody reads is not waited for.
@@ -76,14 +98,30 @@ fn check(path: &Path) -> io::Result<()> {
 impl Started {
     /// Creates the log file, if there is to be one, and writes what was logged so far.
     pub fn create(self) -> Result<(), Error> {
-        let mut target = lock(&self.0);
-        if let Target::Later(path, lines) = &*target {
+        let mut state = lock(&self.0);
+        if let Target::Later(path, lines) = &state.target {
             let opened = open(path, true);
             let mut file = opened.map_err(|source| Error { path: path.clone(), source })?;
             // As in `Logger::log`.
             let _ = file.write_all(lines);
-            *target = Target::File(file);
+            state.target = Target::File(file);
         }
+        Ok(())
+    }
+
+    /// Logs as Firecracker's clients ask for, from now on. What they leave out is as before.
+    pub fn change(&self, logger: &firecracker::Logger) -> Result<(), Error> {
+        let mut state = lock(&self.0);
+        if let Some(path) = logger.log_path.as_deref().map(Path::new) {
+            let opened = open(path, true);
+            state.target = Target::File(opened.map_err(|source| Error { path: path.to_owned(), source })?);
+        }
+        let style = &mut state.style;
+        style.level = logger.level.unwrap_or(style.level);
+        style.show_level = logger.show_level.unwrap_or(style.show_level);
+        style.show_origin = logger.show_log_origin.unwrap_or(style.show_origin);
+        style.module = logger.module.clone().or(style.module.take());
+        log::set_max_level(style.level);
         Ok(())
     }
 }
@@ -91,36 +129,53 @@ impl Started {
 impl Drop for Started {
     /// Nothing runs, so there is no log: what was logged is told nevertheless.
     fn drop(&mut self) {
-        let mut target = lock(&self.0);
-        if let Target::Later(_, lines) = &*target {
+        let mut state = lock(&self.0);
+        if let Target::Later(_, lines) = &state.target {
             let _ = say(lines);
-            *target = Target::StandardError;
+            state.target = Target::StandardError;
         }
     }
 }
 
-fn lock(target: &Mutex<Target>) -> MutexGuard<'_, Target> {
-    target.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Logger {
-    level: LevelFilter,
-    target: Arc<Mutex<Target>>,
+struct Logger(Arc<Mutex<State>>);
+
+impl Style {
+    /// Other crates log what the guest does without a limit: they are heard only at the last level.
+    fn hears(&self, metadata: &Metadata<'_>) -> bool {
+        let ours = metadata.target().split("::").next() == Some("bantam");
+        let asked = self.module.as_ref().is_none_or(|module| metadata.target().starts_with(module));
+        metadata.level() <= self.level && asked && (ours || self.level == LevelFilter::Trace)
+    }
+
+    fn line(&self, record: &Record<'_>) -> String {
+        let origin = match (record.file(), record.line()) {
+            (Some(file), Some(line)) if self.show_origin => Some(format!("{file}:{line}")),
+            _ => None,
+        };
+        let level = self.show_level.then(|| record.level().to_string());
+        match [level, origin].into_iter().flatten().collect::<Vec<_>>().join(":").as_str() {
+            "" => line(record.level(), &record.args().to_string()),
+            from => format!("bantam: [{from}] {}\n", record.args()),
+        }
+    }
 }
 
 impl Log for Logger {
-    /// Other crates log what the guest does without a limit: they are heard only at the last level.
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let ours = metadata.target().split("::").next() == Some("bantam");
-        metadata.level() <= self.level && (ours || self.level == LevelFilter::Trace)
+        lock(&self.0).style.hears(metadata)
     }
 
     /// Writes a line at once, so that those of several threads, or processes, do not mix. If it cannot be written
     /// there is nobody to tell.
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
-            let line = line(record.level(), &record.args().to_string());
-            let _ = match &mut *lock(&self.target) {
+        let State { target, style } = &mut *lock(&self.0);
+        if style.hears(record.metadata()) {
+            let line = style.line(record);
+            let _ = match target {
                 Target::StandardError => say(line.as_bytes()),
                 Target::Later(_, lines) => lines.write_all(line.as_bytes()),
                 Target::File(file) => file.write_all(line.as_bytes()),
@@ -172,12 +227,27 @@ mod tests {
     }
 
     #[test]
+    fn a_line_says_what_it_is_asked_to() {
+        let args = format_args!("x");
+        let mut record = Record::builder();
+        let record = record.level(Level::Info).file(Some("a.rs")).line(Some(3)).target("bantam::a").args(args).build();
+        let mut style = Style { show_level: true, ..Style::new(LevelFilter::Info) };
+        assert_eq!(style.line(&record), "bantam: [INFO] x\n");
+        style.show_origin = true;
+        assert_eq!(style.line(&record), "bantam: [INFO:a.rs:3] x\n");
+        style.module = Some("bantam::b".into());
+        assert!(!style.hears(record.metadata()));
+    }
+
+    #[test]
     fn a_file_is_created_only_when_it_is_time() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         check(&path).unwrap();
         assert!(check(folder.path()).is_err() && check(&path.join("log")).is_err());
-        let started = || Started(Arc::new(Mutex::new(Target::Later(path.clone(), b"early\n".to_vec()))));
+        let target = || Target::Later(path.clone(), b"early\n".to_vec());
+        let started =
+            || Started(Arc::new(Mutex::new(State { target: target(), style: Style::new(LevelFilter::Warn) })));
         drop(started());
         assert!(!path.exists());
         started().create().unwrap();
@@ -186,10 +256,7 @@ mod tests {
 
     #[test]
     fn other_crates_are_heard_only_at_the_last_level() {
-        let heard = |level, source, at| {
-            let target = Arc::new(Mutex::new(Target::StandardError));
-            Logger { level, target }.enabled(&Metadata::builder().target(source).level(at).build())
-        };
+        let heard = |level, source, at| Style::new(level).hears(&Metadata::builder().target(source).level(at).build());
         assert!(heard(LevelFilter::Warn, "bantam::machine", Level::Warn));
         assert!(!heard(LevelFilter::Warn, "bantam::machine", Level::Info));
         assert!(!heard(LevelFilter::Debug, "virtio_queue::chain", Level::Error));

@@ -139,7 +139,7 @@ fn document(mut node: Node) -> Result<Document, tree::Error> {
     let Value::Table(pairs) = &mut node.value else { return Err(node.unexpected("a table")) };
     // What tells editors of the keys.
     pairs.retain(|(key, _)| key.name != "$schema");
-    tree::check_keys(pairs, &keys())?;
+    tree::check_keys(&*pairs, &keys())?;
     let (of_run, of_machine) = std::mem::take(pairs).into_iter().partition(|(key, _)| is_of_run(&key.name));
     let part = |pairs| Node { at: node.at, value: Value::Table(pairs) };
     let (run, config) = (part(of_run), part(of_machine));

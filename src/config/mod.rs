@@ -146,6 +146,9 @@ pub struct Config {
     pub rng: bool,
     /// The balloon, by which the guest gives memory back.
     pub balloon: Option<balloon::Spec>,
+    /// Whether there is a keyboard, for [`Handle::ctrl_alt_del`](crate::machine::Handle::ctrl_alt_del) alone. Linux takes
+    /// longer to start with one.
+    pub keyboard: bool,
     /// The command to run in the guest; without one the guest's own init runs.
     pub command: Option<command::Spec>,
     /// Where the modules of the kernel are for that, if not beside the kernel or with the host's own.
@@ -181,6 +184,7 @@ impl Default for Config {
             vsock: None,
             rng: true,
             balloon: None,
+            keyboard: false,
             command: None,
             modules: None,
             cpu_quota: None,
@@ -301,6 +305,12 @@ impl Config {
     /// Adds a balloon.
     pub fn balloon(mut self, balloon: balloon::Spec) -> Self {
         self.balloon = Some(balloon);
+        self
+    }
+
+    /// Sets whether there is a keyboard.
+    pub fn keyboard(mut self, keyboard: bool) -> Self {
+        self.keyboard = keyboard;
         self
     }
 

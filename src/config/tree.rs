@@ -105,22 +105,23 @@ impl Node {
     }
 
     /// The table that it is, of which only these keys are known.
+    /// A key with `null` is one that is not there.
     pub fn table(&self, known: &'static [&'static str]) -> Result<Table<'_>, Error> {
         let Value::Table(pairs) = &self.value else { return Err(self.unexpected("a table")) };
-        check_keys(pairs, known)?;
+        check_keys(pairs.iter().filter(|(_, node)| node.value != Value::Null), known)?;
         Ok(Table { at: self.at, pairs })
     }
 }
 
 /// Refuses the first key that is not one of the `known`.
-pub(super) fn check_keys(pairs: &[(Key, Node)], known: &[&str]) -> Result<(), Error> {
-    let unknown = pairs.iter().map(|(key, _)| key).find(|key| !known.contains(&&*key.name));
+pub(super) fn check_keys<'a>(pairs: impl IntoIterator<Item = &'a (Key, Node)>, known: &[&str]) -> Result<(), Error> {
+    let unknown = pairs.into_iter().map(|(key, _)| key).find(|key| !known.contains(&&*key.name));
     unknown.map_or(Ok(()), |Key { at, name }| {
         Err(Error::new(*at, format!("unknown key `{name}`: {}", nearest::instead(name, known.iter().copied()))))
     })
 }
 
-/// A table whose keys are read one by one. A key with `null` is one that is not there.
+/// A table whose keys are read one by one.
 #[derive(Debug, Clone, Copy)]
 pub struct Table<'a> {
     at: usize,

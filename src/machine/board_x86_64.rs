@@ -29,6 +29,9 @@ use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 /// COM1, as the run loop holds it.
 pub(super) type Port = Serial<Output, Box<dyn Fn() + Send>>;
 
+/// The keyboard controller, as the run loop holds it.
+pub(super) type Keyboard = I8042<Box<dyn Fn() + Send>>;
+
 /// A virtio device and what its thread and its counters are called.
 pub(super) type NamedDevice = (String, Box<dyn VirtioDevice>);
 
@@ -38,6 +41,8 @@ pub(super) struct Board<'a> {
     pub buses: Buses,
     /// The virtio devices.
     pub attached: Vec<Attached>,
+    /// What keys are pressed on, if there is a keyboard.
+    pub keyboard: Option<Arc<Mutex<Keyboard>>>,
 }
 
 /// A virtio device on its bus.
@@ -56,11 +61,12 @@ fn event_fd(what: &'static str) -> Result<EventFd, Error> {
 
 impl<'a> Board<'a> {
     pub fn new(vm: &'a Vm) -> Self {
-        Board { vm, buses: Buses::default(), attached: Vec::new() }
+        Board { vm, buses: Buses::default(), attached: Vec::new(), keyboard: None }
     }
 
-    /// Attaches what every machine has: serial port, keyboard controller, clock, power registers, pvpanic.
-    pub fn attach_legacy(&mut self, output: Output, inbox: &Sender) -> Result<Arc<Mutex<Port>>, Error> {
+    /// Attaches what every machine has: serial port, keyboard controller (with a `keyboard` or without), clock, power
+    /// registers, pvpanic.
+    pub fn attach_legacy(&mut self, output: Output, inbox: &Sender, keyboard: bool) -> Result<Arc<Mutex<Port>>, Error> {
         let send = |event: fn() -> Event| {
             let inbox = inbox.clone();
             move || inbox.send(event())
@@ -71,8 +77,13 @@ impl<'a> Board<'a> {
         let serial = Arc::new(Mutex::new(Serial::new(line, output, on_room)));
         self.attach_port(layout::COM1, 8, serial.clone())?;
 
-        let i8042 = I8042::new(send(|| Event::Reset));
-        self.attach_port(layout::I8042[0], 5, Arc::new(Mutex::new(i8042)))?;
+        let line = keyboard.then(|| event_fd("the keyboard")).transpose()?;
+        line.iter().try_for_each(|line| self.vm.attach_irqfd(line, layout::KEYBOARD_IRQ))?;
+        let line = line.map(|line| Arc::new(line) as Arc<dyn Interrupt>);
+        let on_reset: Box<dyn Fn() + Send> = Box::new(send(|| Event::Reset));
+        let i8042 = Arc::new(Mutex::new(I8042::new(on_reset, line)));
+        self.attach_port(layout::I8042[0], 5, i8042.clone())?;
+        self.keyboard = Some(i8042).filter(|_| keyboard);
         let power =
             Power::new(layout::ACPI_S5, layout::ACPI_RESET_VALUE, send(|| Event::PowerOff), send(|| Event::Reset));
         self.attach_port(layout::ACPI_SLEEP_CONTROL, 3, Arc::new(Mutex::new(power)))?;

@@ -135,7 +135,7 @@ impl Builder {
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
         let output = Output::default();
         let mut board = Board::new(&vm);
-        let serial = board.attach_legacy(output.clone(), &sender)?;
+        let serial = board.attach_legacy(output.clone(), &sender, config.keyboard)?;
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
@@ -146,7 +146,7 @@ impl Builder {
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
-        let Board { buses, attached, .. } = board;
+        let Board { buses, attached, keyboard, .. } = board;
         if let Some(snapshot) = snapshot {
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
@@ -158,6 +158,7 @@ impl Builder {
             sender,
             buses: Arc::new(buses),
             serial,
+            keyboard,
             output,
             console_output: Some(console.output),
             input: console.input,
@@ -354,7 +355,7 @@ fn load_parameters(
     };
     // Each kernel finds the virtio devices in one place only: without ACPI, on its command line.
     let virtio = if acpi { &windows[..] } else { &[] };
-    let platform = Platform { cpus: config.cpus, virtio, com1: true, pvpanic: true };
+    let platform = Platform { cpus: config.cpus, virtio, com1: true, pvpanic: true, keyboard: config.keyboard };
     mptable::write(ram, &platform)?;
     let info = BootInfo { initrd, rsdp: Some(acpi::write(ram, &platform)?) };
     match kernel.entry {

@@ -39,6 +39,11 @@ impl Handle {
         self.sender.send(Event::Input(bytes.into()));
     }
 
+    /// Presses Ctrl-Alt-Del on the guest's keyboard, if it has one.
+    pub fn ctrl_alt_del(&self) {
+        self.sender.send(Event::CtrlAltDel);
+    }
+
     /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:
     /// by the device's own thread, after the request that it is doing now, if it has one.
     pub fn change(&self, device: &str, change: Change) -> Result<(), Error> {

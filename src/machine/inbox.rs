@@ -35,6 +35,8 @@ pub enum Event {
     Command(command::Report),
     /// Somebody holding a handle ends the machine.
     Stop,
+    /// Somebody presses Ctrl-Alt-Del.
+    CtrlAltDel,
     /// Somebody has it pause.
     Pause(Answer<()>),
     /// Somebody has it go on.

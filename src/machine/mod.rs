@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use board_x86_64::{Attached, Port};
+use board_x86_64::{Attached, Keyboard, Port};
 pub use builder::Builder;
 pub use handle::Handle;
 use inbox::{Inbox, Sender};
@@ -142,6 +142,7 @@ pub struct Machine {
     sender: Sender,
     buses: Arc<Buses>,
     serial: Arc<Mutex<Port>>,
+    keyboard: Option<Arc<Mutex<Keyboard>>>,
     output: Output,
     console_output: Option<Box<dyn Write + Send>>,
     input: Option<Box<dyn Input>>,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::sync::{Arc, TryLockError};
+use std::sync::{Arc, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -250,6 +250,10 @@ impl Machine {
             Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
             Event::Saved => self.saved(),
             Event::DevicesPaused => self.devices_paused(),
+            Event::CtrlAltDel => {
+                let keyboard = self.keyboard.as_ref().map(|it| it.lock().unwrap_or_else(PoisonError::into_inner));
+                keyboard.into_iter().for_each(|mut keyboard| keyboard.ctrl_alt_del());
+            }
             Event::Pause(answer) => self.pause(answer),
             Event::Resume(answer) => self.resume(answer),
             Event::Reset => return Some(Ok(Outcome::Rebooted)),

@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{
     ACPI, ACPI_EVENT_GSI, ACPI_RESET, ACPI_RESET_VALUE, ACPI_S5, ACPI_SLEEP_CONTROL, ACPI_SLEEP_STATUS, COM1, COM1_IRQ,
-    GENERATION_ID, IOAPIC, LAPIC, PVPANIC, VIRTIO_MMIO_SIZE,
+    GENERATION_ID, I8042, IOAPIC, KEYBOARD_IRQ, LAPIC, PVPANIC, VIRTIO_MMIO_SIZE,
 };
 use super::{Error, FIRST_X2APIC_ID, Platform, VirtioWindow, needs_x2apic, no_memory};
 use crate::memory::GuestRam;
@@ -31,10 +31,11 @@ const MADT_REVISION: u8 = 5;
 const DSDT_REVISION: u8 = 2;
 const SDT_HEADER: u32 = 36;
 
-/// `IAPC_BOOT_ARCH` (ACPI 6.4, table 5.11): a serial port on legacy addresses. No 8042 bit: Linux does not then probe
-/// for a keyboard, and resets by port 0x64 all the same. MSI is not ruled out.
+/// `IAPC_BOOT_ARCH` (ACPI 6.4, table 5.11): a serial port on legacy addresses. Without the 8042 bit Linux does not
+/// probe for a keyboard, and resets by port 0x64 all the same. MSI is not ruled out.
 const BOOT_ARCH: u16 = LEGACY_DEVICES | VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT;
 const LEGACY_DEVICES: u16 = 1 << 0;
+const HAS_8042: u16 = 1 << 1;
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 
@@ -46,7 +47,7 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
     let mut tables = Tables { next: ACPI.start, bytes: Vec::new() };
     let rsdp = tables.reserve(Rsdp::len());
     let dsdt = tables.add(&dsdt(platform));
-    let fadt = tables.add(&fadt(dsdt));
+    let fadt = tables.add(&fadt(dsdt, platform.keyboard));
     let madt = tables.add(&madt(platform.cpus));
     let mut list = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     list.add_entry(fadt);
@@ -101,7 +102,7 @@ fn port(port: u16) -> GAS {
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into())
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, keyboard: bool) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -110,7 +111,7 @@ fn fadt(dsdt: u64) -> Vec<u8> {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
-    fadt.iapc_boot_arch = BOOT_ARCH.into();
+    fadt.iapc_boot_arch = (BOOT_ARCH | if keyboard { HAS_8042 } else { 0 }).into();
     fadt.reset_reg = port(ACPI_RESET);
     fadt.reset_value = ACPI_RESET_VALUE;
     fadt.sleep_control_reg = port(ACPI_SLEEP_CONTROL);
@@ -157,6 +158,9 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
         pvpanic(&mut devices);
     }
     generation_id(&mut devices);
+    if platform.keyboard {
+        keyboard(&mut devices);
+    }
     for (index, window) in platform.virtio.iter().enumerate() {
         virtio(&mut devices, index, window);
     }
@@ -174,6 +178,19 @@ fn com1(sink: &mut Vec<u8>) {
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &ONE),
             &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn keyboard(sink: &mut Vec<u8>) {
+    let [data, control] = I8042.map(|port| IO::new(port, port, 1, 1));
+    let interrupt = Interrupt::new(true, true, false, false, KEYBOARD_IRQ);
+    Device::new(
+        "KBD0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0303")),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&data, &control, &interrupt])),
         ],
     )
     .to_aml_bytes(sink);
@@ -292,7 +309,8 @@ mod tests {
         let ram = reserve(&[0..1 << 20]).unwrap();
         for cpus in [1, 2, 254, 255, 256, 4096] {
             let windows = windows();
-            let root = write(&ram, &Platform { cpus, virtio: &windows, com1: true, pvpanic: true }).unwrap();
+            let root =
+                write(&ram, &Platform { cpus, virtio: &windows, com1: true, pvpanic: true, keyboard: true }).unwrap();
             let [_, madt, _] = find(&ram, root);
             let (mut at, mut ids) = (44, Vec::new());
             while at < madt.len() {
@@ -334,13 +352,14 @@ mod tests {
     fn the_dsdt_names_what_is_there_and_no_more() {
         let ram = reserve(&[0..1 << 20]).unwrap();
         let count = |virtio: &[VirtioWindow], present: bool| {
-            let platform = Platform { cpus: 1, virtio, com1: present, pvpanic: present };
+            let platform = Platform { cpus: 1, virtio, com1: present, pvpanic: present, keyboard: present };
             let [_, _, dsdt] = find(&ram, write(&ram, &platform).unwrap());
-            [&b"LNRO0005\0"[..], b"QEMU0001\0", &[0x0c, 0x41, 0xd0, 0x05, 0x01], b"VMGENCTR\0", b"ACPI0013\0"]
+            let keyboard = &[0x0c, 0x41, 0xd0, 0x03, 0x03];
+            [&b"LNRO0005\0"[..], b"QEMU0001\0", &[0x0c, 0x41, 0xd0, 0x05, 0x01], b"VMGENCTR\0", b"ACPI0013\0", keyboard]
                 .map(|id| dsdt.windows(id.len()).filter(|window| *window == id).count())
         };
-        assert_eq!(count(&[], false), [0, 0, 0, 1, 1]);
-        assert_eq!(count(&windows(), true), [17, 1, 1, 1, 1]);
+        assert_eq!(count(&[], false), [0, 0, 0, 1, 1, 0]);
+        assert_eq!(count(&windows(), true), [17, 1, 1, 1, 1, 1]);
     }
 
     /// The ACPI project's own disassembler takes the DSDT, where it is installed.
@@ -352,7 +371,7 @@ mod tests {
         }
         let ram = reserve(&[0..1 << 20]).unwrap();
         let windows = windows();
-        let platform = Platform { cpus: 300, virtio: &windows, com1: true, pvpanic: true };
+        let platform = Platform { cpus: 300, virtio: &windows, com1: true, pvpanic: true, keyboard: true };
         let tables = find(&ram, write(&ram, &platform).unwrap());
         let directory = tempfile::tempdir().unwrap();
         for (name, table) in ["facp", "apic", "dsdt"].into_iter().zip(tables) {
@@ -367,6 +386,7 @@ mod tests {
             "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive",
             "0x00000017,",
             "EisaId (\"PNP0501\")",
+            "EisaId (\"PNP0303\")",
             "Name (_S5",
         ] {
             assert!(dsl.contains(expected), "{expected} in {dsl}");

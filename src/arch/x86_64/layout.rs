@@ -66,6 +66,8 @@ pub const COM1: u16 = 0x3f8;
 pub const COM1_IRQ: u32 = 4;
 /// Data and command ports of the i8042 keyboard controller, of which only the reset line is there.
 pub const I8042: [u16; 2] = [0x60, 0x64];
+/// The keyboard's interrupt.
+pub const KEYBOARD_IRQ: u32 = 1;
 /// Index and data ports of the CMOS clock.
 pub const CMOS: u16 = 0x70;
 /// The ACPI sleep control register (ACPI 6.4, 4.8.3.7).

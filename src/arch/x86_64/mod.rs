@@ -62,6 +62,8 @@ pub struct Platform<'a> {
     pub com1: bool,
     /// Whether there is a pvpanic port.
     pub pvpanic: bool,
+    /// Whether there is a keyboard.
+    pub keyboard: bool,
 }
 
 /// Where a virtio-mmio device is.

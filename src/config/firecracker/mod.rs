@@ -191,6 +191,7 @@ impl Settings {
             vsock: self.vsock.clone(),
             rng: self.entropy.is_some(),
             balloon: self.balloon.as_ref().map(Balloon::spec),
+            keyboard: true,
             serial: self.serial.clone().unwrap_or_default().spec(),
             ..Config::default()
         }
@@ -201,7 +202,7 @@ impl Settings {
         let mut all = Map::new();
         let mut put = |key: &str, value: Option<Json>| value.map(|value| all.insert(key.to_owned(), value));
         put("balloon", self.balloon.as_ref().map(Balloon::to_json));
-        put("boot-source", Some(self.boot_source.as_ref().map_or(json!({}), BootSource::to_json)));
+        put("boot-source", self.boot_source.as_ref().map(BootSource::to_json));
         put("drives", Some(self.drives_in_order().map(Drive::to_json).collect()));
         put("machine-config", Some(self.machine.to_json()));
         put("network-interfaces", Some(self.interfaces.iter().map(NetworkInterface::to_json).collect()));

@@ -1,0 +1,272 @@
+//! `bantam api`: Firecracker's command line, which is taken directly by a program of the name `firecracker`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use ::log::LevelFilter;
+use bantam::config::file;
+use bantam::config::firecracker::{Logger, Metrics, Settings, host};
+use bantam::control::{Api, Program, Server, Stop, VERSION};
+use bantam::machine::{Builder, Handle, Machine};
+use bantam::signal::{self, SignalFd};
+use clap::{Args, FromArgMatches};
+
+use super::log;
+
+pub const EXAMPLES: &str = "\
+Examples:
+  bantam api --api-sock vm.sock
+  curl --unix-socket vm.sock -X PUT http://localhost/boot-source -d '{\"kernel_image_path\": \"vmlinux\"}'
+  curl --unix-socket vm.sock -X PUT http://localhost/actions -d '{\"action_type\": \"InstanceStart\"}'
+
+  A link by the name firecracker takes the same flags without `api`:
+    ln -s $(which bantam) firecracker
+    ./firecracker --no-api --config-file vm.json
+
+docs/api.md tells what is there, and what is not.";
+
+/// The longest name of a machine.
+const ID_MAX: usize = 64;
+
+#[derive(Debug, Args)]
+pub struct Flags {
+    /// The Unix socket to listen on, where nothing may be yet.
+    #[arg(long, value_name = "PATH", default_value = "/run/firecracker.socket")]
+    api_sock: PathBuf,
+    /// The machine's name: letters, digits and dashes.
+    #[arg(long, default_value = "anonymous-instance", value_parser = id)]
+    id: String,
+    /// Start the machine of this file.
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+    /// Have no API, but the machine of --config-file.
+    #[arg(long, requires = "config_file")]
+    no_api: bool,
+    /// Log to the end of this file or pipe, instead of to standard error.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    log_path: Option<String>,
+    /// What is logged: Off, Error, Warning, Info, Debug or Trace [default: Warning; with --log-path Info].
+    #[arg(long, value_parser = host::level, help_heading = "Output")]
+    level: Option<LevelFilter>,
+    /// Log the level of each line.
+    #[arg(long, help_heading = "Output")]
+    show_level: bool,
+    /// Log where in the program each line comes from.
+    #[arg(long, help_heading = "Output")]
+    show_log_origin: bool,
+    /// Log only what this module says: bantam::machine.
+    #[arg(long, help_heading = "Output")]
+    module: Option<String>,
+    /// Write metrics to the end of this file or pipe.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    metrics_path: Option<String>,
+    /// Log how long the guest took to reach user space.
+    #[arg(long, help_heading = "Output")]
+    pub boot_timer: bool,
+    /// The most bytes in the body of a request.
+    #[arg(long, value_name = "BYTES", default_value_t = 51200, help_heading = "Limits")]
+    http_api_max_payload_size: usize,
+    /// The most bytes that the metadata service may hold; there is none, and nothing holds them.
+    #[arg(long, value_name = "BYTES", help_heading = "Taken and not used")]
+    mmds_size_limit: Option<usize>,
+    /// A file of data for the metadata service, which is refused.
+    #[arg(long, value_name = "FILE", help_heading = "Taken and not used")]
+    metadata: Option<PathBuf>,
+    /// bantam has no filters of system calls.
+    #[arg(long, conflicts_with = "seccomp_filter", help_heading = "Taken and not used")]
+    no_seccomp: bool,
+    /// A file of filters for system calls, which is refused.
+    #[arg(long, value_name = "FILE", help_heading = "Taken and not used")]
+    seccomp_filter: Option<PathBuf>,
+    /// Have devices on PCI, which is refused: they are on MMIO.
+    #[arg(long, help_heading = "Taken and not used")]
+    enable_pci: bool,
+    /// When the process was started, in microseconds of the monotonic clock.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    start_time_us: Option<u64>,
+    /// The CPU time of the process when it was started.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    start_time_cpu_us: Option<u64>,
+    /// The CPU time of the process that started it.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    parent_cpu_time_us: Option<u64>,
+    /// Print the version of snapshots.
+    #[arg(long, help_heading = "Snapshots")]
+    pub snapshot_version: bool,
+    /// Print the version of a snapshot.
+    #[arg(long, value_name = "FILE", help_heading = "Snapshots")]
+    pub describe_snapshot: Option<PathBuf>,
+}
+
+/// Flags that cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot follow {flag}: {why}")]
+    Refused { flag: &'static str, why: &'static str },
+    #[error(transparent)]
+    File(#[from] file::Error),
+    #[error(transparent)]
+    Log(#[from] log::Error),
+    #[error("cannot start the machine of {}: {why}", .path.display())]
+    Start { path: PathBuf, why: String },
+    #[error("cannot do what the flags say: {0}")]
+    Flags(String),
+}
+
+fn id(text: &str) -> Result<String, String> {
+    match (1..=ID_MAX).contains(&text.len()) && text.chars().all(|c| c == '-' || c.is_ascii_alphanumeric()) {
+        true => Ok(text.to_owned()),
+        false => Err(format!("expected 1 to {ID_MAX} letters, digits and dashes")),
+    }
+}
+
+/// Whether the program was started by the name of Firecracker.
+pub fn is_firecracker(program: Option<OsString>) -> bool {
+    let program = program.map(PathBuf::from);
+    program.as_deref().and_then(Path::file_name).is_some_and(|name| name == "firecracker")
+}
+
+/// Firecracker's own command line.
+pub fn parse() -> Result<Flags, clap::Error> {
+    let version =
+        format!("v{VERSION}\n\nThis is bantam {}, which has the API of that version.", env!("CARGO_PKG_VERSION"));
+    let command =
+        clap::Command::new("Firecracker").version(&*version.leak()).styles(super::STYLES).after_help(EXAMPLES);
+    Flags::from_arg_matches(&Flags::augment_args(command).try_get_matches()?)
+}
+
+impl Flags {
+    /// Refuses what there is not.
+    pub fn check(&self) -> Result<(), Error> {
+        let refused = [
+            (self.seccomp_filter.is_some(), "--seccomp-filter", "bantam has no filters of system calls"),
+            (self.metadata.is_some(), "--metadata", bantam::config::firecracker::NO_MMDS),
+            (self.enable_pci, "--enable-pci", "bantam has its devices on MMIO"),
+        ];
+        match refused.into_iter().find(|(given, ..)| *given) {
+            Some((_, flag, why)) => Err(Error::Refused { flag, why }),
+            None => Ok(()),
+        }
+    }
+
+    /// The server, unless there is to be none.
+    pub fn server(&self) -> Result<Option<Server>, bantam::control::Error> {
+        let api = || Api::new(&self.id, Settings::default());
+        let bind = || Server::bind(&self.api_sock, api(), self.http_api_max_payload_size);
+        (!self.no_api).then(bind).transpose()
+    }
+
+    /// What is known of the machine from the start.
+    pub fn settings(&self) -> Result<Option<(PathBuf, Settings)>, Error> {
+        let Some(path) = &self.config_file else { return Ok(None) };
+        let text = file::read_text(path)?;
+        let settings = file::tree(path, &text).and_then(|node| Settings::read(&node));
+        Ok(Some((path.clone(), settings.map_err(|what| file::wrong(path, &text, what))?)))
+    }
+
+    /// The log that the flags ask for.
+    pub fn logger(&self) -> Option<Logger> {
+        let info = self.log_path.as_ref().map(|_| LevelFilter::Info);
+        let logger = Logger {
+            log_path: self.log_path.clone(),
+            level: self.level.or(info),
+            show_level: Some(true).filter(|_| self.show_level),
+            show_log_origin: Some(true).filter(|_| self.show_log_origin),
+            module: self.module.clone(),
+        };
+        Some(logger).filter(|logger| *logger != Logger::default())
+    }
+
+    /// The metrics that they ask for.
+    pub fn metrics(&self) -> Option<Metrics> {
+        let path = self.metrics_path.clone()?;
+        Some(Metrics { metrics_path: path, emit_id: false, properties: vec![] })
+    }
+}
+
+/// Makes the machine that clients ask for.
+pub struct Machines {
+    log: log::Started,
+    signals: SignalFd,
+    started: Instant,
+    /// The one that was started, to be run.
+    pub machine: Option<Machine>,
+}
+
+impl Machines {
+    /// Logs as the flags say, and takes the signals that end the program.
+    pub fn new(flags: &Flags, started: Instant) -> Result<Self, Error> {
+        let log = log::start(0, None)?;
+        flags.logger().map_or(Ok(()), |logger| log.change(&logger))?;
+        Ok(Self { log, signals: signals()?, started, machine: None })
+    }
+
+    /// Starts the machine of a file.
+    pub fn start_from(&mut self, path: &Path, settings: &Settings) -> Result<Handle, Error> {
+        if let Some(logger) = &settings.logger {
+            self.log.change(logger)?;
+        }
+        let failed = |why| Error::Start { path: path.to_owned(), why };
+        if settings.boot_source.is_none() {
+            return Err(failed("it has no `boot-source`".into()));
+        }
+        self.start(settings).map_err(failed)
+    }
+}
+
+fn signals() -> Result<SignalFd, Error> {
+    // A terminal that a shell had while this process was stopped.
+    let all = [&signal::ENDING[..], &[libc::SIGCONT]].concat();
+    SignalFd::new(&all).map_err(|error| Error::Flags(format!("cannot wait for signals by a signalfd: {error}")))
+}
+
+impl Program for Machines {
+    fn log(&mut self, logger: &Logger) -> Result<(), String> {
+        self.log.change(logger).map_err(|error| super::message::chain(&error))
+    }
+
+    fn start(&mut self, settings: &Settings) -> Result<Handle, String> {
+        let config = settings.config();
+        super::descriptors::allow(&config);
+        let signals = signals().map_err(|error| super::message::chain(&error))?;
+        let built = Builder::new(config).started(self.started).signals(signals);
+        let built = built.when_running(crate::process::give_back).build();
+        let machine = self.machine.insert(built.map_err(|error| super::message::chain(&error))?);
+        Ok(machine.handle())
+    }
+
+    fn signals(&self) -> Option<&SignalFd> {
+        Some(&self.signals)
+    }
+}
+
+/// A server on a thread of its own. Its socket is gone when it is dropped.
+pub struct Serving {
+    thread: Option<JoinHandle<()>>,
+    stop: Stop,
+}
+
+impl Serving {
+    /// Serves from now on.
+    pub fn start(mut server: Server) -> Result<Self, Error> {
+        let stop = server.stop();
+        let serve = move || {
+            if let Err(error) = server.serve(None) {
+                ::log::error!("{}", super::message::chain(&error));
+            }
+        };
+        let thread = thread::Builder::new().name("bantam-api".into()).spawn(serve);
+        let thread = thread.map_err(|error| Error::Flags(format!("cannot start the API's thread: {error}")))?;
+        Ok(Self { thread: Some(thread), stop })
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.stop.stop();
+        // A panic has been told by its hook.
+        self.thread.take().into_iter().for_each(|thread| drop(thread.join()));
+    }
+}

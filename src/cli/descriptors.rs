@@ -1,0 +1,25 @@
+//! The limit of open files, which a machine may need more than usual of.
+
+use bantam::config::Config;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Raises the soft limit of open files to what the machine needs, as far as the hard one lets it. What is not allowed is
+/// told when a descriptor cannot be had.
+pub fn allow(config: &Config) {
+    /// Beside one for each vCPU.
+    const OTHERS: u64 = 256;
+    /// Of a shared folder, each file that the guest knows is one. As many as the kernel lets a process have.
+    const SHARES: u64 = 1 << 20;
+    let limit = getrlimit(Resource::Nofile);
+    let shares = !config.shares.is_empty() || config.root_folder().is_some();
+    // What root may raise for others it may raise for itself.
+    let all = Rlimit { current: Some(SHARES), maximum: Some(SHARES) };
+    if shares && limit.maximum.is_some_and(|maximum| maximum < SHARES) && setrlimit(Resource::Nofile, all).is_ok() {
+        return;
+    }
+    let wanted = if shares { SHARES } else { u64::from(config.cpus) + OTHERS };
+    let allowed = limit.maximum.map_or(wanted, |maximum| wanted.min(maximum));
+    if limit.current.is_some_and(|current| current < allowed) {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: limit.maximum });
+    }
+}

@@ -1,0 +1,206 @@
+//! Every endpoint before and after the start: its status, and the shape of its answer.
+
+use serde_json::{Value, json};
+
+use crate::client::{Api, idle_kernel};
+
+/// What an answer is like.
+#[derive(Debug, Clone, Copy)]
+enum Expected {
+    /// Done, without a word.
+    Done,
+    /// 200, with these keys and no others than those of the document.
+    Found(&'static [&'static str]),
+    /// 400, with a `fault_message` that has these words.
+    Refused(&'static str),
+}
+use Expected::{Done, Found, Refused};
+
+const NOT_BEFORE: Expected = Refused("not supported before starting the microVM");
+const NOT_AFTER: Expected = Refused("not supported after starting the microVM");
+const MMDS: Expected = Refused("bantam has no metadata service");
+const PMEM: Expected = Refused("bantam has no pmem devices");
+const HOTPLUG: Expected = Refused("bantam has no hotpluggable memory");
+
+const MACHINE: Expected = Found(&["vcpu_count", "mem_size_mib", "smt", "track_dirty_pages", "huge_pages"]);
+const INSTANCE: Expected = Found(&["id", "state", "vmm_version", "app_name"]);
+const CONFIG: Expected = Found(&["drives", "machine-config", "network-interfaces"]);
+
+const DRIVE: &str = r#"{"drive_id": "data", "path_on_host": "disk", "is_root_device": false, "is_read_only": false}"#;
+const LIMITER: &str =
+    r#"{"bandwidth": {"size": 1000000, "refill_time": 100}, "ops": {"size": 10, "refill_time": 100}}"#;
+
+/// Method, path, body, what becomes of it before the start, and after it.
+const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
+    ("GET", "/", "", INSTANCE, INSTANCE),
+    ("GET", "/version", "", Found(&["firecracker_version"]), Found(&["firecracker_version"])),
+    ("GET", "/vm/config", "", CONFIG, CONFIG),
+    ("GET", "/machine-config", "", MACHINE, MACHINE),
+    ("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64}"#, Done, NOT_AFTER),
+    ("PATCH", "/machine-config", r#"{"mem_size_mib": 32}"#, Done, NOT_AFTER),
+    ("PUT", "/boot-source", r#"{"kernel_image_path": "kernel", "boot_args": ""}"#, Done, NOT_AFTER),
+    ("PUT", "/drives/data", DRIVE, Done, NOT_AFTER),
+    ("PUT", "/entropy", "{}", Done, NOT_AFTER),
+    ("PUT", "/serial", r#"{"serial_out_path": "console"}"#, Done, NOT_AFTER),
+    ("PUT", "/cpu-config", "{}", Done, NOT_AFTER),
+    ("PUT", "/vsock", r#"{"guest_cid": 3, "uds_path": "vsock"}"#, Done, NOT_AFTER),
+    ("PUT", "/logger", r#"{"log_path": "log", "level": "Info"}"#, Done, NOT_AFTER),
+    ("PUT", "/metrics", r#"{"metrics_path": "metrics"}"#, Done, NOT_AFTER),
+    ("GET", "/balloon", "", Refused("No balloon"), Refused("No balloon")),
+    ("GET", "/balloon/statistics", "", NOT_BEFORE, Refused("No balloon")),
+    ("PATCH", "/balloon", r#"{"amount_mib": 1}"#, NOT_BEFORE, Refused("No balloon")),
+    ("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s": 1}"#, NOT_BEFORE, Refused("No balloon")),
+    ("PATCH", "/balloon/hinting/start", "", Refused("hinting"), Refused("hinting")),
+    ("PATCH", "/balloon/hinting/stop", "", Refused("hinting"), Refused("hinting")),
+    ("GET", "/balloon/hinting/status", "", Refused("hinting"), Refused("hinting")),
+    ("PATCH", "/vm", r#"{"state": "Resumed"}"#, NOT_BEFORE, Done),
+    ("PATCH", "/drives/nothing", r#"{"drive_id": "nothing"}"#, NOT_BEFORE, Refused("no drive `nothing`")),
+    ("PATCH", "/network-interfaces/n", r#"{"iface_id": "n"}"#, NOT_BEFORE, Refused("no network interface `n`")),
+    ("PUT", "/snapshot/create", r#"{"snapshot_path": "s", "mem_file_path": "m"}"#, NOT_BEFORE, Refused("not paused")),
+    ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#, NOT_BEFORE, Done),
+    ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#, NOT_BEFORE, Done),
+    ("GET", "/mmds", "", MMDS, MMDS),
+    ("PUT", "/mmds", "{}", MMDS, MMDS),
+    ("PATCH", "/mmds", "{}", MMDS, MMDS),
+    ("PUT", "/mmds/config", r#"{"network_interfaces": []}"#, MMDS, MMDS),
+    ("PUT", "/pmem/p", r#"{"id": "p", "path_on_host": "disk"}"#, PMEM, PMEM),
+    ("PATCH", "/pmem/p", r#"{"id": "p"}"#, PMEM, PMEM),
+    ("GET", "/hotplug/memory", "", HOTPLUG, HOTPLUG),
+    ("PUT", "/hotplug/memory", "{}", HOTPLUG, HOTPLUG),
+    ("PATCH", "/hotplug/memory", "{}", HOTPLUG, HOTPLUG),
+    // What is wrong at any time.
+    ("GET", "/nothing", "", Refused("Invalid request method and/or path: GET /nothing."), Refused("Invalid request")),
+    ("DELETE", "/drives/data", "", Refused("Invalid request"), Refused("Invalid request")),
+    ("GET", "/", "{}", Refused("cannot have a body"), Refused("cannot have a body")),
+    ("PUT", "/actions", "", Refused("Empty PUT request."), Refused("Empty PUT request.")),
+    ("PATCH", "/vm", "", Refused("Empty PATCH request."), Refused("Empty PATCH request.")),
+    ("PUT", "/actions", "{", Refused("deserializing the json body"), Refused("deserializing the json body")),
+    ("PUT", "/actions", "{}", Refused("`action_type` is missing"), Refused("`action_type` is missing")),
+    ("PUT", "/actions", r#"{"action_type": "Dance"}"#, Refused("unknown variant `Dance`"), Refused("InstanceStart")),
+    ("PUT", "/vsock", r#"{"guest_cid": 2, "uds_path": "v"}"#, Refused("from 3"), Refused("`guest_cid`")),
+    ("PUT", "/drives/other", DRIVE, Refused("does not match the id from the body"), Refused("does not match")),
+    ("PUT", "/machine-config", r#"{"vcpu_count": 33, "mem_size_mib": 1}"#, Refused("1 to 32"), Refused("1 to 32")),
+    ("PATCH", "/machine-config", "{}", Refused("Empty PATCH request."), Refused("Empty PATCH request.")),
+    (
+        "PUT",
+        "/boot-source",
+        r#"{"kernel_image_path": "none"}"#,
+        Refused("kernel file none cannot be opened"),
+        Refused("none"),
+    ),
+    (
+        "PUT",
+        "/snapshot/load",
+        r#"{"snapshot_path": "s"}"#,
+        Refused("`mem_backend` is missing"),
+        Refused("`mem_backend`"),
+    ),
+    (
+        "PUT",
+        "/snapshot/load",
+        r#"{"snapshot_path": "s", "mem_file_path": "m"}"#,
+        Refused("not allowed after configuring"),
+        NOT_AFTER,
+    ),
+    (
+        "PUT",
+        "/drives/v",
+        r#"{"drive_id": "v", "is_root_device": false, "socket": "s"}"#,
+        Refused("no vhost-user drives"),
+        Refused("no vhost-user drives"),
+    ),
+    (
+        "PUT",
+        "/machine-config",
+        r#"{"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2"}"#,
+        Refused("no CPU templates"),
+        Refused("no CPU templates"),
+    ),
+];
+
+#[track_caller]
+fn check(api: &Api, (method, path, body): (&str, &str, &str), expected: Expected) {
+    let (status, answer) = api.request(method, path, body);
+    let what = format!("{method} {path} {body}: {status} {answer}, expected {expected:?}");
+    match expected {
+        Done => assert_eq!((status, &answer), (204, &Value::Null), "{what}"),
+        Found(keys) => {
+            assert_eq!(status, 200, "{what}");
+            assert!(keys.iter().all(|key| answer.get(key).is_some()), "{what}");
+        }
+        Refused(words) => {
+            let fault = answer["fault_message"].as_str().unwrap_or_default();
+            assert!(status == 400 && fault.contains(words), "{what}");
+            assert_eq!(answer.as_object().unwrap().len(), 1, "{what}");
+        }
+    }
+}
+
+#[test]
+fn every_endpoint_before_and_after_the_start() {
+    let mut api = Api::start(&["--id", "one"]);
+    api.write("disk", &[0; 1 << 20]);
+    api.write("other", &[0; 2 << 20]);
+    idle_kernel(&api.path("kernel"));
+    check(&api, ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#), Refused("without kernel configuration"));
+    for (method, path, body, before, _) in TABLE {
+        check(&api, (method, path, body), *before);
+    }
+    assert_eq!(api.done("GET", "/", "")["state"], "Not started");
+    api.done("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    for (method, path, body, _, after) in TABLE {
+        check(&api, (method, path, body), *after);
+    }
+    check(&api, ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#), NOT_AFTER);
+    let instance = api.done("GET", "/", "");
+    assert_eq!(instance, json!({"id": "one", "state": "Running", "vmm_version": "1.17.0", "app_name": "Firecracker"}));
+
+    // Paused, and changed, and resumed.
+    api.done("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    api.done("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    assert_eq!(api.done("GET", "/", "")["state"], "Paused");
+    api.done("PATCH", "/drives/data", r#"{"drive_id": "data", "path_on_host": "other"}"#);
+    api.done("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    api.done("PATCH", "/drives/data", &format!(r#"{{"drive_id": "data", "rate_limiter": {LIMITER}}}"#));
+    let config = api.done("GET", "/vm/config", "");
+    assert_eq!(
+        (&config["drives"][0]["path_on_host"], &config["machine-config"]["mem_size_mib"]),
+        (&json!("other"), &json!(32))
+    );
+    assert_eq!(config["drives"][0]["rate_limiter"], serde_json::from_str::<Value>(LIMITER).unwrap());
+    check(&api, ("PATCH", "/drives/data", r#"{"drive_id": "data", "path_on_host": "none"}"#), Refused("none"));
+
+    // By a signal it ends, and takes its socket with it.
+    rustix::process::kill_process(rustix::process::Pid::from_child(&api.child), rustix::process::Signal::TERM).unwrap();
+    assert_eq!(api.wait(), Some(128 + 15));
+    assert!(!api.path("api.sock").exists());
+    assert!(api.path("log").exists() && std::fs::read_to_string(api.path("metrics")).unwrap().ends_with("}\n"));
+}
+
+#[test]
+fn a_balloon_may_be_had() {
+    let api = Api::start(&[]);
+    idle_kernel(&api.path("kernel"));
+    let balloon = r#"{"amount_mib": 8, "deflate_on_oom": true, "stats_polling_interval_s": 1}"#;
+    api.done("PUT", "/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    check(
+        &api,
+        ("PUT", "/balloon", r#"{"amount_mib": 999, "deflate_on_oom": true}"#),
+        Refused("larger than the memory"),
+    );
+    api.done("PUT", "/balloon", balloon);
+    assert_eq!(api.done("GET", "/balloon", "")["amount_mib"], 8);
+    check(
+        &api,
+        ("PATCH", "/machine-config", r#"{"mem_size_mib": 4}"#),
+        Refused("smaller than the previously set balloon"),
+    );
+    api.done("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    check(&api, ("PUT", "/balloon", balloon), NOT_AFTER);
+    api.done("PATCH", "/balloon", r#"{"amount_mib": 16}"#);
+    assert_eq!(api.done("GET", "/balloon", "")["amount_mib"], 16);
+    let statistics = api.done("GET", "/balloon/statistics", "");
+    assert_eq!((&statistics["target_mib"], &statistics["target_pages"]), (&json!(16), &json!(4096)));
+    api.done("PATCH", "/balloon/statistics", r#"{"stats_polling_interval_s": 5}"#);
+    check(&api, ("PATCH", "/balloon", r#"{"amount_mib": 999}"#), Refused("999M"));
+}
