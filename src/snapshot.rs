@@ -79,7 +79,7 @@ impl Error {
 /// The content of a state file.
 pub fn encode(state: &impl Serialize) -> Result<Vec<u8>, Error> {
     let body = serde_json::to_vec(state).map_err(Error::Json)?;
-    let mut file = format!("{MAGIC} {FORMAT} {BANTAM} {} {}\n", body.len(), Hex(Sha256::digest(&body).to_vec()));
+    let mut file = format!("{MAGIC} {FORMAT} {BANTAM} {} {}\n", body.len(), digest(&body));
     file.reserve(body.len());
     let mut file = file.into_bytes();
     file.extend(body);
@@ -105,10 +105,15 @@ pub fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<T, Error> {
     if length != body.len().to_string() {
         return Err(Error::Length { found: body.len(), expected: length.parse().map_err(|_| Error::Line)? });
     }
-    if sum != Hex(Sha256::digest(body).to_vec()).to_string() {
+    if sum != digest(body).to_string() {
         return Err(Error::Checksum);
     }
     serde_json::from_slice(body).map_err(Error::Json)
+}
+
+/// The SHA-256 of a file's content.
+pub fn digest(file: &[u8]) -> Hex {
+    Hex(Sha256::digest(file).to_vec())
 }
 
 /// Bytes, which are written in hexadecimal.

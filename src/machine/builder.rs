@@ -9,7 +9,7 @@ use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::inbox::Inbox;
 use super::quota::Quota;
 use super::snapshot::{self, Snapshot};
-use super::{Durations, Error, Limits, Machine, memory_file};
+use super::{Durations, Error, Limits, Machine};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
@@ -118,7 +118,7 @@ impl Builder {
 
         let ranges = layout::ram_ranges(config.memory.get());
         let ram = match &snapshot {
-            Some(snapshot) => memory_file::map(&snapshot.memory, &ranges, snapshot.prefault)?,
+            Some(snapshot) => snapshot.map_memory(&ranges)?,
             None => memory::reserve(&ranges)?,
         };
         let vm = Vm::new(ram.clone(), config.cpus)?;
@@ -147,7 +147,9 @@ impl Builder {
         board.attach_virtio(&ram, devices)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, keyboard, .. } = board;
+        let mut origin = None;
         if let Some(snapshot) = snapshot {
+            origin = snapshot.origin.filter(|origin| !origin.path.as_os_str().is_empty());
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
         // a file is emptied, or the user's terminal switched to raw mode.
@@ -182,6 +184,7 @@ impl Builder {
             outcome: None,
             start_paused: paused,
             generation,
+            origin,
             vm,
         })
     }

@@ -16,6 +16,9 @@ const PAGE: usize = 4096;
 const CHUNK: usize = 1 << 20;
 /// An entry of /proc/self/pagemap: the page is in memory, or swapped out.
 const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+const SWAPPED: u64 = 1 << 62;
+/// It is a page of a file, and no copy of one.
+const OF_A_FILE: u64 = 1 << 61;
 
 /// Writes all of guest memory to `file`, which is empty. What was never written is not read.
 pub fn write(ram: &GuestRam, file: &File) -> io::Result<()> {
@@ -37,6 +40,66 @@ pub fn write(ram: &GuestRam, file: &File) -> io::Result<()> {
         offset += len;
     }
     file.set_len(offset)
+}
+
+/// Writes the pages that are other than in the files which guest memory was mapped from, each at its place; which ones, as
+/// first page and count.
+///
+/// # Errors
+/// When the host does not tell which these are, or does not write them.
+pub fn write_changed(ram: &GuestRam, file: &File) -> io::Result<Vec<(u64, u64)>> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let mut changed: Vec<(u64, u64)> = Vec::new();
+    let (mut page, mut entries) = (vec![0; PAGE], vec![0; CHUNK / PAGE * 8]);
+    let mut offset = 0;
+    for region in ram.iter() {
+        let (start, len) = (region.start_addr(), region.len());
+        let host = ram.get_host_address(start).map_err(io::Error::other)? as u64;
+        for chunk in (0..len).step_by(CHUNK) {
+            let pages =
+                usize::try_from((len - chunk) / PAGE as u64).map_or(CHUNK / PAGE, |left| left.min(CHUNK / PAGE));
+            let entries = &mut entries[..8 * pages];
+            pagemap.read_exact_at(entries, (host + chunk) / PAGE as u64 * 8)?;
+            for (at, entry) in (chunk..).step_by(PAGE).zip(entries.chunks(8)) {
+                let entry = entry.try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+                if entry & PRESENT_OR_SWAPPED == 0 || entry & (SWAPPED | OF_A_FILE) == OF_A_FILE {
+                    continue;
+                }
+                ram.read_slice(&mut page, start.unchecked_add(at)).map_err(io::Error::other)?;
+                file.write_all_at(&page, offset + at)?;
+                let number = (offset + at) / PAGE as u64;
+                match changed.last_mut() {
+                    Some((first, count)) if *first + *count == number => *count += 1,
+                    _ => changed.push((number, 1)),
+                }
+            }
+        }
+        offset += len;
+    }
+    file.set_len(offset)?;
+    Ok(changed)
+}
+
+/// Maps the `changed` pages of `file`, as [`write_changed`] wrote them, over guest memory.
+///
+/// # Errors
+/// When there are no such pages of guest memory, or the host does not map them.
+pub fn map_changed(ram: &GuestRam, file: &File, changed: &[(u64, u64)]) -> io::Result<()> {
+    let mut offset = 0;
+    for region in ram.iter() {
+        let end = offset + region.len();
+        for (first, count) in changed {
+            let bytes = |pages: u64| pages.checked_mul(PAGE as u64).ok_or(io::ErrorKind::InvalidInput);
+            let range = bytes(*first)?..bytes(first.checked_add(*count).ok_or(io::ErrorKind::InvalidInput)?)?;
+            // A run may go on in the next region.
+            let (from, to) = (range.start.max(offset), range.end.min(end));
+            if from < to {
+                memory::map_file(ram, region.start_addr().raw_value() + from - offset, file, from, to - from)?;
+            }
+        }
+        offset = end;
+    }
+    Ok(())
 }
 
 /// Writes the pages of `chunk` that are not all zeros.
@@ -127,6 +190,38 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn what_has_changed_is_written_and_mapped_over_the_rest() {
+        let ranges = [0..4 * MIB, 16 * MIB..20 * MIB];
+        let ram = memory::reserve(&ranges).unwrap();
+        for address in [0, 2 * MIB, 4 * MIB - 1, 16 * MIB, 19 * MIB] {
+            ram.write_obj(1u8, GuestAddress(address)).unwrap();
+        }
+        let file = || Arc::new(tempfile::tempfile().unwrap());
+        let base = file();
+        write(&ram, &base).unwrap();
+        let ram = map(&base, &ranges, true).unwrap();
+        // One page becomes zeros, two are beside each other in different regions, one is only read.
+        ram.write_obj(0u8, GuestAddress(2 * MIB)).unwrap();
+        ram.write_obj(2u8, GuestAddress(4 * MIB - 1)).unwrap();
+        ram.write_obj(3u8, GuestAddress(16 * MIB)).unwrap();
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(19 * MIB)).unwrap(), 1);
+        let diff = file();
+        let changed = write_changed(&ram, &diff).unwrap();
+        assert_eq!(changed, [(512, 1), (1023, 2)]);
+        assert_eq!(diff.metadata().unwrap().len(), 8 * MIB);
+        let ram = map(&base, &ranges, false).unwrap();
+        map_changed(&ram, &diff, &changed).unwrap();
+        let read =
+            [0, 2 * MIB, 4 * MIB - 1, 16 * MIB, 19 * MIB].map(|at| ram.read_obj::<u8>(GuestAddress(at)).unwrap());
+        assert_eq!(read, [1, 0, 2, 3, 1]);
+        // And what changes after that.
+        ram.write_obj(9u8, GuestAddress(19 * MIB)).unwrap();
+        let next = file();
+        assert_eq!(write_changed(&ram, &next).unwrap(), [(1024 + 768, 1)]);
+        assert!(map_changed(&ram, &diff, &[(u64::MAX, 2)]).is_err());
+    }
 
     #[test]
     fn memory_is_written_and_mapped_and_zeros_are_holes() {

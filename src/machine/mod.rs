@@ -168,6 +168,8 @@ pub struct Machine {
     start_paused: bool,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
     generation: Option<EventFd>,
+    /// The snapshot that its memory is mapped from.
+    origin: Option<snapshot::Base>,
     started: Instant,
     times: Durations,
     when_running: Option<fn()>,

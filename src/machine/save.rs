@@ -4,7 +4,7 @@ use std::thread;
 
 use super::inbox::Event;
 use super::pause::{Answer, Refusal, ask};
-use super::snapshot::{Destination, State, Writing, portable};
+use super::snapshot::{self, Destination, State, Writing, portable};
 use super::{Error, Handle, Machine};
 use crate::kvm::Vm;
 use crate::vcpu;
@@ -24,7 +24,7 @@ impl Handle {
 impl Machine {
     /// Begins to save the machine, which stands still, for who asked for it. False if that cannot be; they are told why.
     pub(super) fn save(&mut self, destination: Destination, answer: Answer<()>) -> bool {
-        let state = match self.state() {
+        let mut state = match self.state(matches!(destination, Destination::Diff(_))) {
             Ok(state) => state,
             Err(error) => {
                 let _ = answer.send(Err(error));
@@ -34,7 +34,7 @@ impl Machine {
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
         let asker = answer.clone();
         let write = move || {
-            let writing = Writing::begin(destination, &state, &ram);
+            let writing = Writing::begin(destination, &mut state, &ram);
             drop(ram);
             sender.send(Event::Saved);
             let _ = answer.send(writing.and_then(Writing::finish).map_err(Error::from));
@@ -46,7 +46,9 @@ impl Machine {
         true
     }
 
-    fn state(&self) -> Result<State, Error> {
+    /// The state, of the whole machine or of one whose memory is told by what has `changed`.
+    fn state(&self, changed: bool) -> Result<State, Error> {
+        let base = if changed { Some(self.origin.clone().ok_or(snapshot::Error::NoBase)?) } else { None };
         let msrs = Vm::msrs()?;
         let save = |thread: &vcpu::Thread| {
             let saved = thread.with_paused(|vcpu| vcpu.save(&msrs));
@@ -61,6 +63,7 @@ impl Machine {
             vcpus,
             devices: self.buses.save(),
             vm: self.vm.save()?,
+            base,
         };
         Ok(state)
     }

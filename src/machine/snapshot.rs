@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::memory_file;
+use crate::arch::x86_64::layout;
 use crate::config::Config;
 use crate::devices::console;
 use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::GuestRam;
-use crate::snapshot;
+use crate::snapshot::{self, Hex};
 use crate::virtio::net::MacAddr;
 
 /// Files in the folder of a snapshot.
@@ -68,6 +70,18 @@ pub enum Error {
         /// That of the machine's memory.
         expected: u64,
     },
+    /// What it stands on is another than it was.
+    #[error("cannot use the snapshot: it has only what changed since {}, which is another one now", .path.display())]
+    Base {
+        /// Where the other one was.
+        path: PathBuf,
+    },
+    /// There is nothing that what has changed could be other than.
+    #[error("cannot save only what has changed: the machine was not restored from the folder of a snapshot")]
+    NoBase,
+    /// What has changed cannot be mapped.
+    #[error("cannot map what has changed since an earlier snapshot")]
+    Map(#[source] io::Error),
     /// The machine to restore is another than the saved one.
     #[error("cannot restore the snapshot: it has {saved} {what}, and the machine is to have {asked}")]
     Other {
@@ -88,6 +102,9 @@ pub enum Error {
 pub enum Destination {
     /// A folder that appears when all of it is there, in place of one of that name.
     Folder(PathBuf),
+    /// A new folder whose memory is only what is other than in the snapshot that the machine was restored from. That has to stay
+    /// where it is.
+    Diff(PathBuf),
     /// Two files, each of which appears when all of it is there.
     Files {
         /// The state, with the configuration.
@@ -95,6 +112,14 @@ pub enum Destination {
         /// Guest memory.
         memory: PathBuf,
     },
+}
+
+impl Destination {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Folder(path) | Self::Diff(path) | Self::Files { state: path, .. } => path,
+        }
+    }
 }
 
 /// All that makes a machine go on elsewhere, but for its memory.
@@ -109,6 +134,27 @@ pub(super) struct State {
     pub vcpus: Vec<VcpuState>,
     /// By where they are.
     pub devices: BTreeMap<String, Value>,
+    /// Of a snapshot that has only what changed.
+    pub base: Option<Base>,
+}
+
+/// What a snapshot that has only what changed stands on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Base {
+    /// The folder of that snapshot, or the file of its state.
+    pub path: PathBuf,
+    /// The SHA-256 of the file of its state.
+    pub sha256: Hex,
+    /// The pages that this snapshot has: the first of each run, and how many.
+    pub changed: Vec<(u64, u64)>,
+}
+
+/// The memory of a snapshot: a file, and which of its pages count, if not all.
+#[derive(Debug)]
+pub(super) struct Layer {
+    file: Arc<File>,
+    changed: Option<Vec<(u64, u64)>>,
 }
 
 /// A snapshot to restore a machine from.
@@ -119,33 +165,65 @@ pub struct Snapshot {
     /// Whether all memory is read before the guest goes on; else each page when it is first used.
     pub prefault: bool,
     pub(super) state: State,
-    pub(super) memory: Arc<File>,
+    /// The first one has all pages.
+    memory: Vec<Layer>,
+    /// What a snapshot of the restored machine can stand on.
+    pub(super) origin: Option<Base>,
 }
 
+/// How many snapshots may stand on one another.
+const MAX_LAYERS: usize = 64;
+
 impl Snapshot {
-    /// Opens the snapshot in a folder.
+    /// Opens the snapshot in a folder, and those that it stands on.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, Error> {
         let folder = folder.as_ref();
-        Self::open_files(folder.join(STATE), folder.join(MEMORY))
+        let mut snapshot = Self::open_files(folder.join(STATE), folder.join(MEMORY))?;
+        let origin = std::path::absolute(folder).ok().zip(snapshot.origin.take());
+        snapshot.origin = origin.map(|(path, origin)| Base { path, ..origin });
+        Ok(snapshot)
     }
 
     /// Opens a snapshot of two files.
     pub fn open_files(state: impl Into<PathBuf>, memory: impl Into<PathBuf>) -> Result<Self, Error> {
-        let (path, memory_path) = (state.into(), memory.into());
-        let read = |path: &Path| {
-            let path = path.to_owned();
-            move |source| Error::Read { path, source }
-        };
-        let bytes = fs::read(&path).map_err(read(&path))?;
-        let state: State = snapshot::decode(&bytes).map_err(|source| Error::State { path, source })?;
-        let memory = File::open(&memory_path).map_err(read(&memory_path))?;
-        let found = memory.metadata().map_err(read(&memory_path))?.len();
-        if found != state.memory {
-            return Err(Error::MemoryLength { path: memory_path, found, expected: state.memory });
+        let (path, memory) = (state.into(), memory.into());
+        let (state, sha256) = read_state(&path)?;
+        let mut layers = vec![layer(&memory, &state)?];
+        let mut base = state.base.clone();
+        while let Some(Base { path, sha256, .. }) = base {
+            let (below, found) = read_state(&path.join(STATE))?;
+            if found != sha256 || below.memory != state.memory || layers.len() >= MAX_LAYERS {
+                return Err(Error::Base { path });
+            }
+            layers.push(layer(&path.join(MEMORY), &below)?);
+            base = below.base;
         }
+        layers.reverse();
         // Limits are those of one run.
         let config = Config { timeout: None, boot_timeout: None, ..state.config.clone() };
-        Ok(Self { config, prefault: false, state, memory: Arc::new(memory) })
+        let origin = Some(Base { path: PathBuf::new(), sha256, changed: vec![] });
+        Ok(Self { config, prefault: false, state, memory: layers, origin })
+    }
+
+    /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be.
+    pub(super) fn map_memory(&self, ranges: &[Range<u64>]) -> Result<GuestRam, super::Error> {
+        let [first, others @ ..] = &self.memory[..] else { unreachable!("there is a first layer") };
+        let ram = memory_file::map(&first.file, ranges, self.prefault)?;
+        for layer in others {
+            let changed = layer.changed.as_deref().unwrap_or_default();
+            memory_file::map_changed(&ram, &layer.file, changed).map_err(Error::Map)?;
+        }
+        Ok(ram)
+    }
+
+    /// Makes one snapshot, which stands on no other, of this one and those that it stands on.
+    ///
+    /// # Errors
+    /// When the host does not read or write them.
+    pub fn merge(mut self, folder: impl Into<PathBuf>) -> Result<(), super::Error> {
+        let ram = self.map_memory(&layout::ram_ranges(self.state.memory))?;
+        self.state.base = None;
+        Ok(Writing::begin(Destination::Folder(folder.into()), &mut self.state, &ram)?.finish()?)
     }
 
     /// Whether the machine of the changed configuration is one that the state fits.
@@ -161,6 +239,27 @@ impl Snapshot {
         }
         saveable(&self.config)
     }
+}
+
+fn read(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Read { path, source }
+}
+
+/// The state in a file, and its digest.
+fn read_state(path: &Path) -> Result<(State, Hex), Error> {
+    let bytes = fs::read(path).map_err(read(path))?;
+    let state = snapshot::decode(&bytes).map_err(|source| Error::State { path: path.to_owned(), source })?;
+    Ok((state, snapshot::digest(&bytes)))
+}
+
+fn layer(path: &Path, state: &State) -> Result<Layer, Error> {
+    let file = File::open(path).map_err(read(path))?;
+    let found = file.metadata().map_err(read(path))?.len();
+    if found != state.memory {
+        return Err(Error::MemoryLength { path: path.to_owned(), found, expected: state.memory });
+    }
+    Ok(Layer { file: Arc::new(file), changed: state.base.as_ref().map(|base| base.changed.clone()) })
 }
 
 /// Whether all of a machine can be saved.
@@ -209,11 +308,8 @@ pub(super) struct Writing {
 
 impl Writing {
     /// Writes state and memory, but does not wait until they are on the disk. The machine stands still.
-    pub fn begin(destination: Destination, state: &State, ram: &GuestRam) -> Result<Self, Error> {
-        let target = match &destination {
-            Destination::Folder(folder) => folder.clone(),
-            Destination::Files { state, .. } => state.clone(),
-        };
+    pub fn begin(destination: Destination, state: &mut State, ram: &GuestRam) -> Result<Self, Error> {
+        let target = destination.path().to_owned();
         let write = |source| Error::Write { path: target.clone(), source };
         let (folder, lock) = temporary(&target).map_err(write)?;
         let mut writing = Writing { destination, folder, lock, files: vec![] };
@@ -224,18 +320,21 @@ impl Writing {
         Ok(writing)
     }
 
-    fn fill(&mut self, state: &State, ram: &GuestRam) -> Result<(), Problem> {
+    fn fill(&mut self, state: &mut State, ram: &GuestRam) -> Result<(), Problem> {
         // Guest memory is nobody else's.
         let create = |name: &str| {
             use std::os::unix::fs::OpenOptionsExt;
             File::options().write(true).create_new(true).mode(0o600).open(self.folder.join(name))
         };
         let memory = create(MEMORY)?;
-        memory_file::write(ram, &memory)?;
+        match &mut state.base {
+            Some(base) => base.changed = memory_file::write_changed(ram, &memory)?,
+            None => memory_file::write(ram, &memory)?,
+        }
         let mut file = create(STATE)?;
         file.write_all(&snapshot::encode(state).map_err(Problem::State)?)?;
         self.files = vec![memory, file];
-        if matches!(self.destination, Destination::Folder(_)) {
+        if !matches!(self.destination, Destination::Files { .. }) {
             let mut config = create(CONFIG)?;
             serde_json::to_writer_pretty(&mut config, &state.config).map_err(io::Error::other)?;
             config.write_all(b"\n")?;
@@ -246,19 +345,18 @@ impl Writing {
 
     /// Waits until all is on the disk, and puts it where it belongs.
     pub fn finish(self) -> Result<(), Error> {
-        let path = match &self.destination {
-            Destination::Folder(folder) => folder.clone(),
-            Destination::Files { state, .. } => state.clone(),
-        };
+        let path = self.destination.path().to_owned();
         self.place().map_err(|source| Error::Write { path, source })
     }
 
     fn place(&self) -> io::Result<()> {
         self.files.iter().try_for_each(File::sync_all)?;
         match &self.destination {
-            Destination::Folder(target) => {
+            Destination::Folder(target) | Destination::Diff(target) => {
+                // What it stands on must not be what it replaces.
+                let may_replace = matches!(self.destination, Destination::Folder(_));
                 self.lock.sync_all()?;
-                replace(&self.folder, target)?;
+                give_name(&self.folder, target, may_replace)?;
                 File::open(parent(target))?.sync_all()
             }
             Destination::Files { state, memory } => {
@@ -301,14 +399,15 @@ impl From<io::Error> for Problem {
     }
 }
 
-/// Gives `folder` the name `target`. A folder of that name then has that of `folder`.
-fn replace(folder: &Path, target: &Path) -> io::Result<()> {
+/// Gives `folder` the name `target`. A snapshot of that name then has that of `folder`, if it may be replaced.
+fn give_name(folder: &Path, target: &Path, may_replace: bool) -> io::Result<()> {
     let rename = |flags| renameat_with(CWD, folder, CWD, target, flags);
     match rename(RenameFlags::NOREPLACE) {
-        Err(rustix::io::Errno::EXIST) if is_snapshot(target) => Ok(rename(RenameFlags::EXCHANGE)?),
-        Err(rustix::io::Errno::EXIST) => {
-            Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is something else of that name, and no snapshot"))
-        }
+        Err(rustix::io::Errno::EXIST) if may_replace && is_snapshot(target) => Ok(rename(RenameFlags::EXCHANGE)?),
+        Err(rustix::io::Errno::EXIST) => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something of that name that is not to be replaced",
+        )),
         other => Ok(other?),
     }
 }

@@ -5,14 +5,20 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+use std::error::Error;
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bantam::config::{Config, Size};
 use bantam::devices::console::Console;
 use bantam::machine::{self, Builder, Destination, Handle, Machine, Snapshot};
 use bantam::outcome::Outcome;
+use bantam::snapshot;
 use bantam::virtio::blk;
 use support::screen::Screen;
 use support::{Guest, Kernel};
@@ -146,4 +152,177 @@ fn a_guest_loses_nothing() {
 #[test]
 fn a_guest_of_four_cpus_loses_nothing() {
     lives(3, 4);
+}
+
+/// What a guest says about itself when it is asked.
+const ASK: &str = "echo fork=$(dmesg | grep -c 'virtual machine fork') now=$(date +%s) \
+                   random=$(head -c 16 /dev/urandom | md5sum | cut -c -32) end\n";
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// The fields of the answer to [`ASK`] that was printed last.
+fn answer(text: &str) -> Option<(u64, u64, String)> {
+    let line = text.lines().rev().find(|line| line.starts_with("fork=") && line.trim().ends_with(" end"))?;
+    let mut values = line.split(' ').filter_map(|word| Some(word.split_once('=')?.1));
+    Some((values.next()?.parse().ok()?, values.next()?.parse().ok()?, values.next()?.to_owned()))
+}
+
+/// Clones of one snapshot run at once, on disks of their own.
+fn clones(count: usize) {
+    let mut lab = Lab::new(Kernel::Debian612, "cat /dev/vda | head -c 4; echo ready; sh");
+    let disk = lab.disk("disk");
+    fs::OpenOptions::new().write(true).open(&disk).unwrap().write_all(b"old\n").unwrap();
+    lab.config = lab.config.memory(Size::mib(256)).disk(blk::Spec { id: Some("data".into()), ..blk::Spec::new(&disk) });
+    let saved = lab.path("saved");
+    let machine = Running::start(Builder::new(lab.config.clone()));
+    machine.screen.wait_for("ready");
+    machine.handle.input(ASK);
+    let first = machine.screen.wait_until(|seen| answer(seen).is_some());
+    let first = answer(&first).unwrap();
+    assert_eq!(first.0, 0);
+    // An emulated host's clocks are not right to the second.
+    let behind = now().saturating_sub(first.1);
+    machine.handle.snapshot(Destination::Folder(saved.clone())).unwrap();
+    machine.stop();
+    // The guest's clock is seen to have stood still only if it would have gone on.
+    thread::sleep(Duration::from_secs(4));
+
+    let disks: Vec<_> = (0..count).map(|clone| lab.disk(&format!("disk{clone}"))).collect();
+    let start = |disk: &PathBuf| {
+        let mut snapshot = Snapshot::open(&saved).unwrap();
+        snapshot.config.disks[0].path = disk.clone();
+        Running::start(Builder::restore(snapshot))
+    };
+    let machines: Vec<_> = disks.iter().map(start).collect();
+    let mut randoms = vec![first.2];
+    for (clone, machine) in machines.iter().enumerate() {
+        let asked = now();
+        machine.handle.input(format!("echo clone{clone} | dd of=/dev/vda conv=fsync 2>/dev/null\n{ASK}"));
+        let seen = machine.screen.wait_until(|seen| answer(seen).is_some());
+        let (fork, time, random) = answer(&seen).unwrap();
+        assert_eq!(fork, 1, "the guest knows that it was restored: {seen}");
+        assert!((asked - 2..=now() + 2).contains(&(time + behind)), "{asked} {time} {behind} {}", now());
+        randoms.push(random);
+    }
+    machines.into_iter().for_each(|machine| drop(machine.stop()));
+    for (clone, disk) in disks.iter().enumerate() {
+        assert!(fs::read(disk).unwrap().starts_with(format!("clone{clone}\n").as_bytes()));
+    }
+    assert!(fs::read(&disk).unwrap().starts_with(b"old\n"));
+    randoms.sort();
+    randoms.dedup();
+    assert_eq!(randoms.len(), count + 1, "no two have the same random numbers: {randoms:?}");
+
+    the_command_restores(&saved, &disks[0]);
+    what_does_not_fit_is_refused(&saved, &disks[0]);
+}
+
+fn the_command_restores(saved: &Path, disk: &Path) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bantam"));
+    command.arg("restore").arg(saved).arg("--disk").arg(format!("data={}", disk.display()));
+    command.args(["--timeout", "100s", "--report", "-", "--prefault"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.as_mut().unwrap().write_all(b"echo sum=$((40 + 2)); poweroff -f\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains("sum=42") && text.contains("\"first-kvm-run\""), "{text}");
+}
+
+fn what_does_not_fit_is_refused(saved: &Path, disk: &Path) {
+    let build = |change: &dyn Fn(&mut Config)| {
+        let mut snapshot = Snapshot::open(saved)?;
+        snapshot.config.disks[0].path = disk.into();
+        change(&mut snapshot.config);
+        Builder::restore(snapshot).console(Console::to(std::io::sink())).build().map(drop)
+    };
+    build(&|_| ()).unwrap();
+    let refused = |change: &dyn Fn(&mut Config), why: &str| {
+        let error = build(change).unwrap_err();
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(source) = cause {
+            text += &format!(": {source}");
+            cause = source.source();
+        }
+        assert!(text.contains(why), "{text}");
+    };
+    refused(&|config| config.cpus = 2, "it has 1 vCPUs, and the machine is to have 2");
+    refused(&|config| config.memory = Size::mib(128), "bytes of memory");
+    refused(&|config| config.rng = false, "this machine has none there");
+    refused(&|config| config.disks[0].readonly = true, "its driver uses features that it does not have here");
+
+    // Another CPU, all of it with a right checksum.
+    let path = saved.join("state");
+    let whole = fs::read(&path).unwrap();
+    let mut state: serde_json::Value = snapshot::decode(&whole).unwrap();
+    state["cpu"]["name"] = "Another CPU".into();
+    fs::write(&path, snapshot::encode(&state).unwrap()).unwrap();
+    refused(&|_| (), "they ran on Another CPU, and this host has ");
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    assert!(matches!(Snapshot::open(saved), Err(machine::snapshot::Error::State { .. })));
+    fs::write(&path, &whole).unwrap();
+    let memory = fs::OpenOptions::new().write(true).open(saved.join("memory")).unwrap();
+    memory.set_len(4096).unwrap();
+    assert!(matches!(Snapshot::open(saved), Err(machine::snapshot::Error::MemoryLength { found: 4096, .. })));
+}
+
+#[test]
+fn what_changed_is_saved_on_top_of_what_was_saved_before() {
+    let lab = Lab::new(Kernel::Tiny, COUNTER.replace("exec 9>/dev/vda", "exec 9>/count").as_str());
+    let folders: Vec<_> = (0..3).map(|layer| lab.path(&format!("layer{layer}"))).collect();
+    let machine = Running::start(Builder::new(lab.config.clone()));
+    machine.screen.wait_until(|seen| !counts(seen).is_empty());
+    machine.handle.pause().unwrap();
+    // There is nothing yet that it could be other than.
+    assert!(machine.handle.snapshot(Destination::Diff(folders[0].clone())).is_err());
+    machine.handle.snapshot(Destination::Folder(folders[0].clone())).unwrap();
+    let mut printed = machine.stop();
+    for layer in 1..3 {
+        let machine = Running::restore(&folders[layer - 1]);
+        machine.screen.wait_until(|seen| counts(seen).len() > 12);
+        machine.handle.pause().unwrap();
+        assert!(machine.handle.snapshot(Destination::Diff(folders[0].clone())).is_err(), "it would replace its base");
+        machine.handle.snapshot(Destination::Diff(folders[layer].clone())).unwrap();
+        printed += &machine.stop();
+        let size = |folder: &Path| fs::metadata(folder.join("memory")).unwrap().blocks();
+        assert!(size(&folders[layer]) < size(&folders[0]), "{} blocks", size(&folders[layer]));
+    }
+    let merged = lab.path("merged");
+    Snapshot::open(&folders[2]).unwrap().merge(&merged).unwrap();
+    for folder in [&folders[2], &merged] {
+        let machine = Running::restore(folder);
+        machine.screen.wait_until(|seen| values(seen, "noise").len() > 1);
+        let all = format!("{printed}{}", machine.stop());
+        assert!(counts(&all).windows(2).all(|two| two[1] == two[0] + 1), "{all}");
+        assert!(values(&all, "noise").windows(2).all(|two| two[1] == two[0]), "{all}");
+    }
+    // Whatever becomes of the one below is seen.
+    let state = folders[1].join("state");
+    let bytes = fs::read(&state).unwrap();
+    let mut other: serde_json::Value = snapshot::decode(&bytes).unwrap();
+    other["vm"]["time"] = 0.into();
+    fs::write(&state, snapshot::encode(&other).unwrap()).unwrap();
+    assert!(matches!(Snapshot::open(&folders[2]), Err(machine::snapshot::Error::Base { .. })));
+}
+
+#[test]
+#[ignore = "takes minutes in an emulated host"]
+fn four_clones_run_at_once() {
+    clones(4);
+}
+
+#[test]
+#[ignore = "takes minutes in an emulated host"]
+fn sixteen_clones_run_at_once() {
+    clones(16);
+}
+
+#[test]
+#[ignore = "takes many minutes in an emulated host"]
+fn a_guest_loses_nothing_in_a_hundred_rounds() {
+    lives(100, 1);
+    lives(100, 4);
 }
