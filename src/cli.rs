@@ -292,6 +292,15 @@ pub struct Run {
     /// Log to the end of FILE instead of to standard error.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub log_file: Option<PathBuf>,
+    /// Add a line of JSON to FILE, or a pipe, for each thing that happens: started, booted, paused, panicked, ended, ...
+    ///
+    /// A reader that stalls is not waited for: it misses lines.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub events: Option<PathBuf>,
+    /// Add a line of JSON with the counters to FILE, or a pipe, at the start, each minute and at the end, under Firecracker's
+    /// names.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub metrics: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -346,6 +355,8 @@ impl Run {
         self.report = self.report.take().or_else(|| run.report.clone());
         self.junit = self.junit.take().or_else(|| run.junit.clone());
         self.log_file = self.log_file.take().or_else(|| run.log_file.clone());
+        self.events = self.events.take().or_else(|| run.events.clone());
+        self.metrics = self.metrics.take().or_else(|| run.metrics.clone());
         self.github |= run.github;
         self.retry.get_or_insert(run.retry);
         if self.verbose == 0 {
@@ -406,6 +417,8 @@ impl Run {
             retry: self.retries(),
             verbose: self.verbose,
             log_file: self.log_file.clone(),
+            events: self.events.clone(),
+            metrics: self.metrics.clone(),
         };
         let (config, run) = (serde_json::to_string_pretty(config)?, serde_json::to_string_pretty(&run)?);
         Ok(match (config.strip_suffix("\n}"), run.strip_prefix("{\n")) {

@@ -14,7 +14,8 @@ use std::time::Instant;
 use bantam::config::Config;
 use bantam::control::Served;
 use bantam::devices::console;
-use bantam::machine::{Builder, Machine};
+use bantam::machine::firecracker::Metrics;
+use bantam::machine::{Builder, Lines, Machine};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
@@ -155,7 +156,13 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
         config.validate()?;
         return print(run.print(&config)?.as_bytes());
     }
-    let outputs = [("report", &run.report), ("JUnit file", &run.junit), ("log", &run.log_file)];
+    let outputs = [
+        ("report", &run.report),
+        ("JUnit file", &run.junit),
+        ("log", &run.log_file),
+        ("events", &run.events),
+        ("metrics", &run.metrics),
+    ];
     cli::outputs::check(&config, outputs.map(|(what, path)| (what, path.as_deref())))?;
     let mut attempts = Attempts::new(&run, &config)?;
     if run.retries() > 0 {
@@ -281,6 +288,15 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
     let mut builder = Builder::new(config).started(started).signals(signals).when_running(process::give_back);
     if keep {
         builder = builder.keep_output(ending::KEPT);
+    }
+    let lines = |what, path: &Path| {
+        Lines::open(path).map_err(|error| format!("cannot write the {what} to {}: {error}", path.display()))
+    };
+    if let Some(path) = &run.events {
+        builder = builder.events(lines("events", path)?);
+    }
+    if let Some(path) = &run.metrics {
+        builder = builder.metrics(lines("metrics", path)?, Metrics::default());
     }
     let machine = builder.build()?;
     log.create()?;

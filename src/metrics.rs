@@ -13,6 +13,10 @@ impl Counter {
     pub fn inc(&self) {
         self.add(1);
     }
+    /// Adds one, where nobody else adds: without the price of an atomic addition.
+    pub fn inc_alone(&self) {
+        self.0.store(self.get() + 1, Ordering::Relaxed);
+    }
     /// Adds `n`.
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
@@ -55,6 +59,7 @@ mod tests {
         let disk = Disk::default();
         disk.reads.add(2);
         disk.reads.inc();
-        assert_eq!(disk.to_json(), serde_json::json!({"reads": 3}));
+        disk.reads.inc_alone();
+        assert_eq!(disk.to_json(), serde_json::json!({"reads": 4}));
     }
 }

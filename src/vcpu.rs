@@ -14,7 +14,7 @@ use serde_json::Value;
 use vmm_sys_util::signal::{Killable, unblock_signal};
 
 use crate::bus::{Bus, BusDevice};
-use crate::kvm::{self, Exit, Kicker, Vcpu};
+use crate::kvm::{self, Access, Exit, Kicker, Vcpu};
 use crate::metrics::Counter;
 use crate::{signal, snapshot};
 pub use throttle::Budget;
@@ -48,12 +48,29 @@ pub enum Report {
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Metrics {
-    /// Exits to the VMM that a device served.
+    /// Exits to the VMM that a device served: all of them, and by what they were.
     device_accesses: Counter,
+    port_reads: Counter,
+    port_writes: Counter,
+    mmio_reads: Counter,
+    mmio_writes: Counter,
     /// Kicks and signals.
     interruptions: Counter,
     /// How often it had to wait for CPU time, of a quota without a control group.
     throttled: Counter,
+}
+
+impl Metrics {
+    fn accessed(&self, access: Access) {
+        self.device_accesses.inc_alone();
+        let counter = match access {
+            Access::PortRead => &self.port_reads,
+            Access::PortWrite => &self.port_writes,
+            Access::MmioRead => &self.mmio_reads,
+            Access::MmioWrite => &self.mmio_writes,
+        };
+        counter.inc_alone();
+    }
 }
 
 // Commands; of two that wait, the greater one counts.
@@ -276,9 +293,9 @@ fn run(
     throttle.as_mut().map(Throttle::wait);
     loop {
         match vcpu.run(&buses.pio, &buses.mmio) {
-            Ok(Exit::Served) => metrics.device_accesses.inc(),
+            Ok(Exit::Served(access)) => metrics.accessed(access),
             Ok(Exit::Interrupted) => {
-                metrics.interruptions.inc();
+                metrics.interruptions.inc_alone();
                 loop {
                     vcpu.clear_kick();
                     match shared.command.swap(NONE, Ordering::SeqCst) {
@@ -291,7 +308,7 @@ fn run(
                         _ => return,
                     }
                     let Some(wait) = throttle.as_mut().and_then(Throttle::wait) else { break };
-                    metrics.throttled.inc();
+                    metrics.throttled.inc_alone();
                     thread::park_timeout(wait);
                 }
             }

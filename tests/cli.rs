@@ -394,6 +394,12 @@ fn a_number_of_cpus_that_cannot_be_is_refused() {
 fn mistaken_device_options_are_refused() {
     let folder = Folder::new();
     folder.refuses(&["--disk", ""], &["--disk"]);
+    folder.refuses(&["--events", "/nowhere/events"], &["cannot write the events to /nowhere/events: No such file"]);
+    folder.refuses(&["--metrics", "/"], &["cannot write the metrics to /: Is a directory"]);
+    folder.refuses(
+        &["--events", "out", "--metrics", "out"],
+        &["cannot write the metrics to out: it is where the events goes"],
+    );
     folder.refuses(&["--balloon", "257M"], &["balloon of 257M in a machine with 256M of memory", "larger"]);
     folder.refuses(&["--balloon", "4097"], &["balloon of 4097: it is not a multiple of 4096"]);
     folder.refuses(&["--balloon", "big"], &["--balloon", "size=big", "512M"]);

@@ -19,7 +19,7 @@ pub struct Error {
 
 /// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of, or where another is
 /// written.
-pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 3]) -> Result<(), Error> {
+pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 5]) -> Result<(), Error> {
     let serial = match &config.serial {
         console::Spec::File(path) => Some(path.as_path()),
         _ => None,

@@ -36,6 +36,12 @@ pub struct Run {
     /// The file that is logged to, at its end, instead of to standard error.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_file: Option<PathBuf>,
+    /// Where what happens is written, as lines of JSON.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events: Option<PathBuf>,
+    /// Where the counters are written each minute and at the end, as lines of JSON, under Firecracker's names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<PathBuf>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

@@ -8,5 +8,5 @@ mod vm;
 pub const INTERNAL_ERROR_EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 
 pub use state::{Cpu, VcpuState, VmState};
-pub use vcpu::{Exit, Kicker, Vcpu};
+pub use vcpu::{Access, Exit, Kicker, Vcpu};
 pub use vm::{Error, Routes, Vm};

@@ -21,7 +21,7 @@ use crate::memory::GuestRam;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
     /// A device access, served; go on.
-    Served,
+    Served(Access),
     /// A kick or a signal.
     Interrupted,
     /// `KVM_EXIT_SHUTDOWN`: a triple fault.
@@ -37,6 +37,19 @@ pub enum Exit {
     },
     /// An exit that this machine never asks for.
     Unexpected(String),
+}
+
+/// What a device was accessed by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// `KVM_EXIT_IO`, in.
+    PortRead,
+    /// `KVM_EXIT_IO`, out.
+    PortWrite,
+    /// `KVM_EXIT_MMIO`, a read.
+    MmioRead,
+    /// `KVM_EXIT_MMIO`, a write.
+    MmioWrite,
 }
 
 /// A vCPU. Lives on one thread; [`Kicker`] reaches it from others.
@@ -100,23 +113,31 @@ impl Vcpu {
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => return Ok(Exit::Interrupted),
             Err(error) => return Err(Error::ioctl(format!("run vCPU {} (KVM_RUN)", self.index))(error)),
         };
-        match exit {
+        let access = match exit {
             // A string instruction moves several items through the one port.
             VcpuExit::IoOut(port, data) => {
-                data.chunks(self.run.io_size()).for_each(|item| pio.write(port.into(), item))
+                data.chunks(self.run.io_size()).for_each(|item| pio.write(port.into(), item));
+                Access::PortWrite
             }
             VcpuExit::IoIn(port, data) => {
-                data.chunks_mut(self.run.io_size()).for_each(|item| pio.read(port.into(), item))
+                data.chunks_mut(self.run.io_size()).for_each(|item| pio.read(port.into(), item));
+                Access::PortRead
             }
-            VcpuExit::MmioRead(address, data) => mmio.read(address, data),
-            VcpuExit::MmioWrite(address, data) => mmio.write(address, data),
+            VcpuExit::MmioRead(address, data) => {
+                mmio.read(address, data);
+                Access::MmioRead
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                mmio.write(address, data);
+                Access::MmioWrite
+            }
             VcpuExit::Intr => return Ok(Exit::Interrupted),
             VcpuExit::Shutdown => return Ok(Exit::Shutdown),
             VcpuExit::FailEntry(reason, _) => return Ok(Exit::FailEntry(reason)),
             VcpuExit::InternalError => return Ok(self.internal_error()),
             other => return Ok(Exit::Unexpected(format!("{other:?}"))),
-        }
-        Ok(Exit::Served)
+        };
+        Ok(Exit::Served(access))
     }
 
     /// Tells the guest's clock that the guest stands still, so that its watchdogs do not take it for a lockup.

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
+use super::events::Told;
 use super::inbox::Inbox;
 use super::quota::Quota;
 use super::snapshot::{self, Snapshot};
-use super::{Durations, Error, Limits, Machine};
+use super::{Durations, Error, Limits, Lines, Machine, firecracker};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
 use crate::boot::cmdline::{self, Cmdline};
@@ -33,6 +34,7 @@ pub struct Builder {
     streams: Option<Streams>,
     keep: Option<usize>,
     when_running: Option<fn()>,
+    told: Told,
     started: Instant,
     snapshot: Option<Snapshot>,
     paused: bool,
@@ -43,7 +45,8 @@ impl Builder {
     pub fn new(config: Config) -> Self {
         let started = Instant::now();
         let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
-        Builder { config, console, signals, streams, keep, when_running, started, snapshot: None, paused: false }
+        let told = Told::default();
+        Builder { config, console, signals, streams, keep, when_running, told, started, snapshot: None, paused: false }
     }
 
     /// A builder for the machine that `snapshot` has saved, with the configuration that it has now. It goes on where that
@@ -93,6 +96,18 @@ impl Builder {
         self
     }
 
+    /// Writes what happens to the machine to `lines`, as JSON, one event a line.
+    pub fn events(mut self, lines: Lines) -> Self {
+        self.told.events = Some(lines);
+        self
+    }
+
+    /// Writes the machine's counters to `lines` each minute and at its end, as Firecracker does: in the form of `metrics`.
+    pub fn metrics(mut self, lines: Lines, metrics: firecracker::Metrics) -> Self {
+        self.told.metrics = Some((lines, metrics));
+        self
+    }
+
     /// The moment that the report's durations count from; else that of [`Builder::new`].
     pub fn started(mut self, started: Instant) -> Self {
         self.started = started;
@@ -101,7 +116,7 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, keep, when_running, started, snapshot, paused } = self;
+        let Builder { config, console, signals, streams, keep, when_running, told, started, snapshot, paused } = self;
         config.validate()?;
         match &snapshot {
             Some(snapshot) => snapshot.check()?,
@@ -176,6 +191,7 @@ impl Builder {
             writer: None,
             attached,
             balloon: balloon_state,
+            told,
             watch: Default::default(),
             pause: Default::default(),
             started,

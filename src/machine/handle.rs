@@ -5,6 +5,8 @@ use std::sync::{Arc, PoisonError};
 
 use super::board_x86_64::Attached;
 use super::inbox::{Event, Sender};
+use super::pause::ask;
+use super::{Refusal, Report};
 use crate::size::Size;
 use crate::virtio::balloon::{self, Statistics};
 use crate::virtio::change::{Change, Error};
@@ -42,6 +44,14 @@ impl Handle {
     /// Presses Ctrl-Alt-Del on the guest's keyboard, if it has one.
     pub fn ctrl_alt_del(&self) {
         self.sender.send(Event::CtrlAltDel);
+    }
+
+    /// How it goes, in figures: the counters of devices and vCPUs, and when stages were reached.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub fn report(&self) -> Result<Report, Refusal> {
+        ask(&self.sender, "read the counters of", Event::Report)
     }
 
     /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:

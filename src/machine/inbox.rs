@@ -45,6 +45,8 @@ pub enum Event {
     Snapshot(Destination, Answer<()>),
     /// Its state and memory have been written.
     Saved,
+    /// Somebody wants to know how it goes.
+    Report(Answer<super::Report>),
     /// No device does anything until it goes on.
     DevicesPaused,
 }

@@ -2,10 +2,14 @@
 
 mod board_x86_64;
 mod builder;
+mod events;
+pub mod firecracker;
 mod handle;
 mod inbox;
+mod lines;
 mod memory_file;
 mod pause;
+mod prometheus;
 mod quota;
 mod report;
 mod run;
@@ -21,8 +25,10 @@ use std::time::Instant;
 
 use board_x86_64::{Attached, Keyboard, Port};
 pub use builder::Builder;
+use events::Told;
 pub use handle::Handle;
 use inbox::{Inbox, Sender};
+pub use lines::Lines;
 use pause::Pause;
 pub use pause::Refusal;
 use quota::Quota;
@@ -162,6 +168,7 @@ pub struct Machine {
     writer: Option<JoinHandle<()>>,
     attached: Vec<Attached>,
     balloon: Option<Arc<balloon::Shared>>,
+    told: Told,
     watch: run::Watch,
     pause: Pause,
     /// Whether it stands still when it starts.
@@ -218,7 +225,9 @@ impl Machine {
 
     fn statistics(&self) -> BTreeMap<String, serde_json::Value> {
         let devices = self.attached.iter().map(|device| (device.name.clone(), device.metrics.to_json()));
-        let vcpus = self.vcpu_metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json()));
-        devices.chain(vcpus).collect()
+        let ended = self.vcpu_metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json()));
+        let running = self.threads.iter().enumerate();
+        let running = running.map(|(index, thread)| (format!("vcpu{index}"), thread.metrics.to_json()));
+        devices.chain(ended).chain(running).collect()
     }
 }

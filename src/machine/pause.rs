@@ -164,6 +164,7 @@ impl Machine {
     /// No device does anything any more.
     pub(super) fn devices_paused(&mut self) {
         self.pause.phase = Phase::Paused;
+        self.tell("paused", serde_json::Value::Null);
         self.pause.pausing.drain(..).for_each(tell);
         self.stands_still();
     }
@@ -202,6 +203,7 @@ impl Machine {
         self.pause.phase = Phase::Running;
         let stood = self.pause.since.take().map_or(Duration::ZERO, |since| since.elapsed());
         self.watch.stood_still(stood);
+        self.tell("resumed", serde_json::Value::Null);
         self.pause.resuming.drain(..).for_each(tell);
     }
 }

@@ -114,6 +114,7 @@ impl Machine {
         let ended = self.finish(ended);
         self.times.end = Some(self.started.elapsed());
         self.outcome = ended.as_ref().ok().cloned();
+        self.tell_end(&ended);
         // The terminal is the user's again by now. The signals do what they usually do: what is still to be said may have
         // to wait for a reader.
         self.signals = None;
@@ -193,7 +194,12 @@ impl Machine {
                 }
                 deadline = self.watch.deadline().into_iter().chain(retry).min();
             }
+            if self.told.deadline().is_some_and(|due| due <= Instant::now()) {
+                self.tell_metrics(Instant::now());
+            }
+            deadline = deadline.into_iter().chain(self.told.deadline()).min();
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
+            self.told.write();
             if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten()
                 && !self.command.as_mut().is_some_and(|session| session.signal(signal))
             {
@@ -224,7 +230,11 @@ impl Machine {
     fn take(&mut self, event: Event) -> Step {
         match event {
             Event::Vcpu(_, vcpu::Report::Started) => {
-                self.times.first_kvm_run.get_or_insert_with(|| self.started.elapsed());
+                if self.times.first_kvm_run.is_none() {
+                    self.times.first_kvm_run = Some(self.started.elapsed());
+                    self.tell("started", serde_json::json!({"pid": std::process::id()}));
+                    self.tell_metrics(Instant::now());
+                }
                 self.when_running.take().into_iter().for_each(|then| then());
             }
             Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {
@@ -256,6 +266,7 @@ impl Machine {
             }
             Event::Pause(answer) => self.pause(answer),
             Event::Resume(answer) => self.resume(answer),
+            Event::Report(answer) => drop(answer.send(Ok(self.report()))),
             Event::Reset => return Some(Ok(Outcome::Rebooted)),
             Event::PowerOff => return Some(Ok(Outcome::PoweredOff)),
             Event::Pvpanic => {
@@ -279,9 +290,9 @@ impl Machine {
                     log::info!("the command's processes are limited by {limit}");
                     self.limits.pids = Some(limit.to_string());
                 }
-                self.watch.user_space = true;
-                self.times.user_space.get_or_insert_with(|| self.started.elapsed());
+                self.reached_user_space();
                 self.times.command = Some(self.started.elapsed());
+                self.tell("command-started", serde_json::Value::Null);
                 self.command.iter_mut().for_each(command::Session::started);
                 None
             }
@@ -303,6 +314,14 @@ impl Machine {
         None
     }
 
+    fn reached_user_space(&mut self) {
+        self.watch.user_space = true;
+        if self.times.user_space.is_none() {
+            self.times.user_space = Some(self.started.elapsed());
+            self.tell("booted", serde_json::Value::Null);
+        }
+    }
+
     fn see(&mut self, sight: Sight) {
         let now = Instant::now();
         match sight {
@@ -311,15 +330,17 @@ impl Machine {
                 self.times.first_console_byte = Some(self.started.elapsed());
             }
             Sight::UserSpace => {
-                self.watch.user_space = true;
-                self.times.user_space = Some(self.started.elapsed());
+                self.reached_user_space();
             }
             Sight::Panic(message) => self.watch.panic = Some(message),
             Sight::PanicEnd if self.watch.panic.is_some() => self.watch.panic_end = Some(now + SILENCE_AFTER_PANIC),
             Sight::PanicEnd => {}
             Sight::ShutDown => (self.watch.panic, self.watch.panic_end) = (None, None),
             Sight::Alive => self.watch.panic_end = None,
-            Sight::OutOfMemory(line) => self.watch.out_of_memory = Some(line),
+            Sight::OutOfMemory(line) => {
+                self.tell("out-of-memory", serde_json::json!({"message": line}));
+                self.watch.out_of_memory = Some(line);
+            }
             Sight::Halted => {
                 (self.watch.panic, self.watch.panic_end) = (None, None);
                 self.watch.halt = Some(HaltWatch::new(now, ANNOUNCED_HALT_LOOK, true));
@@ -353,6 +374,7 @@ impl Machine {
         let input = self.input.as_ref().filter(|input| wanted || input.is_terminal()).map(|input| input.fd());
         fds.extend(signals.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(input.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(self.told.wanting().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::OUT)));
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ready::default(),
@@ -536,7 +558,7 @@ fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
             crash.details = format!("suberror {suberror}");
         }
         Exit::Unexpected(what) => crash.details = what,
-        Exit::Served | Exit::Interrupted => {}
+        Exit::Served(_) | Exit::Interrupted => {}
     }
     crash
 }
