@@ -10,6 +10,7 @@ pub mod junit;
 pub mod kernel;
 pub mod log;
 pub mod message;
+pub mod named;
 pub mod output_file;
 pub mod outputs;
 pub mod progress;
@@ -112,6 +113,22 @@ pub enum Command {
     /// Run commands in many machines: kernels x root file systems x commands.
     #[command(after_long_help = test::EXAMPLES)]
     Test(test::Test),
+    /// List the machines that run with a name.
+    Ps(named::Ps),
+    /// Ask the command of a machine to end (SIGTERM), and after a time end the machine.
+    ///
+    /// A machine without a command is ended at once.
+    Stop(named::Stop),
+    /// Have a machine stand still.
+    Pause(named::Named),
+    /// Have a machine that stands still go on.
+    Resume(named::Named),
+    /// Print the counters of a machine, as Prometheus reads them.
+    Metrics(named::Named),
+    /// Have this terminal be the serial console of a machine; Ctrl-A x leaves it.
+    ///
+    /// Several may watch a console. Where it is otherwise stays as it is.
+    Console(named::Named),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -263,6 +280,9 @@ pub struct Run {
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
 
+    /// Let `bantam ps`, stop, pause, resume, console and metrics reach the machine by this name.
+    #[arg(long, value_name = "NAME", help_heading = "Output")]
+    pub name: Option<bantam::named::Name>,
     /// Write the outcome, durations and counters to FILE, as JSON; - is standard output.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,

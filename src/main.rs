@@ -16,6 +16,7 @@ use bantam::control::Served;
 use bantam::devices::console;
 use bantam::machine::firecracker::Metrics;
 use bantam::machine::{Builder, Lines, Machine};
+use bantam::named::{Request, Server};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
@@ -75,6 +76,12 @@ fn start() -> ExitCode {
         Command::Check(check) => self::check(&check),
         Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
         Command::Image(image) => print_told(|told| image.run(told)),
+        Command::Ps(ps) => ps.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
+        Command::Stop(stop) => stop.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
+        Command::Pause(machine) => ask(&machine, Request::Pause),
+        Command::Resume(machine) => ask(&machine, Request::Resume),
+        Command::Metrics(machine) => ask(&machine, Request::Metrics),
+        Command::Console(machine) => machine.console().map_err(Into::into).map(|()| ExitCode::SUCCESS),
         Command::Test(test) => self::test(&test),
         Command::Completions { shell } => print(&cli::completions(shell)),
         Command::Man { command } => cli::man(&command).map_err(Into::into).and_then(|page| print(&page)),
@@ -132,6 +139,11 @@ fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Er
     Ok(status(&outcome))
 }
 
+/// Asks a machine by its name.
+fn ask(machine: &cli::named::Named, request: Request) -> Result<ExitCode, Box<dyn Error>> {
+    print(machine.ask(request)?.as_bytes())
+}
+
 /// Runs a machine to its end.
 fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     if run.supervised.is_some_and(|parent| !signal::end_with_parent(parent)) {
@@ -163,7 +175,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
         ("events", &run.events),
         ("metrics", &run.metrics),
     ];
-    cli::outputs::check(&config, outputs.map(|(what, path)| (what, path.as_deref())))?;
+    cli::outputs::check(&config, &outputs.map(|(what, path)| (what, path.as_deref())))?;
     let mut attempts = Attempts::new(&run, &config)?;
     if run.retries() > 0 {
         prepare_retries(&config)?;
@@ -174,9 +186,11 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
+    let mut named = run.name.as_ref().map(|name| Server::bind(name, &config, started)).transpose()?;
     let (ended, machine) = attempts.run(has_command, started, |begin, wanted| {
         let config = if run.retries() > 0 { config.clone() } else { std::mem::take(&mut config) };
-        let built = std::mem::replace(&mut opened, Ok(())).and_then(|()| build(&run, config, begin, wanted));
+        let built = std::mem::replace(&mut opened, Ok(()));
+        let built = built.and_then(|()| build(&run, config, begin, wanted, &mut named));
         // Kernel and modules are in the guest's memory, unless they are needed again.
         in_use = in_use.take().filter(|_| run.retries() > 0);
         built
@@ -219,7 +233,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let snapshot = restore.snapshot()?;
     let outputs = [("report", &restore.report), ("log", &restore.log_file)];
     let [report, log] = outputs.map(|(what, path)| (what, path.as_deref()));
-    cli::outputs::check(&snapshot.config, [report, log, ("", None)])?;
+    cli::outputs::check(&snapshot.config, &[report, log])?;
     let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
@@ -275,7 +289,13 @@ fn indent(lines: &[String]) -> String {
 }
 
 /// Builds the machine that the flags ask for.
-fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result<Machine, Box<dyn Error>> {
+fn build(
+    run: &cli::Run,
+    config: Config,
+    started: Instant,
+    keep: bool,
+    named: &mut Option<Server>,
+) -> Result<Machine, Box<dyn Error>> {
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let signals = signals(&config)?;
     let what = format!(
@@ -298,7 +318,14 @@ fn build(run: &cli::Run, config: Config, started: Instant, keep: bool) -> Result
     if let Some(path) = &run.metrics {
         builder = builder.metrics(lines("metrics", path)?, Metrics::default());
     }
+    if let Some(named) = named {
+        let watchers = named.watchers();
+        builder = builder.tee_console(move |output| watchers.tee(output));
+    }
     let machine = builder.build()?;
+    if let Some(named) = named {
+        named.serve(machine.handle())?;
+    }
     log.create()?;
     log::info!("running {what}");
     if !check::hardware_virtualization() {

@@ -40,7 +40,7 @@ impl Listener {
 
 /// Whether `path` is a socket that nobody has open: its process was killed. One of another type finds out without
 /// being taken for a client.
-fn is_stale(path: &Path) -> bool {
+pub fn is_stale(path: &Path) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     is_socket && UnixDatagram::unbound().and_then(|probe| probe.connect(path)).is_err_and(refused)

@@ -31,7 +31,7 @@ const FLOORS: &[&[&str]] = &[
     &["boot", "command", "vcpu"],
     &["config"],
     &["machine"],
-    &["check", "control", "kernels"],
+    &["check", "control", "kernels", "named"],
     &["cli", "main", "lib", "process"],
 ];
 

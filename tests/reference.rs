@@ -54,9 +54,17 @@ fn reference() -> String {
          What `--help` prints. This page is made by `UPDATE_DOCS=1 cargo test --test reference`; do not edit it.\n",
     );
     let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm";
-    for command in
-        ["", "run", "api", "check"].into_iter().chain(cached.split('|')).chain(["test", "completions", "man"])
-    {
+    for command in ["", "run", "api", "check"].into_iter().chain(cached.split('|')).chain([
+        "test",
+        "ps",
+        "stop",
+        "pause",
+        "resume",
+        "metrics",
+        "console",
+        "completions",
+        "man",
+    ]) {
         let name = format!("bantam {command}");
         let flags: Vec<_> = command.split_terminator(' ').chain(["--help"]).collect();
         let help: Vec<_> = bantam(&flags).lines().map(|line| format!("{}\n", line.trim_end())).collect();

@@ -19,12 +19,12 @@ pub struct Error {
 
 /// Refuses to write the serial console, or one of the `others`, to a file that the machine is made of, or where another is
 /// written.
-pub fn check(config: &Config, others: [(&'static str, Option<&Path>); 5]) -> Result<(), Error> {
+pub fn check(config: &Config, others: &[(&'static str, Option<&Path>)]) -> Result<(), Error> {
     let serial = match &config.serial {
         console::Spec::File(path) => Some(path.as_path()),
         _ => None,
     };
-    let outputs = others.into_iter().chain([("serial console", serial)]);
+    let outputs = others.iter().copied().chain([("serial console", serial)]);
     let mut outputs = outputs.filter_map(|(output, path)| Some((output, path?))).peekable();
     if outputs.peek().is_none() {
         return Ok(());

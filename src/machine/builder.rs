@@ -1,6 +1,6 @@
 //! Building a machine: everything that can be refused is refused here, before the guest runs.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,18 +35,22 @@ pub struct Builder {
     keep: Option<usize>,
     when_running: Option<fn()>,
     told: Told,
+    tee: Option<Tee>,
     started: Instant,
     snapshot: Option<Snapshot>,
     paused: bool,
 }
+
+/// What a console's output goes through.
+type Tee = Box<dyn FnOnce(Box<dyn Write + Send>) -> Box<dyn Write + Send> + Send>;
 
 impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
         let started = Instant::now();
         let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
-        let told = Told::default();
-        Builder { config, console, signals, streams, keep, when_running, told, started, snapshot: None, paused: false }
+        let (told, tee, snapshot) = (Told::default(), None, None);
+        Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, paused: false }
     }
 
     /// A builder for the machine that `snapshot` has saved, with the configuration that it has now. It goes on where that
@@ -108,6 +112,15 @@ impl Builder {
         self
     }
 
+    /// Has what the console's output goes to be what `tee` makes of it, so that others see it, too.
+    pub fn tee_console(
+        mut self,
+        tee: impl FnOnce(Box<dyn Write + Send>) -> Box<dyn Write + Send> + Send + 'static,
+    ) -> Self {
+        self.tee = Some(Box::new(tee));
+        self
+    }
+
     /// The moment that the report's durations count from; else that of [`Builder::new`].
     pub fn started(mut self, started: Instant) -> Self {
         self.started = started;
@@ -116,7 +129,8 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, keep, when_running, told, started, snapshot, paused } = self;
+        let Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, paused } =
+            self;
         config.validate()?;
         match &snapshot {
             Some(snapshot) => snapshot.check()?,
@@ -177,7 +191,10 @@ impl Builder {
             serial,
             keyboard,
             output,
-            console_output: Some(console.output),
+            console_output: Some(match tee {
+                Some(tee) => tee(console.output),
+                None => console.output,
+            }),
             input: console.input,
             signals,
             command: session,

@@ -36,6 +36,15 @@ impl Handle {
         self.sender.send(Event::Stop);
     }
 
+    /// Has the guest end by itself: its command gets SIGTERM. False if there is no command that could be told, or it was told
+    /// of a signal before.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub fn terminate(&self) -> Result<bool, Refusal> {
+        ask(&self.sender, "end", Event::Terminate)
+    }
+
     /// Sends `bytes` to the guest's serial port. They wait for as long as the guest does not read them.
     pub fn input(&self, bytes: impl Into<Vec<u8>>) {
         self.sender.send(Event::Input(bytes.into()));

@@ -45,6 +45,8 @@ pub enum Event {
     Snapshot(Destination, Answer<()>),
     /// Its state and memory have been written.
     Saved,
+    /// Somebody has the guest end by itself; the answer is whether it could be asked.
+    Terminate(Answer<bool>),
     /// Somebody wants to know how it goes.
     Report(Answer<super::Report>),
     /// No device does anything until it goes on.

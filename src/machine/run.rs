@@ -266,6 +266,10 @@ impl Machine {
             }
             Event::Pause(answer) => self.pause(answer),
             Event::Resume(answer) => self.resume(answer),
+            Event::Terminate(answer) => {
+                let asked = self.command.as_mut().is_some_and(|session| session.signal(libc::SIGTERM));
+                drop(answer.send(Ok(asked)));
+            }
             Event::Report(answer) => drop(answer.send(Ok(self.report()))),
             Event::Reset => return Some(Ok(Outcome::Rebooted)),
             Event::PowerOff => return Some(Ok(Outcome::PoweredOff)),

@@ -6,6 +6,7 @@
 mod support;
 
 mod devices;
+mod named;
 mod told;
 
 use std::io;

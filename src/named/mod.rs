@@ -1,0 +1,182 @@
+//! Machines by name: a control socket for each that has one, and no daemon.
+//!
+//! The sockets are in `$XDG_RUNTIME_DIR/bantam`, or in `/tmp/bantam-UID` where that variable is not set, in a folder that
+//! only this user may enter. A client writes a [`Request`] as one line of JSON, and is answered by one line: an object that
+//! has `error` when it could not be done. The connection stays open for as long as the machine runs.
+
+mod client;
+mod console;
+mod server;
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+
+pub use client::{Client, list};
+pub use console::Watchers;
+pub use server::Server;
+
+/// The most bytes in a name.
+const NAME_MAX: usize = 64;
+
+/// Why there is no machine of a name, or nothing could be asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder of the sockets cannot be used.
+    #[error("cannot use {} for the sockets of named machines", .0.display())]
+    Folder(PathBuf, #[source] io::Error),
+    /// Somebody else could have made it.
+    #[error("cannot use {} for the sockets of named machines: others may enter it, or it is another user's", .0.display())]
+    Strange(PathBuf),
+    /// A machine has the name.
+    #[error("cannot name the machine {0}: a machine of that name runs (`bantam ps` shows it)")]
+    InUse(Name),
+    /// The socket cannot be made.
+    #[error("cannot name the machine {name}")]
+    Bind {
+        /// The name.
+        name: Name,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// No machine has the name.
+    #[error("no machine named {0} runs (`bantam ps` shows those that do)")]
+    NoMachine(Name),
+    /// It does not answer.
+    #[error("cannot talk to the machine {name}")]
+    Talk {
+        /// The name.
+        name: Name,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// It would not.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The name of a machine: letters, digits, `-`, `_` and `.`, beginning with a letter or digit.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Name(String);
+
+/// Text that is no [`Name`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is no name for a machine: write 1 to {NAME_MAX} letters, digits, `-`, `_` and `.`, first a letter or digit"
+)]
+pub struct BadName(String);
+
+impl FromStr for Name {
+    type Err = BadName;
+
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        let proper = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let begins = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        match begins && text.chars().all(proper) && text.len() <= NAME_MAX {
+            true => Ok(Self(text.to_owned())),
+            false => Err(BadName(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = BadName;
+    fn try_from(text: String) -> Result<Self, BadName> {
+        text.parse()
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.0
+    }
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a client asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// What machine it is, and how it is: an [`About`].
+    About,
+    /// Have it stand still.
+    Pause,
+    /// Have it go on.
+    Resume,
+    /// Ask the guest to end.
+    Terminate,
+    /// End the machine.
+    End,
+    /// Its counters, as Prometheus reads them: `{"text": ".."}`.
+    Metrics,
+    /// From then on the connection is the serial console.
+    Console,
+}
+
+/// A machine that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct About {
+    /// Its name.
+    pub name: Name,
+    /// The process that runs it.
+    pub pid: u32,
+    /// Whether it stands still.
+    pub paused: bool,
+    /// Seconds since it was started.
+    pub uptime_seconds: u64,
+    /// Its vCPUs.
+    pub cpus: u32,
+    /// Its memory, in bytes.
+    pub memory: u64,
+    /// Its kernel's file.
+    pub kernel: PathBuf,
+}
+
+/// The folder of the sockets.
+fn folder() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| Path::new(folder).is_absolute()) {
+        Some(folder) => Path::new(&folder).join("bantam"),
+        None => PathBuf::from(format!("/tmp/bantam-{}", geteuid().as_raw())),
+    }
+}
+
+/// The folder of the sockets, made if it is not there. Nobody else has made it.
+fn make_folder() -> Result<PathBuf, Error> {
+    let folder = folder();
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(Error::Folder(folder, error)),
+        _ => {}
+    }
+    let metadata = fs::symlink_metadata(&folder).map_err(|error| Error::Folder(folder.clone(), error))?;
+    let own = metadata.is_dir() && metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o077 == 0;
+    if own { Ok(folder) } else { Err(Error::Strange(folder)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_make_no_paths() {
+        for name in ["vm", "a-b_c.9", "0", &"x".repeat(64)] {
+            assert_eq!(name.parse::<Name>().unwrap().to_string(), name);
+        }
+        for name in ["", ".", "..", "-x", "a/b", "a b", "ä", "a\n", &"x".repeat(65)] {
+            assert!(name.parse::<Name>().unwrap_err().to_string().contains("no name"), "{name}");
+        }
+    }
+}

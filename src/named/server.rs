@@ -1,0 +1,179 @@
+//! The machine's end of its control socket.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::{About, Error, Name, Request, Watchers, make_folder};
+use crate::config::Config;
+use crate::machine::Handle;
+use crate::socket::Listener;
+
+/// The most clients at once.
+const CLIENTS_MAX: usize = 64;
+/// The most bytes in a request.
+const REQUEST_MAX: u64 = 1024;
+
+/// A machine's control socket, which is gone when this is dropped.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    shared: Arc<Shared>,
+    serving: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    about: About,
+    started: Instant,
+    paused: AtomicBool,
+    handle: Mutex<Option<Handle>>,
+    watchers: Watchers,
+    clients: AtomicUsize,
+}
+
+impl Server {
+    /// Listens for what is asked of the machine `name`, which `config` makes. Nobody is answered before it is
+    /// [served](Self::serve).
+    ///
+    /// # Errors
+    /// When a machine of that name runs, or there can be no socket.
+    pub fn bind(name: &Name, config: &Config, started: Instant) -> Result<Self, Error> {
+        let path = make_folder()?.join(name.to_string());
+        let listener = Listener::bind(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => Error::InUse(name.clone()),
+            _ => Error::Bind { name: name.clone(), source },
+        })?;
+        let about = About {
+            name: name.clone(),
+            pid: std::process::id(),
+            paused: false,
+            uptime_seconds: 0,
+            cpus: config.cpus,
+            memory: config.memory.get(),
+            kernel: config.kernel.clone().unwrap_or_default(),
+        };
+        let (paused, handle) = (AtomicBool::new(false), Mutex::default());
+        let (watchers, clients) = (Watchers::default(), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { about, started, paused, handle, watchers, clients });
+        Ok(Self { listener, shared, serving: false })
+    }
+
+    /// Those who watch the machine's console.
+    pub fn watchers(&self) -> Watchers {
+        self.shared.watchers.clone()
+    }
+
+    /// Answers, from now on, for the machine that `handle` reaches.
+    ///
+    /// # Errors
+    /// When there can be no thread for it.
+    pub fn serve(&mut self, handle: Handle) -> Result<(), Error> {
+        let bind = |source| Error::Bind { name: self.shared.about.name.clone(), source };
+        *self.shared.handle() = Some(handle);
+        self.shared.paused.store(false, Ordering::Relaxed);
+        if self.serving {
+            return Ok(());
+        }
+        let listener = self.listener.try_clone().map_err(bind)?;
+        let shared = self.shared.clone();
+        let accept = move || {
+            for stream in listener.incoming() {
+                match stream {
+                    Ok(stream) => shared.accept(stream),
+                    Err(error) => return log::error!("cannot talk to who asks for the machine: {error}"),
+                }
+            }
+        };
+        thread::Builder::new().name("bantam-control".into()).spawn(accept).map_err(bind)?;
+        self.serving = true;
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn handle(&self) -> std::sync::MutexGuard<'_, Option<Handle>> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers a client, on a thread of its own.
+    fn accept(self: &Arc<Self>, stream: UnixStream) {
+        if self.clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
+            self.clients.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        let shared = self.clone();
+        let talk = move || {
+            let _ = shared.talk(stream);
+            shared.clients.fetch_sub(1, Ordering::Relaxed);
+        };
+        if let Err(error) = thread::Builder::new().name("bantam-client".into()).spawn(talk) {
+            self.clients.fetch_sub(1, Ordering::Relaxed);
+            log::warn!("cannot start a thread for who asks for the machine: {error}");
+        }
+    }
+
+    fn talk(&self, mut stream: UnixStream) -> io::Result<()> {
+        let mut requests = BufReader::new(stream.try_clone()?);
+        loop {
+            let mut line = String::new();
+            if requests.by_ref().take(REQUEST_MAX).read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            let request = serde_json::from_str(&line);
+            let answer = match &request {
+                Ok(request) => self.answer(*request).unwrap_or_else(|why| json!({"error": why})),
+                Err(error) => json!({"error": format!("cannot understand the request: {error}")}),
+            };
+            stream.write_all(format!("{answer}\n").as_bytes())?;
+            if let (Ok(Request::Console), Value::Null) = (request, &answer["error"]) {
+                return self.console(stream, requests);
+            }
+        }
+    }
+
+    fn answer(&self, request: Request) -> Result<Value, String> {
+        let handle = self.handle().clone().ok_or("the machine is being built")?;
+        let set_paused = |paused| {
+            self.paused.store(paused, Ordering::Relaxed);
+            json!({})
+        };
+        match request {
+            Request::About => {
+                let (paused, uptime_seconds) = (self.paused.load(Ordering::Relaxed), self.started.elapsed().as_secs());
+                let about = About { paused, uptime_seconds, ..self.about.clone() };
+                serde_json::to_value(about).map_err(|error| error.to_string())
+            }
+            Request::Pause => handle.pause().map(|()| set_paused(true)).map_err(|error| error.to_string()),
+            Request::Resume => handle.resume().map(|()| set_paused(false)).map_err(|error| error.to_string()),
+            Request::Terminate => Ok(json!({"asked": handle.terminate().map_err(|error| error.to_string())?})),
+            Request::End => {
+                handle.stop();
+                Ok(json!({}))
+            }
+            Request::Metrics => {
+                let report = handle.report().map_err(|error| error.to_string())?;
+                Ok(json!({"text": report.to_prometheus()}))
+            }
+            Request::Console => Ok(json!({})),
+        }
+    }
+
+    /// What the client types is the guest's input.
+    fn console(&self, stream: UnixStream, mut typed: BufReader<UnixStream>) -> io::Result<()> {
+        let Some(number) = self.watchers.add(stream) else { return Ok(()) };
+        let mut bytes = [0; 1024];
+        while let Ok(count @ 1..) = typed.read(&mut bytes) {
+            if let Some(handle) = &*self.handle() {
+                handle.input(&bytes[..count]);
+            }
+        }
+        self.watchers.remove(number);
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! Machines by name: `bantam ps`, `stop`, `pause`, `resume`, `metrics` and `console`.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use crate::support::{Guest, Kernel, Running};
+
+/// Runs bantam where named machines have their sockets in `folder`.
+fn bantam(folder: &Path, words: &[&str]) -> Output {
+    command(folder, words).stdin(Stdio::null()).output().unwrap()
+}
+
+fn command(folder: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bantam"));
+    command.args(words).env("XDG_RUNTIME_DIR", folder);
+    command
+}
+
+fn says(folder: &Path, words: &[&str]) -> String {
+    let output = bantam(folder, words);
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refuses(folder: &Path, words: &[&str], why: &str) {
+    let output = bantam(folder, words);
+    assert_eq!(output.status.code(), Some(125), "{words:?}: {output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains(why), "{words:?}: {said}");
+}
+
+fn start(folder: &Path, name: &str) -> Running {
+    let mut guest = Guest::new(Kernel::Tiny).script("echo ready; sh").option("--name", name);
+    guest.command().env("XDG_RUNTIME_DIR", folder);
+    let running = guest.spawn();
+    running.wait_for("ready");
+    running
+}
+
+#[test]
+fn a_named_machine_is_seen_paused_watched_and_stopped() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    assert_eq!(says(folder, &["ps", "-q"]), "");
+    let running = start(folder, "one");
+    assert_eq!(says(folder, &["ps", "-q"]), "one\n");
+    let machines = || -> serde_json::Value { serde_json::from_str(&says(folder, &["ps", "--json"])).unwrap() };
+    assert_eq!(machines()[0]["pid"].as_i64(), Some(running.pid().as_raw_nonzero().get().into()));
+    assert!(says(folder, &["ps"]).contains("running"));
+    refuses(folder, &["run", "--name", "one", "--kernel", "/dev/null"], "a machine of that name runs");
+
+    says(folder, &["pause", "one"]);
+    assert_eq!(machines()[0]["paused"], true);
+    says(folder, &["resume", "one"]);
+    assert_eq!(machines()[0]["paused"], false);
+    let metrics = says(folder, &["metrics", "one"]);
+    assert!(metrics.contains("\nbantam_vcpu_port_writes_total{device=\"vcpu0\"} "), "{metrics}");
+
+    // Two watch; what one types both see, and so does where the console is.
+    let console = || {
+        let mut console = command(folder, &["console", "one"]);
+        console.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let (mut typing, mut watching) = (console(), console());
+    wait_for(watching.stdout.as_mut().unwrap(), "ready");
+    let keys = typing.stdin.as_mut().unwrap();
+    keys.write_all(b"echo sum=$((40 + 2))\n").unwrap();
+    wait_for(typing.stdout.as_mut().unwrap(), "sum=42");
+    wait_for(watching.stdout.as_mut().unwrap(), "sum=42");
+    running.wait_for("sum=42");
+    // Who leaves takes nobody along.
+    typing.stdin.as_mut().unwrap().write_all(b"\x01x").unwrap();
+    assert!(typing.wait().unwrap().success());
+
+    says(folder, &["stop", "one"]);
+    assert!(watching.wait().unwrap().success());
+    let ended = running.wait();
+    assert_eq!((ended.status, &ended.report["outcome"]), (0, &"stopped".into()));
+    assert_eq!(says(folder, &["ps", "-q"]), "");
+    assert_eq!(fs::read_dir(folder.join("bantam")).unwrap().count(), 0);
+}
+
+/// Reads until `text` was there.
+fn wait_for(output: &mut impl Read, text: &str) {
+    let mut seen = String::new();
+    while !seen.contains(text) {
+        let mut bytes = [0; 256];
+        let count = output.read(&mut bytes).unwrap();
+        assert!(count > 0, "`{text}` was not seen: {seen}");
+        seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
+    }
+}
+
+#[test]
+fn what_is_no_machine_is_refused_and_what_is_dead_cleaned() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    for word in ["stop", "pause", "resume", "metrics", "console"] {
+        refuses(folder, &[word, "nobody"], "no machine named nobody runs");
+        refuses(folder, &[word, "../x"], "`../x` is no name for a machine");
+    }
+    refuses(folder, &["run", "--name", "a b", "--kernel", "/dev/null"], "`a b` is no name");
+    refuses(folder, &["stop", "x", "--time", "never"], "`never`");
+    let sockets = folder.join("bantam");
+    fs::DirBuilder::new().mode(0o700).create(&sockets).unwrap();
+    drop(UnixListener::bind(sockets.join("dead")).unwrap());
+    refuses(folder, &["pause", "dead"], "no machine named dead runs");
+    assert_eq!(says(folder, &["ps", "-q"]), "");
+    assert!(!sockets.join("dead").exists());
+    // Somebody else could put a socket of his own there.
+    fs::set_permissions(&sockets, fs::Permissions::from_mode(0o777)).unwrap();
+    refuses(folder, &["ps"], "others may enter it");
+    refuses(folder, &["run", "--name", "x", "--kernel", "/dev/null"], "others may enter it");
+}
