@@ -126,6 +126,19 @@ pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
     }
 }
 
+/// Has all of guest memory there before it is used. What is mapped from files stays shared with all who map them.
+///
+/// # Errors
+/// When the host cannot read the files, or is a Linux before 5.14.
+pub fn prefault(ram: &GuestRam) -> io::Result<()> {
+    for region in ram.iter() {
+        let pages = region.as_volatile_slice().map_err(io::Error::other)?;
+        // SAFETY: the pages are mapped for as long as `ram` is, and this advice leaves what is in them as it is.
+        unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), Advice::LinuxPopulateRead) }?;
+    }
+    Ok(())
+}
+
 /// The size of the host's pages, in bytes.
 fn page_size() -> u64 {
     // SAFETY: only asks. The C library was told when the program started: rustix would ask the kernel.

@@ -160,21 +160,20 @@ impl Touched {
     }
 }
 
-/// Maps `file` as guest memory over the `ranges`. Pages are read when the guest first uses them, or all at once with
-/// `prefault`; what it writes stays its own.
+/// Maps `file` as guest memory over the `ranges`. Pages are read when the guest first uses them; what it writes stays its
+/// own.
 ///
 /// # Errors
 /// When the host does not map it. Where the file is shorter, an access ends the machine.
-pub fn map(file: &Arc<File>, ranges: &[Range<u64>], prefault: bool) -> Result<GuestRam, memory::Error> {
+pub fn map(file: &Arc<File>, ranges: &[Range<u64>]) -> Result<GuestRam, memory::Error> {
     let layout = || memory::Error::Layout(ranges.to_vec());
-    let populate = if prefault { libc::MAP_POPULATE } else { 0 };
     let mut offset = 0;
     let mut regions = Vec::new();
     for range in ranges {
         let bytes = range.end.checked_sub(range.start).ok_or_else(layout)?;
         let pages = MmapRegionBuilder::new(usize::try_from(bytes).map_err(|_| layout())?)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE | populate)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
             .build()
             .map_err(|source| memory::Error::Map { start: range.start, bytes, source })?;
@@ -201,7 +200,8 @@ mod tests {
         let file = || Arc::new(tempfile::tempfile().unwrap());
         let base = file();
         write(&ram, &base).unwrap();
-        let ram = map(&base, &ranges, true).unwrap();
+        let ram = map(&base, &ranges).unwrap();
+        memory::prefault(&ram).unwrap();
         // One page becomes zeros, two are beside each other in different regions, one is only read.
         ram.write_obj(0u8, GuestAddress(2 * MIB)).unwrap();
         ram.write_obj(2u8, GuestAddress(4 * MIB - 1)).unwrap();
@@ -211,7 +211,7 @@ mod tests {
         let changed = write_changed(&ram, &diff).unwrap();
         assert_eq!(changed, [(512, 1), (1023, 2)]);
         assert_eq!(diff.metadata().unwrap().len(), 8 * MIB);
-        let ram = map(&base, &ranges, false).unwrap();
+        let ram = map(&base, &ranges).unwrap();
         map_changed(&ram, &diff, &changed).unwrap();
         let read =
             [0, 2 * MIB, 4 * MIB - 1, 16 * MIB, 19 * MIB].map(|at| ram.read_obj::<u8>(GuestAddress(at)).unwrap());
@@ -240,7 +240,10 @@ mod tests {
         assert_eq!(metadata.len(), 56 * MIB);
         assert!(metadata.blocks() * 512 <= 16 * PAGE as u64, "{} blocks", metadata.blocks());
         for prefault in [false, true] {
-            let mapped = map(&file, &ranges, prefault).unwrap();
+            let mapped = map(&file, &ranges).unwrap();
+            if prefault {
+                memory::prefault(&mapped).unwrap();
+            }
             for (address, byte) in data {
                 assert_eq!(mapped.read_obj::<u8>(GuestAddress(address)).unwrap(), byte);
             }
@@ -249,10 +252,10 @@ mod tests {
             mapped.write_obj(9u8, GuestAddress(20 * MIB)).unwrap();
             let again = Arc::new(tempfile::tempfile().unwrap());
             write(&mapped, &again).unwrap();
-            let twice = map(&again, &ranges, false).unwrap();
+            let twice = map(&again, &ranges).unwrap();
             assert_eq!(twice.read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 9);
             assert_eq!(twice.read_obj::<u8>(GuestAddress(64 * MIB - 1)).unwrap(), 5);
         }
-        assert_eq!(map(&file, &ranges, false).unwrap().read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 0);
+        assert_eq!(map(&file, &ranges).unwrap().read_obj::<u8>(GuestAddress(20 * MIB)).unwrap(), 0);
     }
 }

@@ -18,7 +18,7 @@ use crate::arch::x86_64::layout;
 use crate::config::Config;
 use crate::devices::console;
 use crate::kvm::{Cpu, VcpuState, VmState};
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::snapshot::{self, Hex};
 use crate::virtio::net::MacAddr;
 
@@ -82,6 +82,9 @@ pub enum Error {
     /// What has changed cannot be mapped.
     #[error("cannot map what has changed since an earlier snapshot")]
     Map(#[source] io::Error),
+    /// The memory cannot be had at once.
+    #[error("cannot read all of the snapshot's memory before the machine goes on, which takes Linux 5.14")]
+    Prefault(#[source] io::Error),
     /// The machine to restore is another than the saved one.
     #[error("cannot restore the snapshot: it has {saved} {what}, and the machine is to have {asked}")]
     Other {
@@ -208,10 +211,13 @@ impl Snapshot {
     /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be.
     pub(super) fn map_memory(&self, ranges: &[Range<u64>]) -> Result<GuestRam, super::Error> {
         let [first, others @ ..] = &self.memory[..] else { unreachable!("there is a first layer") };
-        let ram = memory_file::map(&first.file, ranges, self.prefault)?;
+        let ram = memory_file::map(&first.file, ranges)?;
         for layer in others {
             let changed = layer.changed.as_deref().unwrap_or_default();
             memory_file::map_changed(&ram, &layer.file, changed).map_err(Error::Map)?;
+        }
+        if self.prefault {
+            memory::prefault(&ram).map_err(Error::Prefault)?;
         }
         Ok(ram)
     }
