@@ -9,11 +9,11 @@ use ::log::LevelFilter;
 use bantam::config::file;
 use bantam::config::firecracker::{Logger, Metrics, Settings, host};
 use bantam::control::{Api, Program, Server, Stop, VERSION};
-use bantam::machine::{Builder, Handle, Machine};
+use bantam::machine::{Builder, Handle, Machine, Snapshot};
 use bantam::signal::{self, SignalFd};
 use clap::{Args, FromArgMatches};
 
-use super::log;
+use super::{log, message};
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -216,6 +216,15 @@ impl Machines {
     }
 }
 
+impl Machines {
+    fn build(&mut self, builder: Builder) -> Result<Handle, String> {
+        let signals = signals().map_err(|error| message::chain(&error))?;
+        let builder = builder.started(self.started).signals(signals).when_running(crate::process::give_back);
+        let built = builder.build();
+        Ok(self.machine.insert(built.map_err(|error| message::chain(&error))?).handle())
+    }
+}
+
 fn signals() -> Result<SignalFd, Error> {
     // A terminal that a shell had while this process was stopped.
     let all = [&signal::ENDING[..], &[libc::SIGCONT]].concat();
@@ -224,17 +233,18 @@ fn signals() -> Result<SignalFd, Error> {
 
 impl Program for Machines {
     fn log(&mut self, logger: &Logger) -> Result<(), String> {
-        self.log.change(logger).map_err(|error| super::message::chain(&error))
+        self.log.change(logger).map_err(|error| message::chain(&error))
     }
 
     fn start(&mut self, settings: &Settings) -> Result<Handle, String> {
         let config = settings.config();
         super::descriptors::allow(&config);
-        let signals = signals().map_err(|error| super::message::chain(&error))?;
-        let built = Builder::new(config).started(self.started).signals(signals);
-        let built = built.when_running(crate::process::give_back).build();
-        let machine = self.machine.insert(built.map_err(|error| super::message::chain(&error))?);
-        Ok(machine.handle())
+        self.build(Builder::new(config))
+    }
+
+    fn restore(&mut self, snapshot: Snapshot, paused: bool) -> Result<Handle, String> {
+        super::descriptors::allow(&snapshot.config);
+        self.build(Builder::restore(snapshot).paused(paused))
     }
 
     fn signals(&self) -> Option<&SignalFd> {
@@ -254,7 +264,7 @@ impl Serving {
         let stop = server.stop();
         let serve = move || {
             if let Err(error) = server.serve(None) {
-                ::log::error!("{}", super::message::chain(&error));
+                ::log::error!("{}", message::chain(&error));
             }
         };
         let thread = thread::Builder::new().name("bantam-api".into()).spawn(serve);

@@ -11,7 +11,7 @@ use crate::config::firecracker::{
 };
 use crate::config::json;
 use crate::config::tree::{Error, Node, Table};
-use crate::machine::Handle;
+use crate::machine::{Handle, Snapshot};
 use crate::signal::SignalFd;
 
 /// The version of Firecracker's API that this is, of its OpenAPI document, for clients that ask.
@@ -33,6 +33,12 @@ pub trait Program {
     /// # Errors
     /// Why there is none.
     fn start(&mut self, settings: &Settings) -> Result<Handle, String>;
+
+    /// Makes the machine of a snapshot, in the same way; `paused` until it is resumed.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn restore(&mut self, snapshot: Snapshot, paused: bool) -> Result<Handle, String>;
 
     /// The signals that end the program.
     fn signals(&self) -> Option<&SignalFd>;
@@ -138,7 +144,7 @@ impl Api {
             ("PATCH", ["drives", id]) => self.patch_drive(id, node),
             ("PATCH", ["network-interfaces", id]) => self.patch_interface(id, node),
             ("PUT", ["snapshot", "create"]) => self.running()?.snapshot(node),
-            ("PUT", ["snapshot", "load"]) => self.load_snapshot(node),
+            ("PUT", ["snapshot", "load"]) => self.load_snapshot(node, program),
             ("PUT" | "PATCH", _) => self.set_up(method, &segments, node, program),
             _ => invalid(),
         }
@@ -294,16 +300,20 @@ impl Api {
         running.change_interface(index, card, limiters)
     }
 
-    fn load_snapshot(&mut self, node: &Node) -> Answer {
-        text(super::snapshot::Load::read(node))?;
-        if self.running.is_some() {
-            return Err(NOT_AFTER.into());
-        }
+    fn load_snapshot(&mut self, node: &Node, program: Option<&mut dyn Program>) -> Answer {
+        let load = text(super::snapshot::Load::read(node))?;
+        let Some(program) = program.filter(|_| self.running.is_none()) else { return Err(NOT_AFTER.into()) };
         let is_fresh = Settings { logger: None, metrics: None, ..self.settings.clone() } == Settings::default();
         if !is_fresh {
             return Err("Loading a microVM snapshot not allowed after configuring boot-specific resources.".into());
         }
-        Err("bantam cannot load snapshots by this request yet.".into())
+        let snapshot = load.open()?;
+        let settings = Settings::of(&snapshot.config);
+        let handle = program.restore(snapshot, !load.resume)?;
+        self.settings =
+            Settings { logger: self.settings.logger.take(), metrics: self.settings.metrics.take(), ..settings };
+        self.running = Some(Running::restored(handle, !load.resume));
+        done()
     }
 
     fn open_metrics(&self, path: &str) -> Result<File, String> {

@@ -11,7 +11,7 @@ use super::http::Response;
 use super::snapshot::Create;
 use crate::config::firecracker::{Balloon, Drive, Limiter, Metrics, NetworkInterface};
 use crate::config::tree::Node;
-use crate::machine::Handle;
+use crate::machine::{Destination, Handle};
 use crate::size::Size;
 use crate::virtio::balloon::PAGE;
 use crate::virtio::change::{Change, Rates};
@@ -32,6 +32,11 @@ impl Running {
     /// The machine of this handle.
     pub fn new(handle: Handle) -> Self {
         Self { handle, is_paused: false }
+    }
+
+    /// One that was restored.
+    pub fn restored(handle: Handle, is_paused: bool) -> Self {
+        Self { handle, is_paused }
     }
 
     pub fn is_paused(&self) -> bool {
@@ -147,11 +152,16 @@ impl Running {
     }
 
     pub fn snapshot(&mut self, node: &Node) -> Answer {
-        Create::read(node).map_err(|error| error.to_string())?;
+        let create = Create::read(node).map_err(|error| error.to_string())?;
         if !self.is_paused {
             return Err("Cannot take a snapshot of a microVM that is not paused.".into());
         }
-        Err("bantam cannot make snapshots by this request yet.".into())
+        if create.diff {
+            return Err("bantam has no snapshots of what has changed by this request: make a full one.".into());
+        }
+        let (state, memory) = (create.snapshot_path.into(), create.mem_file_path.into());
+        self.handle.snapshot(Destination::Files { state, memory }).map_err(|error| chain(&error))?;
+        done()
     }
 
     pub fn flush_metrics(&mut self, file: &mut File, metrics: &Metrics, id: &str) -> Answer {

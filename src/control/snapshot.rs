@@ -1,6 +1,9 @@
 //! What requests about snapshots say.
 
+use super::api::chain;
+use crate::config::firecracker::Settings;
 use crate::config::tree::{Error, Node, Table};
+use crate::machine::Snapshot;
 
 /// A snapshot to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +90,30 @@ impl Load {
             taps: table.list("network_overrides")?.iter().map(tap).collect::<Result<_, Error>>()?,
             vsock: table.read("vsock_override", |node| required(&node.table(&["uds_path"])?, "uds_path"))?,
         })
+    }
+
+    /// Opens the files, and takes over what is to be otherwise.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub fn open(&self) -> Result<Snapshot, String> {
+        if self.is_socket {
+            return Err("bantam has no memory from a process (Uffd) by this request: give a file.".into());
+        }
+        let opened = Snapshot::open_files(&self.snapshot_path, &self.memory);
+        let mut snapshot = opened.map_err(|error| chain(&error))?;
+        let config = &mut snapshot.config;
+        for (id, tap) in &self.taps {
+            let index = Settings::of(config).interfaces.iter().position(|card| card.iface_id == *id);
+            let card = index.and_then(|index| config.nets.get_mut(index));
+            let card = card.ok_or_else(|| format!("There is no network interface `{id}` in the snapshot."))?;
+            (card.tap, card.fd) = (Some(tap.clone()), None);
+        }
+        if let Some(path) = &self.vsock {
+            let vsock = config.vsock.as_mut().ok_or("There is no vsock device in the snapshot.")?;
+            vsock.socket = path.into();
+        }
+        Ok(snapshot)
     }
 }
 

@@ -11,8 +11,9 @@ use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::Vm;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
-use fctools::vm::models::{BootSource, Drive, EntropyDevice, MachineConfiguration};
+use fctools::vm::models::{BootSource, CreateSnapshot, Drive, EntropyDevice, MachineConfiguration, SnapshotType};
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
+use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
 use fctools::vmm::installation::VmmInstallation;
@@ -34,6 +35,10 @@ fn installation(folder: &Path) -> VmmInstallation {
         path
     };
     VmmInstallation::new(link("firecracker"), link("jailer"), link("snapshot-editor"))
+}
+
+fn executor(socket: &Path) -> UnrestrictedVmmExecutor {
+    UnrestrictedVmmExecutor::new(VmmArguments::new(VmmApiSocket::Enabled(socket.into())))
 }
 
 async fn prepare(folder: &Path, method: InitMethod) -> Client {
@@ -76,7 +81,7 @@ async fn prepare(folder: &Path, method: InitMethod) -> Client {
         // Its file has another key for that than Firecracker's.
         entropy_device: (method == InitMethod::ViaApiCalls).then_some(EntropyDevice { rate_limiter: None }),
     };
-    let executor = UnrestrictedVmmExecutor::new(VmmArguments::new(VmmApiSocket::Enabled(folder.join("api.sock"))));
+    let executor = executor(&folder.join("api.sock"));
     let configuration = VmConfiguration::New { init_method: method, data };
     Vm::prepare(executor, resources, installation(folder), configuration).await.unwrap()
 }
@@ -136,12 +141,42 @@ fn fctools_runs_a_whole_life() {
         pipes.stdin.write_all(b"echo still $((40 + 2)); cat /sys/block/vda/size\n").await.unwrap();
         wait_for(&mut pipes.stdout, "still 42").await;
         wait_for(&mut pipes.stdout, "2048").await;
+        // It goes on in another process.
+        vm.pause().await.unwrap();
+        let mut file = |name: &str| {
+            let resources = vm.get_resource_system_mut();
+            resources.create_resource(folder.path().join(name), ResourceType::Produced).unwrap()
+        };
+        let create = CreateSnapshot {
+            snapshot_type: Some(SnapshotType::Full),
+            snapshot: file("state"),
+            mem_file: file("memory"),
+        };
+        let snapshot = vm.create_snapshot(create).await.unwrap();
+        let kill = VmShutdownAction { method: VmShutdownMethod::Kill, timeout: Some(LIMIT), graceful: false };
+        vm.shutdown([kill]).await.unwrap();
+        let options = PrepareVmFromSnapshotOptions {
+            executor: executor(&folder.path().join("other.sock")),
+            process_spawner: DirectProcessSpawner,
+            runtime: TokioRuntime,
+            moved_resource_type: MovedResourceType::HardLinkedOrCopied,
+            ownership_model: VmmOwnershipModel::Shared,
+            enable_diff_snapshots: None,
+            resume_vm: Some(true),
+        };
+        let mut vm = snapshot.prepare_vm(&mut vm, options).await.unwrap();
+        vm.start(LIMIT).await.unwrap();
+        assert!(!vm.get_info().await.unwrap().is_paused);
+        let mut pipes = vm.take_pipes().unwrap();
+        pipes.stdin.write_all(b"echo again $((40 + 2))\n").await.unwrap();
+        wait_for(&mut pipes.stdout, "again 42").await;
+
         // Linux restarts, as nobody has told it to do something else.
         let action = VmShutdownAction { method: VmShutdownMethod::CtrlAltDel, timeout: Some(LIMIT), graceful: true };
         let outcome = vm.shutdown([action]).await.unwrap();
         assert!(outcome.is_fully_graceful(), "{outcome:?}");
         vm.cleanup().await.unwrap();
-        assert!(!folder.path().join("api.sock").exists());
+        assert!(!folder.path().join("other.sock").exists());
     });
 }
 

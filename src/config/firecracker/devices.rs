@@ -79,10 +79,26 @@ impl Drive {
         })
     }
 
+    /// The view of one that was described otherwise, by its serial number.
+    pub fn of(index: usize, spec: &blk::Spec) -> Self {
+        Self {
+            drive_id: spec.id.clone().unwrap_or_else(|| format!("drive{index}")),
+            is_root_device: false,
+            partuuid: None,
+            path_on_host: spec.path.to_string_lossy().into_owned(),
+            is_read_only: spec.readonly,
+            rate_limiter: Limiter::of(spec.bw, spec.iops),
+            cache: usize::from(spec.cache == blk::Cache::Writeback),
+            engine: 0,
+        }
+    }
+
     /// The disk of a [`Config`](crate::config::Config).
     pub fn spec(&self) -> blk::Spec {
         let limiter = self.rate_limiter.clone().unwrap_or_default();
         blk::Spec {
+            // A snapshot has it by this name, too.
+            id: Some(self.drive_id.clone()).filter(|id| id.len() <= blk::ID_BYTES),
             readonly: self.is_read_only,
             cache: if self.cache == 0 { blk::Cache::Unsafe } else { blk::Cache::Writeback },
             bw: limiter.bytes(),
@@ -150,6 +166,19 @@ impl NetworkInterface {
         };
         card.spec().validate().map_err(|error| Error::new(node.at, error.to_string()))?;
         Ok(card)
+    }
+
+    /// The view of one that was described otherwise.
+    pub fn of(index: usize, spec: &net::Spec) -> Self {
+        let limiter = Limiter::of(spec.bw, spec.pps);
+        Self {
+            iface_id: format!("eth{index}"),
+            host_dev_name: spec.tap.clone().unwrap_or_default(),
+            guest_mac: spec.mac,
+            mtu: spec.mtu,
+            rx_rate_limiter: limiter.clone(),
+            tx_rate_limiter: limiter,
+        }
     }
 
     /// The network card of a [`Config`](crate::config::Config).

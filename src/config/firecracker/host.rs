@@ -44,6 +44,19 @@ impl Balloon {
         })
     }
 
+    /// The view of one that was described otherwise.
+    pub fn of(spec: &balloon::Spec) -> Self {
+        let whole = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let interval = spec.stats.map_or(0, |interval| interval.as_secs().max(1));
+        Self {
+            amount_mib: whole(spec.size.map_or(0, |size| size.get() >> 20)),
+            deflate_on_oom: spec.deflate_on_oom,
+            stats_polling_interval_s: u16::try_from(interval).unwrap_or(u16::MAX),
+            free_page_hinting: false,
+            free_page_reporting: spec.free_page_reporting,
+        }
+    }
+
     /// As bantam has it.
     pub fn spec(&self) -> balloon::Spec {
         balloon::Spec {

@@ -61,6 +61,16 @@ impl Limiter {
         Ok(Self { bandwidth: table.read("bandwidth", Bucket::read)?, ops: table.read("ops", Bucket::read)? })
     }
 
+    /// One of bytes and operations in a second; `None` if neither is limited.
+    pub fn of(bytes: Option<Size>, operations: Option<NonZeroU32>) -> Option<Self> {
+        let bucket = |size: u64| Bucket { size, one_time_burst: None, refill_time: 1000 };
+        let limiter = Self {
+            bandwidth: bytes.map(|size| bucket(size.get())),
+            ops: operations.map(|operations| bucket(operations.get().into())),
+        };
+        Some(limiter).filter(|limiter| *limiter != Self::default())
+    }
+
     /// Bytes in a second.
     pub fn bytes(&self) -> Option<Size> {
         self.bandwidth.as_ref().and_then(Bucket::rate).map(Size::bytes)

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::config::Size;
 use crate::config::tree::{Error, Node, Table};
 
 /// What is booted.
@@ -69,6 +70,11 @@ impl Default for Machine {
 }
 
 impl Machine {
+    /// One of so many vCPUs and so much memory.
+    pub fn of(cpus: u32, memory: Size) -> Self {
+        Self { vcpu_count: cpus, mem_size_mib: memory.get() >> 20, ..Self::default() }
+    }
+
     /// Reads one.
     pub fn read(node: &Node) -> Result<Self, Error> {
         let table = node.table(MACHINE)?;

@@ -120,6 +120,25 @@ impl Settings {
         Ok(settings)
     }
 
+    /// The view of a machine that was described otherwise: disks by their serial numbers, `eth0`, `eth1`, ...
+    pub fn of(config: &Config) -> Self {
+        let boot_source = config.kernel.as_ref().map(|kernel| BootSource {
+            kernel_image_path: kernel.to_string_lossy().into_owned(),
+            initrd_path: config.initrd.as_ref().map(|path| path.to_string_lossy().into_owned()),
+            boot_args: Some(config.cmdline.clone()),
+        });
+        Self {
+            boot_source,
+            machine: Machine::of(config.cpus, config.memory),
+            drives: config.all_disks().enumerate().map(|(index, disk)| Drive::of(index, &disk)).collect(),
+            interfaces: config.nets.iter().enumerate().map(|(index, net)| NetworkInterface::of(index, net)).collect(),
+            vsock: config.vsock.clone(),
+            entropy: config.rng.then_some(None),
+            balloon: config.balloon.as_ref().map(Balloon::of),
+            ..Self::default()
+        }
+    }
+
     /// Adds a disk, or puts it in the place of the one of its name.
     ///
     /// # Errors

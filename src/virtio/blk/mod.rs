@@ -53,7 +53,8 @@ const SEGMENT_BYTES: usize = 16;
 const CONFIG_SIZE: usize = 60;
 /// log2 of the sectors in the blocks that file systems and page cache use: smaller writes read first.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
-const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// The most bytes in a serial number.
+pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// What the rate limit's timer is watched as.
 const LIMIT: u32 = 0;
 /// Host errors of one device that are logged as such.
