@@ -123,6 +123,10 @@ pub enum Command {
     Pause(named::Named),
     /// Have a machine that stands still go on.
     Resume(named::Named),
+    /// Save a machine to a folder, for bantam restore.
+    ///
+    /// A machine that runs stands still while it is written, and goes on.
+    Snapshot(named::Snapshot),
     /// Print the counters of a machine, as Prometheus reads them.
     Metrics(named::Named),
     /// Have this terminal be the serial console of a machine; Ctrl-A x leaves it.
@@ -280,7 +284,7 @@ pub struct Run {
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
 
-    /// Let `bantam ps`, stop, pause, resume, console and metrics reach the machine by this name.
+    /// Let `bantam ps`, stop, pause, resume, snapshot, console and metrics reach the machine by this name.
     #[arg(long, value_name = "NAME", help_heading = "Output")]
     pub name: Option<bantam::named::Name>,
     /// Write the outcome, durations and counters to FILE, as JSON; - is standard output.

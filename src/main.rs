@@ -78,9 +78,10 @@ fn start() -> ExitCode {
         Command::Image(image) => print_told(|told| image.run(told)),
         Command::Ps(ps) => ps.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Stop(stop) => stop.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
-        Command::Pause(machine) => ask(&machine, Request::Pause),
-        Command::Resume(machine) => ask(&machine, Request::Resume),
-        Command::Metrics(machine) => ask(&machine, Request::Metrics),
+        Command::Pause(machine) => ask(&machine, &Request::Pause),
+        Command::Resume(machine) => ask(&machine, &Request::Resume),
+        Command::Snapshot(snapshot) => snapshot.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
+        Command::Metrics(machine) => ask(&machine, &Request::Metrics),
         Command::Console(machine) => machine.console().map_err(Into::into).map(|()| ExitCode::SUCCESS),
         Command::Test(test) => self::test(&test),
         Command::Completions { shell } => print(&cli::completions(shell)),
@@ -140,7 +141,7 @@ fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Er
 }
 
 /// Asks a machine by its name.
-fn ask(machine: &cli::named::Named, request: Request) -> Result<ExitCode, Box<dyn Error>> {
+fn ask(machine: &cli::named::Named, request: &Request) -> Result<ExitCode, Box<dyn Error>> {
     print(machine.ask(request)?.as_bytes())
 }
 

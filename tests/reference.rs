@@ -60,6 +60,7 @@ fn reference() -> String {
         "stop",
         "pause",
         "resume",
+        "snapshot",
         "metrics",
         "console",
         "completions",

@@ -1,6 +1,7 @@
-//! `bantam ps`, `stop`, `pause`, `resume`, `metrics` and `console`: machines that were started with `--name`.
+//! `bantam ps`, `stop`, `pause`, `resume`, `snapshot`, `metrics` and `console`: machines that were started with `--name`.
 
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bantam::config::{Size, duration};
@@ -26,6 +27,15 @@ pub struct Ps {
 pub struct Named {
     /// The machine's name.
     name: Name,
+}
+
+#[derive(Debug, Args)]
+pub struct Snapshot {
+    /// The machine's name.
+    name: Name,
+    /// The folder of the snapshot; one that is there is replaced when the new one is whole.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -76,11 +86,11 @@ impl Stop {
     pub fn run(&self) -> Result<(), named::Error> {
         self.names.iter().try_for_each(|name| {
             let mut client = Client::connect(name)?;
-            let asked = client.ask(Request::Terminate)?;
+            let asked = client.ask(&Request::Terminate)?;
             if asked["asked"] == true && client.wait(Some(self.time))? {
                 return Ok(());
             }
-            match client.ask(Request::End) {
+            match client.ask(&Request::End) {
                 Ok(_) => client.wait(None).map(drop),
                 // It has ended meanwhile.
                 Err(named::Error::Talk { .. }) => Ok(()),
@@ -90,9 +100,16 @@ impl Stop {
     }
 }
 
+impl Snapshot {
+    /// Saves the machine.
+    pub fn run(&self) -> Result<(), named::Error> {
+        Client::connect(&self.name)?.snapshot(&self.folder)
+    }
+}
+
 impl Named {
     /// Asks the machine; the text that it answers.
-    pub fn ask(&self, request: Request) -> Result<String, named::Error> {
+    pub fn ask(&self, request: &Request) -> Result<String, named::Error> {
         let answer = Client::connect(&self.name)?.ask(request)?;
         Ok(answer["text"].as_str().unwrap_or_default().to_owned())
     }

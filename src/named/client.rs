@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::{self, Path};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -43,8 +44,8 @@ impl Client {
     ///
     /// # Errors
     /// When it could not be done, or the machine has ended.
-    pub fn ask(&mut self, request: Request) -> Result<Value, Error> {
-        let asked = format!("{}\n", serde_json::to_string(&request).expect("a request is a word"));
+    pub fn ask(&mut self, request: &Request) -> Result<Value, Error> {
+        let asked = format!("{}\n", serde_json::to_string(request).expect("a request is words"));
         self.stream.get_ref().write_all(asked.as_bytes()).map_err(|error| self.talk(error))?;
         let mut line = String::new();
         self.stream.read_line(&mut line).map_err(|error| self.talk(error))?;
@@ -53,6 +54,18 @@ impl Client {
             Some(why) => Err(Error::Refused(why.to_owned())),
             None => Ok(answer),
         }
+    }
+
+    /// Saves the machine to `folder`, and waits until all of it is there.
+    ///
+    /// # Errors
+    /// When it could not be saved, or has ended.
+    pub fn snapshot(&mut self, folder: &Path) -> Result<(), Error> {
+        let folder = path::absolute(folder).map_err(|error| self.talk(error))?;
+        if folder.to_str().is_none() {
+            return Err(Error::NoText { name: self.name.clone(), folder });
+        }
+        self.ask(&Request::Snapshot(folder)).map(drop)
     }
 
     /// Waits until the machine has ended, for at most this time; whether it has.
@@ -84,7 +97,7 @@ impl Client {
     /// # Errors
     /// When the machine has ended.
     pub fn console(mut self) -> Result<(UnixStream, Vec<u8>), Error> {
-        self.ask(Request::Console)?;
+        self.ask(&Request::Console)?;
         let come = self.stream.buffer().to_vec();
         Ok((self.stream.into_inner(), come))
     }
@@ -107,7 +120,7 @@ pub fn list() -> Result<Vec<About>, Error> {
             Ok(mut client) => {
                 let _ = client.stream.get_ref().set_read_timeout(Some(PATIENCE));
                 // One that is being built, or ends just now, is not told of.
-                let about = client.ask(Request::About).ok().and_then(|about| serde_json::from_value(about).ok());
+                let about = client.ask(&Request::About).ok().and_then(|about| serde_json::from_value(about).ok());
                 machines.extend(about);
             }
             // Between its making and its first client a socket refuses them, too.

@@ -57,6 +57,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// No folder of this name can be asked for.
+    #[error("cannot save the machine {name} to {}: the path is no UTF-8", .folder.display())]
+    NoText {
+        /// The machine's name.
+        name: Name,
+        /// Where it was to be saved.
+        folder: PathBuf,
+    },
     /// It would not.
     #[error("{0}")]
     Refused(String),
@@ -107,7 +115,7 @@ impl std::fmt::Display for Name {
 }
 
 /// What a client asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
     /// What machine it is, and how it is: an [`About`].
@@ -122,6 +130,8 @@ pub enum Request {
     End,
     /// Its counters, as Prometheus reads them: `{"text": ".."}`.
     Metrics,
+    /// Save it to this folder, whose path is absolute.
+    Snapshot(PathBuf),
     /// From then on the connection is the serial console.
     Console,
 }

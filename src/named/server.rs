@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 
 use super::{About, Error, Name, Request, Watchers, make_folder};
 use crate::config::Config;
-use crate::machine::Handle;
+use crate::machine::{Destination, Handle};
 use crate::socket::Listener;
 
 /// The most clients at once.
 const CLIENTS_MAX: usize = 64;
 /// The most bytes in a request.
-const REQUEST_MAX: u64 = 1024;
+const REQUEST_MAX: u64 = 16 << 10;
 
 /// A machine's control socket, which is gone when this is dropped.
 #[derive(Debug)]
@@ -127,7 +127,7 @@ impl Shared {
             }
             let request = serde_json::from_str(&line);
             let answer = match &request {
-                Ok(request) => self.answer(*request).unwrap_or_else(|why| json!({"error": why})),
+                Ok(request) => self.answer(request).unwrap_or_else(|why| json!({"error": why})),
                 Err(error) => json!({"error": format!("cannot understand the request: {error}")}),
             };
             stream.write_all(format!("{answer}\n").as_bytes())?;
@@ -137,7 +137,7 @@ impl Shared {
         }
     }
 
-    fn answer(&self, request: Request) -> Result<Value, String> {
+    fn answer(&self, request: &Request) -> Result<Value, String> {
         let handle = self.handle().clone().ok_or("the machine is being built")?;
         let set_paused = |paused| {
             self.paused.store(paused, Ordering::Relaxed);
@@ -149,9 +149,9 @@ impl Shared {
                 let about = About { paused, uptime_seconds, ..self.about.clone() };
                 serde_json::to_value(about).map_err(|error| error.to_string())
             }
-            Request::Pause => handle.pause().map(|()| set_paused(true)).map_err(|error| error.to_string()),
-            Request::Resume => handle.resume().map(|()| set_paused(false)).map_err(|error| error.to_string()),
-            Request::Terminate => Ok(json!({"asked": handle.terminate().map_err(|error| error.to_string())?})),
+            Request::Pause => handle.pause().map(|()| set_paused(true)).map_err(|error| chain(&error)),
+            Request::Resume => handle.resume().map(|()| set_paused(false)).map_err(|error| chain(&error)),
+            Request::Terminate => Ok(json!({"asked": handle.terminate().map_err(|error| chain(&error))?})),
             Request::End => {
                 handle.stop();
                 Ok(json!({}))
@@ -159,6 +159,10 @@ impl Shared {
             Request::Metrics => {
                 let report = handle.report().map_err(|error| error.to_string())?;
                 Ok(json!({"text": report.to_prometheus()}))
+            }
+            Request::Snapshot(folder) => {
+                handle.snapshot(Destination::Folder(folder.clone())).map_err(|error| chain(&error))?;
+                Ok(json!({}))
             }
             Request::Console => Ok(json!({})),
         }
@@ -176,4 +180,10 @@ impl Shared {
         self.watchers.remove(number);
         Ok(())
     }
+}
+
+/// An error with all its sources.
+fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }

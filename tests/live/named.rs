@@ -1,4 +1,4 @@
-//! Machines by name: `bantam ps`, `stop`, `pause`, `resume`, `metrics` and `console`.
+//! Machines by name: `bantam ps`, `stop`, `pause`, `resume`, `snapshot`, `metrics` and `console`.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -86,8 +86,8 @@ fn a_named_machine_is_seen_paused_watched_and_stopped() {
     assert_eq!(fs::read_dir(folder.join("bantam")).unwrap().count(), 0);
 }
 
-/// Reads until `text` was there.
-fn wait_for(output: &mut impl Read, text: &str) {
+/// Reads until `text` was there; what was read.
+fn wait_for(output: &mut impl Read, text: &str) -> String {
     let mut seen = String::new();
     while !seen.contains(text) {
         let mut bytes = [0; 256];
@@ -95,6 +95,42 @@ fn wait_for(output: &mut impl Read, text: &str) {
         assert!(count > 0, "`{text}` was not seen: {seen}");
         seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
     }
+    seen
+}
+
+/// Prints what it counts, as `count=N end`.
+const COUNTER: &str = r#"i=0; while :; do i=$((i + 1)); echo "count=$i end"; done"#;
+
+fn counts(printed: &str) -> Vec<u64> {
+    let lines = printed.lines().filter_map(|line| line.trim().strip_prefix("count=")?.strip_suffix(" end"));
+    lines.map(|count| count.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_named_machine_is_saved_and_restored() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    let mut guest = Guest::new(Kernel::Tiny).script(COUNTER).memory("128M").option("--name", "one");
+    guest.command().env("XDG_RUNTIME_DIR", folder);
+    let running = guest.start();
+    running.wait_for("count=5 end");
+    refuses(folder, &["snapshot", "one", "/proc/saved"], "cannot save the machine: ");
+    says(folder, &["pause", "one"]);
+    // The folder is where the client is.
+    let saved = command(folder, &["snapshot", "one", "saved"]).current_dir(folder).output().unwrap();
+    assert!(saved.status.success(), "{saved:?}");
+    says(folder, &["stop", "one"]);
+    let before = running.wait().stdout;
+
+    let mut restored = command(folder, &["restore"]);
+    let mut restored = restored.arg(folder.join("saved")).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let (output, last) = (restored.stdout.as_mut().unwrap(), counts(&before).len() + 3);
+    let seen = wait_for(output, &format!("count={last} end"));
+    restored.kill().unwrap();
+    restored.wait().unwrap();
+    // A line may have been half printed.
+    let all = counts(&(before + &seen));
+    assert!(all[0] == 1 && all.windows(2).all(|two| two[1] == two[0] + 1), "{all:?}");
 }
 
 #[test]
@@ -106,6 +142,7 @@ fn what_is_no_machine_is_refused_and_what_is_dead_cleaned() {
         refuses(folder, &[word, "../x"], "`../x` is no name for a machine");
     }
     refuses(folder, &["run", "--name", "a b", "--kernel", "/dev/null"], "`a b` is no name");
+    refuses(folder, &["snapshot", "nobody", "saved"], "no machine named nobody runs");
     refuses(folder, &["stop", "x", "--time", "never"], "`never`");
     let sockets = folder.join("bantam");
     fs::DirBuilder::new().mode(0o700).create(&sockets).unwrap();
