@@ -239,8 +239,12 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
     let signals = signals(&snapshot.config)?;
+    let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
     cli::descriptors::allow(&snapshot.config);
-    let mut machine = Builder::restore(snapshot).started(started).signals(signals).build()?;
+    let mut machine = named_console(Builder::restore(snapshot), &named).started(started).signals(signals).build()?;
+    if let Some(named) = &mut named {
+        named.serve(machine.handle())?;
+    }
     log.create()?;
     let outcome = machine.run()?;
     let told = machine.report();
@@ -319,11 +323,7 @@ fn build(
     if let Some(path) = &run.metrics {
         builder = builder.metrics(lines("metrics", path)?, Metrics::default());
     }
-    if let Some(named) = named {
-        let watchers = named.watchers();
-        builder = builder.tee_console(move |output| watchers.tee(output));
-    }
-    let machine = builder.build()?;
+    let machine = named_console(builder, named).build()?;
     if let Some(named) = named {
         named.serve(machine.handle())?;
     }
@@ -336,6 +336,12 @@ fn build(
         );
     }
     Ok(machine)
+}
+
+/// Shows the console of a machine with a name to those who watch it.
+fn named_console(builder: Builder, named: &Option<Server>) -> Builder {
+    let Some(watchers) = named.as_ref().map(Server::watchers) else { return builder };
+    builder.tee_console(move |output| watchers.tee(output))
 }
 
 /// Runs tests.

@@ -54,7 +54,7 @@ fn reference() -> String {
          What `--help` prints. This page is made by `UPDATE_DOCS=1 cargo test --test reference`; do not edit it.\n",
     );
     let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm";
-    for command in ["", "run", "api", "check"].into_iter().chain(cached.split('|')).chain([
+    for command in ["", "run", "restore", "api", "check"].into_iter().chain(cached.split('|')).chain([
         "test",
         "ps",
         "stop",

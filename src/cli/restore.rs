@@ -51,6 +51,9 @@ pub struct Restore {
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
 
+    /// Let `bantam ps`, stop, pause, resume, snapshot, console and metrics reach the machine by this name.
+    #[arg(long, value_name = "NAME", help_heading = "Output")]
+    pub name: Option<bantam::named::Name>,
     /// Write the outcome, durations and counters to FILE, as JSON; - is standard output.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,

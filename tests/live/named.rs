@@ -123,11 +123,13 @@ fn a_named_machine_is_saved_and_restored() {
     let before = running.wait().stdout;
 
     let mut restored = command(folder, &["restore"]);
-    let mut restored = restored.arg(folder.join("saved")).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let restored = restored.arg(folder.join("saved")).args(["--name", "two"]);
+    let mut restored = restored.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     let (output, last) = (restored.stdout.as_mut().unwrap(), counts(&before).len() + 3);
     let seen = wait_for(output, &format!("count={last} end"));
-    restored.kill().unwrap();
-    restored.wait().unwrap();
+    assert_eq!(says(folder, &["ps", "-q"]), "two\n");
+    says(folder, &["stop", "two"]);
+    assert!(restored.wait().unwrap().success());
     // A line may have been half printed.
     let all = counts(&(before + &seen));
     assert!(all[0] == 1 && all.windows(2).all(|two| two[1] == two[0] + 1), "{all:?}");
