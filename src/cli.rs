@@ -115,9 +115,10 @@ pub enum Command {
     Test(test::Test),
     /// List the machines that run with a name.
     Ps(named::Ps),
-    /// Ask the command of a machine to end (SIGTERM), and after a time end the machine.
+    /// Ask a guest to end, and after a time end the machine.
     ///
-    /// A machine without a command is ended at once.
+    /// The machine's command gets SIGTERM. A machine without a command, but with a keyboard ("keyboard": true in its --config
+    /// file), gets Ctrl-Alt-Del; one with neither is ended at once.
     Stop(named::Stop),
     /// Have a machine stand still.
     Pause(named::Named),

@@ -124,7 +124,8 @@ pub enum Request {
     Pause,
     /// Have it go on.
     Resume,
-    /// Ask the guest to end.
+    /// Ask the guest to end: its command by SIGTERM, or the guest by Ctrl-Alt-Del if it has no command but a keyboard.
+    /// `{"asked": false}` if there is neither.
     Terminate,
     /// End the machine.
     End,

@@ -30,6 +30,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     about: About,
+    /// Whether the guest is asked to end by its keyboard: it has one, and no command.
+    keyboard: bool,
     started: Instant,
     paused: AtomicBool,
     handle: Mutex<Option<Handle>>,
@@ -60,7 +62,8 @@ impl Server {
         };
         let (paused, handle) = (AtomicBool::new(false), Mutex::default());
         let (watchers, clients) = (Watchers::default(), AtomicUsize::new(0));
-        let shared = Arc::new(Shared { about, started, paused, handle, watchers, clients });
+        let keyboard = config.keyboard && config.command.is_none();
+        let shared = Arc::new(Shared { about, keyboard, started, paused, handle, watchers, clients });
         Ok(Self { listener, shared, serving: false })
     }
 
@@ -151,6 +154,10 @@ impl Shared {
             }
             Request::Pause => handle.pause().map(|()| set_paused(true)).map_err(|error| chain(&error)),
             Request::Resume => handle.resume().map(|()| set_paused(false)).map_err(|error| chain(&error)),
+            Request::Terminate if self.keyboard => {
+                handle.ctrl_alt_del();
+                Ok(json!({"asked": true}))
+            }
             Request::Terminate => Ok(json!({"asked": handle.terminate().map_err(|error| chain(&error))?})),
             Request::End => {
                 handle.stop();

@@ -136,6 +136,22 @@ fn a_named_machine_is_saved_and_restored() {
 }
 
 #[test]
+fn a_guest_with_a_keyboard_is_asked_before_it_is_stopped() {
+    let folder = TempDir::new().unwrap();
+    let folder = folder.path();
+    fs::write(folder.join("keyboard.json"), r#"{"keyboard": true}"#).unwrap();
+    let script = "until grep -q 'Handlers=.*kbd' /proc/bus/input/devices; do :; done; echo ready; sleep 1000";
+    let guest = Guest::new(Kernel::Debian61).script(script).option("--name", "one");
+    let mut guest = guest.option("--config", folder.join("keyboard.json").display());
+    guest.command().env("XDG_RUNTIME_DIR", folder);
+    let running = guest.start();
+    running.wait_for("ready");
+    says(folder, &["stop", "one", "--time", "100s"]);
+    // Nobody has told Linux to do something else.
+    assert_eq!(running.wait().report["outcome"], "rebooted");
+}
+
+#[test]
 fn what_is_no_machine_is_refused_and_what_is_dead_cleaned() {
     let folder = TempDir::new().unwrap();
     let folder = folder.path();
