@@ -309,7 +309,6 @@ fn what_changed_is_saved_on_top_of_what_was_saved_before() {
 }
 
 #[test]
-#[ignore = "takes minutes in an emulated host"]
 fn four_clones_run_at_once() {
     clones(4);
 }
