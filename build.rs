@@ -1,5 +1,6 @@
 //! Compiles the guest's init, `src/init`, which bantam carries within itself: a static program without the standard
-//! library, by the compiler that compiles bantam. And leaves out of a release what only unwinding needs.
+//! library, by the compiler that compiles bantam. And makes bantam small: leaves out of a release what only unwinding needs,
+//! and packs relocations.
 
 #![allow(clippy::expect_used, reason = "a build script says what went wrong by failing")]
 
@@ -10,6 +11,17 @@ use std::process::Command;
 fn main() {
     init();
     leave_out_unwind_tables();
+    pack_relocations();
+}
+
+/// A pointer to relocate is a bit, and not 24 bytes, where the C library knows of that (`DT_RELR`): glibc 2.36 and later.
+fn pack_relocations() {
+    let output = Command::new("getconf").arg("GNU_LIBC_VERSION").output();
+    let version = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let minor = version.trim().strip_prefix("glibc 2.").and_then(|minor| minor.split('.').next()?.parse::<u32>().ok());
+    if minor.is_some_and(|minor| minor >= 36) && env::var("TARGET").ok() == env::var("HOST").ok() {
+        println!("cargo::rustc-link-arg-bin=bantam=-Wl,-z,pack-relative-relocs");
+    }
 }
 
 /// A release without debugging information never unwinds: what tells how is a tenth of it, and left out. The precompiled
