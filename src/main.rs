@@ -15,7 +15,7 @@ use bantam::config::Config;
 use bantam::control::Served;
 use bantam::devices::console;
 use bantam::machine::firecracker::Metrics;
-use bantam::machine::{Builder, Lines, Machine};
+use bantam::machine::{Builder, Lines, Machine, Snapshot};
 use bantam::named::{Request, Server};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
@@ -103,20 +103,24 @@ fn failed(error: &(dyn Error + 'static)) -> ExitCode {
 fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     flags.check()?;
     if flags.snapshot_version {
-        return print(format!("v{}\n", bantam::control::VERSION).as_bytes());
+        return print(format!("v{}.0.0\n", bantam::snapshot::FORMAT).as_bytes());
+    }
+    if let Some(path) = &flags.describe_snapshot {
+        return print(format!("v{}.0.0\n", Snapshot::version(path)?).as_bytes());
     }
     // First: clients wait for it.
     let mut server = flags.server()?;
     let mut program = cli::api::Machines::new(flags, started)?;
-    if let (Some(server), Some(metrics)) = (&mut server, flags.metrics()) {
-        server.api().set_metrics(metrics)?;
+    let mut unserved = flags.api();
+    let api = server.as_mut().map_or(&mut unserved, bantam::control::Server::api);
+    api.set_startup(flags.startup(started));
+    if let Some(metrics) = flags.metrics() {
+        api.set_metrics(metrics)?;
     }
     let settings = flags.settings()?;
     if let Some((path, settings)) = settings {
         let handle = program.start_from(&path, &settings)?;
-        if let Some(server) = &mut server {
-            server.api().started_with(settings, handle)?;
-        }
+        api.started_with(settings, handle)?;
     } else if let Some(server) = &mut server {
         match server.serve(Some(&mut program))? {
             Served::Signaled(number) => return Ok(signaled(number)),

@@ -86,13 +86,26 @@ pub fn encode(state: &impl Serialize) -> Result<Vec<u8>, Error> {
     Ok(file)
 }
 
-/// What a state file says, if all of it is as it was written.
-pub fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<T, Error> {
+/// The most bytes that [`version`] looks at.
+pub const VERSION_BYTES: u64 = 256;
+
+/// The version of the format that a state file has, by its first bytes; it may be one that this program does not know.
+pub fn version(file: &[u8]) -> Result<u32, Error> {
+    let (words, _) = split(file)?;
+    words[0].parse().map_err(|_| Error::Line)
+}
+
+/// The words of the first line, of which the first is the version of the format, and what follows.
+fn split(file: &[u8]) -> Result<(Vec<&str>, &[u8]), Error> {
     let rest = file.strip_prefix(MAGIC.as_bytes()).and_then(|rest| rest.strip_prefix(b" ")).ok_or(Error::Magic)?;
     let end = rest.iter().take(MAX_LINE).position(|byte| *byte == b'\n').ok_or(Error::Line)?;
     let line = std::str::from_utf8(&rest[..end]).map_err(|_| Error::Line)?;
-    let body = &rest[end + 1..];
-    let words: Vec<_> = line.split(' ').collect();
+    Ok((line.split(' ').collect(), &rest[end + 1..]))
+}
+
+/// What a state file says, if all of it is as it was written.
+pub fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<T, Error> {
+    let (words, body) = split(file)?;
     // Of other versions no more need be as here than the first word.
     if words[0] != FORMAT.to_string() {
         let known = words[0].bytes().all(|byte| byte.is_ascii_digit()) && !words[0].is_empty();

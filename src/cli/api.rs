@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::log::LevelFilter;
 use bantam::config::file;
@@ -12,6 +12,7 @@ use bantam::control::{Api, Program, Server, Stop, VERSION};
 use bantam::machine::{Builder, Handle, Machine, Snapshot};
 use bantam::signal::{self, SignalFd};
 use clap::{Args, FromArgMatches};
+use rustix::time::{ClockId, clock_gettime};
 
 use super::{log, message};
 
@@ -83,19 +84,19 @@ pub struct Flags {
     /// Have devices on PCI, which is refused: they are on MMIO.
     #[arg(long, help_heading = "Taken and not used")]
     enable_pci: bool,
-    /// When the process was started, in microseconds of the monotonic clock.
-    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    /// When the process was started, in microseconds of the monotonic clock, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Output")]
     start_time_us: Option<u64>,
-    /// The CPU time of the process when it was started.
-    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    /// The CPU time of the process when it was started, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Output")]
     start_time_cpu_us: Option<u64>,
-    /// The CPU time of the process that started it.
-    #[arg(long, value_name = "MICROSECONDS", help_heading = "Taken and not used")]
+    /// The CPU time of the process that started it, for the metrics.
+    #[arg(long, value_name = "MICROSECONDS", help_heading = "Output")]
     parent_cpu_time_us: Option<u64>,
-    /// Print the version of snapshots.
+    /// Print the version of the format of snapshots.
     #[arg(long, help_heading = "Snapshots")]
     pub snapshot_version: bool,
-    /// Print the version of a snapshot.
+    /// Print the version of the format of the snapshot that has its state in this file.
     #[arg(long, value_name = "FILE", help_heading = "Snapshots")]
     pub describe_snapshot: Option<PathBuf>,
 }
@@ -151,11 +152,28 @@ impl Flags {
         }
     }
 
+    /// What clients talk to, if there are any.
+    pub fn api(&self) -> Api {
+        Api::new(&self.id, Settings::default())
+    }
+
     /// The server, unless there is to be none.
     pub fn server(&self) -> Result<Option<Server>, bantam::control::Error> {
-        let api = || Api::new(&self.id, Settings::default());
-        let bind = || Server::bind(&self.api_sock, api(), self.http_api_max_payload_size);
+        let bind = || Server::bind(&self.api_sock, self.api(), self.http_api_max_payload_size);
         (!self.no_api).then(bind).transpose()
+    }
+
+    /// How long the process has taken since it was `started`, or since when the flags say, in microseconds: by the clock,
+    /// and of CPU time.
+    pub fn startup(&self, started: Instant) -> [u64; 2] {
+        let now = |clock| {
+            let time = Duration::try_from(clock_gettime(clock)).unwrap_or_default();
+            u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+        };
+        let since = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let time = self.start_time_us.map_or(since, |start| now(ClockId::Monotonic).saturating_sub(start));
+        let cpu_time = now(ClockId::ProcessCPUTime).saturating_sub(self.start_time_cpu_us.unwrap_or(0));
+        [time, cpu_time.saturating_add(self.parent_cpu_time_us.unwrap_or(0))]
     }
 
     /// What is known of the machine from the start.

@@ -1,8 +1,8 @@
 //! Firecracker's API: what each request means, before the machine has started and afterwards.
 
-use std::fs::File;
+use std::path::Path;
 
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 
 use super::http::{Request, Response};
 use super::running::Running;
@@ -11,7 +11,7 @@ use crate::config::firecracker::{
 };
 use crate::config::json;
 use crate::config::tree::{Error, Node, Table};
-use crate::machine::{Handle, Snapshot};
+use crate::machine::{self, Handle, Lines, Snapshot};
 use crate::signal::SignalFd;
 
 /// The version of Firecracker's API that this is, of its OpenAPI document, for clients that ask.
@@ -48,7 +48,9 @@ pub trait Program {
 pub struct Api {
     id: String,
     settings: Settings,
-    metrics: Option<File>,
+    /// Where metrics go, until there is a machine that writes them.
+    metrics: Option<Lines>,
+    startup: [u64; 2],
     running: Option<Running>,
 }
 
@@ -62,7 +64,12 @@ fn done() -> Answer {
 impl Api {
     /// The API of a machine of this name, with what is known of it already.
     pub fn new(id: impl Into<String>, settings: Settings) -> Self {
-        Self { id: id.into(), settings, metrics: None, running: None }
+        Self { id: id.into(), settings, metrics: None, startup: [0; 2], running: None }
+    }
+
+    /// How long the process took until it was ready, in microseconds: by the clock, and of CPU time. Metrics tell.
+    pub fn set_startup(&mut self, times: [u64; 2]) {
+        self.startup = times;
     }
 
     /// The machine runs.
@@ -70,6 +77,26 @@ impl Api {
         let mut running = Running::new(handle);
         if let Err(error) = running.limit_interfaces(&self.settings.interfaces) {
             log::error!("{error}");
+        }
+        self.run(running);
+    }
+
+    fn run(&mut self, running: Running) {
+        if let (Some(lines), Some(metrics)) = (self.metrics.take(), &self.settings.metrics) {
+            let mut more = Map::new();
+            if metrics.emit_id {
+                more.insert("id".into(), self.id.clone().into());
+            }
+            if !metrics.properties.is_empty() {
+                let properties = metrics.properties.iter().map(|(key, value)| (key.clone(), json!(value)));
+                more.insert("properties".into(), properties.collect());
+            }
+            let drives = self.settings.drives_in_order().map(|drive| &drive.drive_id).enumerate();
+            let cards = self.settings.interfaces.iter().map(|card| &card.iface_id).enumerate();
+            let drives = drives.map(|(index, id)| (format!("blk{index}"), id.clone()));
+            let ids = drives.chain(cards.map(|(index, id)| (format!("net{index}"), id.clone()))).collect();
+            let metrics = machine::firecracker::Metrics::new(ids).more(more).startup(self.startup);
+            running.tell_metrics(lines, metrics);
         }
         self.running = Some(running);
     }
@@ -81,16 +108,17 @@ impl Api {
     pub fn started_with(&mut self, settings: Settings, handle: Handle) -> Result<(), String> {
         let metrics = self.settings.metrics.take();
         self.settings = settings;
-        self.started(handle);
         match (metrics, self.settings.metrics.take()) {
             (Some(metrics), _) => self.settings.metrics = Some(metrics),
             (None, Some(metrics)) => self.set_metrics(metrics)?,
             (None, None) => {}
         }
+        self.started(handle);
         Ok(())
     }
 
-    /// Writes metrics to the end of a file, or to a pipe, whenever a client says so.
+    /// Writes metrics to the end of a file, or to a pipe: at the start, each minute, whenever a client says so, and at the
+    /// end.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -312,25 +340,22 @@ impl Api {
         let handle = program.restore(snapshot, !load.resume)?;
         self.settings =
             Settings { logger: self.settings.logger.take(), metrics: self.settings.metrics.take(), ..settings };
-        self.running = Some(Running::restored(handle, !load.resume));
+        self.run(Running::restored(handle, !load.resume));
         done()
     }
 
-    fn open_metrics(&self, path: &str) -> Result<File, String> {
+    fn open_metrics(&self, path: &str) -> Result<Lines, String> {
         if self.metrics.is_some() {
             return Err("The metrics system has been initialized already.".into());
         }
-        let opened = File::options().append(true).create(true).open(path);
+        let opened = Lines::open(Path::new(path));
         opened.map_err(|error| format!("The metrics file {path} cannot be opened: {error}"))
     }
 
     fn flush_metrics(&mut self) -> Answer {
-        let Self { running, metrics, settings, id } = self;
-        let running = running.as_mut().ok_or(NOT_BEFORE)?;
-        match (metrics, &settings.metrics) {
-            (Some(file), Some(metrics)) => running.flush_metrics(file, metrics, id),
-            _ => done(),
-        }
+        let is_told = self.settings.metrics.is_some();
+        let running = self.running()?;
+        if is_told { running.flush_metrics() } else { done() }
     }
 }
 

@@ -1,17 +1,13 @@
 //! What the API asks of a machine that runs.
 
-use std::fs::File;
-use std::io::Write;
 use std::time::Duration;
-
-use serde_json::json;
 
 use super::api::chain;
 use super::http::Response;
 use super::snapshot::Create;
-use crate::config::firecracker::{Balloon, Drive, Limiter, Metrics, NetworkInterface};
+use crate::config::firecracker::{Balloon, Drive, Limiter, NetworkInterface};
 use crate::config::tree::Node;
-use crate::machine::{Destination, Handle};
+use crate::machine::{Destination, Handle, Lines, firecracker};
 use crate::size::Size;
 use crate::virtio::balloon::PAGE;
 use crate::virtio::change::{Change, Rates};
@@ -164,17 +160,16 @@ impl Running {
         done()
     }
 
-    pub fn flush_metrics(&mut self, file: &mut File, metrics: &Metrics, id: &str) -> Answer {
-        let mut line = json!({});
-        if metrics.emit_id {
-            line["id"] = id.into();
+    /// Has it write its metrics from the start.
+    pub fn tell_metrics(&self, lines: Lines, metrics: firecracker::Metrics) {
+        self.handle.metrics(lines, metrics);
+    }
+
+    pub fn flush_metrics(&self) -> Answer {
+        match self.handle.flush_metrics().map_err(|error| chain(&error))? {
+            true => done(),
+            false => Err("The metrics cannot be written: the log says why.".into()),
         }
-        if !metrics.properties.is_empty() {
-            let properties = metrics.properties.iter();
-            line["properties"] = properties.map(|(key, value)| (key.clone(), json!(value))).collect();
-        }
-        writeln!(file, "{line}").map_err(|error| format!("The metrics cannot be written: {error}"))?;
-        done()
     }
 }
 

@@ -122,6 +122,10 @@ const NAMES: &[(&str, &str, &str, &str)] = &[
 pub struct Metrics {
     /// What devices are called there, by their names in the report.
     ids: BTreeMap<String, String>,
+    /// What each line has beside the counters.
+    more: Map<String, Value>,
+    /// How long the process took until it was ready, in microseconds: by the clock, and of CPU time.
+    startup: [u64; 2],
     /// The counters of the last line.
     before: BTreeMap<String, Value>,
 }
@@ -129,16 +133,31 @@ pub struct Metrics {
 impl Metrics {
     /// For a machine whose devices have these ids, by their names in the report; others keep those.
     pub fn new(ids: BTreeMap<String, String>) -> Self {
-        Self { ids, before: BTreeMap::new() }
+        Self { ids, ..Self::default() }
+    }
+
+    /// Has each line say more than counters, under these names.
+    pub fn more(mut self, more: Map<String, Value>) -> Self {
+        self.more = more;
+        self
+    }
+
+    /// Has each line say how long the process took until it was ready, in microseconds: by the clock, and of CPU time.
+    pub fn startup(mut self, [time, cpu_time]: [u64; 2]) -> Self {
+        self.startup = [time, cpu_time];
+        self
     }
 
     /// The next line.
     pub fn line(&mut self, report: &Report) -> Value {
-        let mut line = Map::new();
+        let mut line = self.more.clone();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         line.insert("utc_timestamp_ms".into(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX).into());
         for (section, names) in SECTIONS {
             line.insert((*section).into(), zeros(names));
+        }
+        for (name, time) in ["process_startup_time_us", "process_startup_time_cpu_us"].iter().zip(self.startup) {
+            line["api_server"][name] = time.into();
         }
         for (device, counters) in &report.statistics {
             let id = self.ids.get(device).unwrap_or(device);
@@ -189,13 +208,18 @@ mod tests {
 
     #[test]
     fn lines_have_what_came_since_the_last_one() {
-        let mut metrics = Metrics::new([("blk0".into(), "rootfs".into())].into());
+        let more = Map::from_iter([("id".to_owned(), "one".into())]);
+        let mut metrics = Metrics::new([("blk0".into(), "rootfs".into())].into()).more(more).startup([9, 5]);
         let first = metrics.line(&report(7));
         assert_eq!((&first["block"]["read_count"], &first["block_rootfs"]["read_count"]), (&12.into(), &7.into()));
         assert_eq!((&first["block_blk1"]["read_count"], &first["vcpu"]["exit_io_out"]), (&5.into(), &5.into()));
         let second = metrics.line(&report(10));
         assert_eq!((&second["block"]["read_count"], &second["block_rootfs"]["read_count"]), (&3.into(), &3.into()));
         assert_eq!(second["block"]["write_agg"]["sum_us"], 0);
+        // No counters: they are said each time.
+        let startup =
+            ["process_startup_time_us", "process_startup_time_cpu_us"].map(|name| &second["api_server"][name]);
+        assert_eq!((&second["id"], startup), (&"one".into(), [&9.into(), &5.into()]));
         assert!(second["utc_timestamp_ms"].as_u64() > Some(1 << 40));
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use super::board_x86_64::Attached;
 use super::inbox::{Event, Sender};
 use super::pause::ask;
-use super::{Refusal, Report};
+use super::{Lines, Refusal, Report, firecracker};
 use crate::size::Size;
 use crate::virtio::balloon::{self, Statistics};
 use crate::virtio::change::{Change, Error};
@@ -61,6 +61,19 @@ impl Handle {
     /// When the machine has ended.
     pub fn report(&self) -> Result<Report, Refusal> {
         ask(&self.sender, "read the counters of", Event::Report)
+    }
+
+    /// Writes the machine's counters as [`Builder::metrics`](super::Builder::metrics) does, if it does not run yet.
+    pub fn metrics(&self, lines: Lines, metrics: firecracker::Metrics) {
+        self.sender.send(Event::Metrics(Box::new((lines, metrics))));
+    }
+
+    /// Writes a line of counters now. False if that cannot be written, or nobody has said where to.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub fn flush_metrics(&self) -> Result<bool, Refusal> {
+        ask(&self.sender, "write the metrics of", Event::FlushMetrics)
     }
 
     /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:

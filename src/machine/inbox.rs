@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::pause::Answer;
 use super::snapshot::Destination;
+use super::{Lines, firecracker};
 use crate::devices::transcript::Sight;
 use crate::{command, vcpu};
 
@@ -49,6 +50,10 @@ pub enum Event {
     Terminate(Answer<bool>),
     /// Somebody wants to know how it goes.
     Report(Answer<super::Report>),
+    /// Somebody wants its counters to be written, in this form.
+    Metrics(Box<(Lines, firecracker::Metrics)>),
+    /// Somebody wants them to be written now; the answer is whether they can be.
+    FlushMetrics(Answer<bool>),
     /// No device does anything until it goes on.
     DevicesPaused,
 }

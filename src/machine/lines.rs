@@ -33,6 +33,11 @@ impl Lines {
         Ok(Self { file: Some(options.open(path)?), waiting: Vec::new() })
     }
 
+    /// Whether somebody can read what is added.
+    pub(super) fn is_open(&self) -> bool {
+        self.file.is_some()
+    }
+
     /// Adds a line, and writes what the reader has room for.
     pub(super) fn add(&mut self, line: &serde_json::Value) {
         let line = format!("{line}\n");

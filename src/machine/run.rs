@@ -271,6 +271,12 @@ impl Machine {
                 drop(answer.send(Ok(asked)));
             }
             Event::Report(answer) => drop(answer.send(Ok(self.report()))),
+            Event::Metrics(metrics) => self.told.metrics = Some(*metrics),
+            Event::FlushMetrics(answer) => {
+                self.tell_metrics(Instant::now());
+                let is_open = self.told.metrics.as_ref().is_some_and(|(lines, _)| lines.is_open());
+                drop(answer.send(Ok(is_open)));
+            }
             Event::Reset => return Some(Ok(Outcome::Rebooted)),
             Event::PowerOff => return Some(Ok(Outcome::PoweredOff)),
             Event::Pvpanic => {

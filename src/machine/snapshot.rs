@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -185,6 +185,21 @@ impl Snapshot {
         let origin = std::path::absolute(folder).ok().zip(snapshot.origin.take());
         snapshot.origin = origin.map(|(path, origin)| Base { path, ..origin });
         Ok(snapshot)
+    }
+
+    /// The version of the format of a snapshot, of which nothing else is looked at: the file of its state, or its folder.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn version(path: impl Into<PathBuf>) -> Result<u32, Error> {
+        let mut path = path.into();
+        if path.is_dir() {
+            path.push(STATE);
+        }
+        let mut start = vec![];
+        let file = File::open(&path).map_err(read(&path))?;
+        file.take(snapshot::VERSION_BYTES).read_to_end(&mut start).map_err(read(&path))?;
+        snapshot::version(&start).map_err(|source| Error::State { path, source })
     }
 
     /// Opens a snapshot of two files.

@@ -6,12 +6,15 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use fctools::extension::metrics::Metrics;
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::Vm;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
-use fctools::vm::models::{BootSource, CreateSnapshot, Drive, EntropyDevice, MachineConfiguration, SnapshotType};
+use fctools::vm::models::{
+    BootSource, CreateSnapshot, Drive, EntropyDevice, MachineConfiguration, MetricsSystem, SnapshotType,
+};
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
 use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
@@ -47,11 +50,15 @@ async fn prepare(folder: &Path, method: InitMethod) -> Client {
         let kind = ResourceType::Moved(MovedResourceType::HardLinkedOrCopied);
         resources.create_resource(path, kind).unwrap()
     };
+    let disk = file(&folder.join("disk"));
+    let kernel = file(&Kernel::Debian61.vmlinux());
+    let initrd = file(&folder.join("initramfs.cpio"));
+    let metrics = resources.create_resource(folder.join("metrics"), ResourceType::Produced).unwrap();
     let data = VmConfigurationData {
         boot_source: BootSource {
-            kernel_image: file(&Kernel::Debian61.vmlinux()),
+            kernel_image: kernel,
             boot_args: Some("console=ttyS0 reboot=k panic=-1 quiet".into()),
-            initrd: Some(file(&folder.join("initramfs.cpio"))),
+            initrd: Some(initrd),
         },
         drives: vec![Drive {
             drive_id: "data".into(),
@@ -59,7 +66,7 @@ async fn prepare(folder: &Path, method: InitMethod) -> Client {
             cache_type: None,
             partuuid: None,
             is_read_only: Some(false),
-            block: Some(file(&folder.join("disk"))),
+            block: Some(disk),
             rate_limiter: None,
             io_engine: None,
             socket: None,
@@ -76,9 +83,9 @@ async fn prepare(folder: &Path, method: InitMethod) -> Client {
         balloon_device: None,
         vsock_device: None,
         logger_system: None,
-        metrics_system: None,
+        // Its file has other keys for these than Firecracker's.
+        metrics_system: (method == InitMethod::ViaApiCalls).then_some(MetricsSystem { metrics }),
         mmds_configuration: None,
-        // Its file has another key for that than Firecracker's.
         entropy_device: (method == InitMethod::ViaApiCalls).then_some(EntropyDevice { rate_limiter: None }),
     };
     let executor = executor(&folder.join("api.sock"));
@@ -99,6 +106,25 @@ async fn wait_for(output: &mut (impl futures_util::AsyncRead + Unpin), text: &st
         }
     };
     tokio::time::timeout(LIMIT, read).await.unwrap_or_else(|_| panic!("`{text}` was not written"));
+}
+
+/// Every line of metrics, as this client reads them, if they are what a guest that ran leaves.
+#[track_caller]
+fn metrics(folder: &Path) -> Vec<Metrics> {
+    let text = std::fs::read_to_string(folder.join("metrics")).unwrap();
+    let lines: Vec<Metrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let sum = |count: fn(&Metrics) -> u64| lines.iter().map(count).sum::<u64>();
+    assert!(sum(|line| line.block.read_count) > 0 && sum(|line| line.block.read_bytes) > 0, "{text}");
+    assert!(sum(|line| line.vcpu.exit_io_out) > 0 && sum(|line| line.vcpu.exit_mmio_write) > 0, "{text}");
+    for line in &lines {
+        let started = &line.api_server;
+        assert!(started.process_startup_time_us > 0 && started.process_startup_time_cpu_us > 0, "{text}");
+        assert!(line.utc_timestamp_ms > 1 << 40, "{text}");
+    }
+    // One for each drive, by its name.
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert!(last["block_data"]["read_count"].is_u64(), "{text}");
+    lines
 }
 
 /// A folder with what the guest needs: a shell on its console.
@@ -141,6 +167,10 @@ fn fctools_runs_a_whole_life() {
         pipes.stdin.write_all(b"echo still $((40 + 2)); cat /sys/block/vda/size\n").await.unwrap();
         wait_for(&mut pipes.stdout, "still 42").await;
         wait_for(&mut pipes.stdout, "2048").await;
+        vm.flush_metrics().await.unwrap();
+        let before = metrics(folder.path()).len();
+        vm.flush_metrics().await.unwrap();
+        assert!(metrics(folder.path()).len() > before);
         // It goes on in another process.
         vm.pause().await.unwrap();
         let mut file = |name: &str| {

@@ -77,8 +77,18 @@ fn a_link_takes_the_flags_of_firecracker() {
     api.connect();
     let (status, stdout, _) = firecracker(&api, &["--version"]);
     assert!(status == Some(0) && stdout.starts_with("Firecracker v1.17.0\n"), "{stdout}");
+    // Of a snapshot only the beginning is looked at.
+    api.write("state", b"bantam-state 7 0.0.1 2 damaged\n");
+    for (flags, version) in [(&["--snapshot-version"][..], "v1.0.0\n"), (&["--describe-snapshot", "state"], "v7.0.0\n")]
+    {
+        let (status, stdout, stderr) = firecracker(&api, flags);
+        assert_eq!((status, &*stdout), (Some(0), version), "{flags:?}: {stderr}");
+    }
     for (flags, words) in [
-        (&["--api-sock", "api.sock"][..], "api.sock, which is there already"),
+        (&["--describe-snapshot", "none"][..], "cannot read none of a snapshot: No such file"),
+        (&["--describe-snapshot", "wrong.json"], "cannot use the snapshot's state wrong.json: it is no state"),
+        (&["--describe-snapshot", "cut"], "cannot use the snapshot's state cut: its first line is damaged"),
+        (&["--api-sock", "api.sock"], "api.sock, which is there already"),
         (&["--api-sock", "no/where"], "cannot listen on the API's socket no/where"),
         (&["--no-api"], "--config-file"),
         (&["--id", "a b"], "letters, digits and dashes"),
@@ -93,6 +103,7 @@ fn a_link_takes_the_flags_of_firecracker() {
         ),
     ] {
         api.write("empty.json", b"{}");
+        api.write("cut", b"bantam-state 1 0.");
         api.write("wrong.json", b"{\"drive\": []}");
         let (status, stdout, stderr) = firecracker(&api, flags);
         assert!(status == Some(125) && stdout.is_empty() && stderr.contains(words), "{flags:?}: {stderr}");
