@@ -18,6 +18,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
     iproute2 iputils-ping util-linux strace shellcheck # tests
     passt dnsmasq-base                                           # networks without root
     erofs-utils umoci skopeo docker-registry debootstrap         # images
+    curl openssl                                                 # registries with TLS
     python3                                                      # reads JUnit files
     fio iperf3 git runc procps                                   # benchmarks
 )

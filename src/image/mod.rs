@@ -33,6 +33,8 @@ pub(crate) mod compression;
 mod config;
 mod contents;
 mod credentials;
+#[cfg(not(feature = "tls"))]
+mod curl;
 mod digest;
 mod directory;
 mod erofs;

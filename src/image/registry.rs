@@ -2,7 +2,7 @@
 //!
 //! Blobs are read as they come and are not kept: what is unpacked of them is. A connection that ends early is made anew
 //! where it ended. Registries on this machine are spoken to without TLS, all others with it, trusting the certificates
-//! that the host trusts. This is a few requests of plain HTTP, which the OCI client crates do with an asynchronous stack
+//! that the host trusts; without the feature `tls` by `curl`. This is a few requests of plain HTTP, which the OCI client crates do with an asynchronous stack
 //! that is larger than all of bantam.
 
 use std::io::{self, Read};
@@ -12,10 +12,11 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
-use ureq::http::{Response, header};
-use ureq::{Agent, Body};
+use ureq::Agent;
 
 use super::archive::invalid;
+#[cfg(not(feature = "tls"))]
+use super::curl;
 use super::oci::Blobs;
 use super::reference::Reference;
 
@@ -26,10 +27,19 @@ const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vn
 
 /// A repository of a registry.
 pub(super) struct Registry {
-    agent: Agent,
+    /// What asks; without it, `curl` does.
+    agent: Option<Agent>,
     reference: Reference,
     /// What the registry wants to see in `Authorization`.
     authorization: Mutex<Option<String>>,
+}
+
+/// What a server answers.
+struct Answer {
+    status: u16,
+    /// What it wants to have authorization by.
+    challenge: String,
+    body: Box<dyn Read>,
 }
 
 /// What a server gives to who asks for a token.
@@ -47,34 +57,57 @@ impl Registry {
             .user_agent(concat!("bantam/", env!("CARGO_PKG_VERSION")))
             .timeout_connect(Some(Duration::from_secs(30)))
             .timeout_recv_response(Some(Duration::from_secs(60)));
-        let config = if reference.is_local() { config } else { with_tls(config, reference)? };
-        let authorization = Mutex::new(None);
-        Ok(Self { agent: config.build().into(), reference: reference.clone(), authorization })
+        let config = if reference.is_local() { Some(config) } else { with_tls(config)? };
+        let agent = config.map(|config| config.build().into());
+        Ok(Self { agent, reference: reference.clone(), authorization: Mutex::new(None) })
+    }
+
+    /// Asks `server` for `uri`.
+    fn ask(&self, server: &str, uri: &str, headers: &[(&str, String)]) -> io::Result<Answer> {
+        let Some(agent) = &self.agent else { return self.ask_by_program(server, uri, headers) };
+        let request = headers.iter().fold(agent.get(uri), |request, (name, value)| request.header(*name, value));
+        let response = request.call().map_err(|error| named(server, into_io(error)))?;
+        let challenge = response.headers().get("www-authenticate").and_then(|value| value.to_str().ok());
+        Ok(Answer {
+            status: response.status().as_u16(),
+            challenge: challenge.unwrap_or_default().to_owned(),
+            body: Box::new(response.into_body().into_reader()),
+        })
+    }
+
+    #[cfg(feature = "tls")]
+    fn ask_by_program(&self, server: &str, _: &str, _: &[(&str, String)]) -> io::Result<Answer> {
+        Err(named(server, io::ErrorKind::Unsupported.into()))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn ask_by_program(&self, server: &str, uri: &str, headers: &[(&str, String)]) -> io::Result<Answer> {
+        let (status, challenge, body) = curl::get(uri, headers).map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => no_tls(&self.reference),
+            _ => named(server, error),
+        })?;
+        Ok(Answer { status, challenge, body: Box::new(body) })
     }
 
     /// Asks for `path` of the repository, from byte `from` on.
-    fn get(&self, path: &str, from: u64) -> io::Result<Response<Body>> {
+    fn get(&self, path: &str, from: u64) -> io::Result<Answer> {
         let Reference { host, name, .. } = &self.reference;
         let scheme = if self.reference.is_local() { "http" } else { "https" };
         let server = if host == "docker.io" { "registry-1.docker.io" } else { host };
         let uri = format!("{scheme}://{server}/v2/{name}/{path}");
         for last in [false, true] {
-            let mut request = self.agent.get(&uri).header(header::ACCEPT, MANIFESTS);
+            let mut headers = vec![("accept", MANIFESTS.to_owned())];
             let authorization =
                 self.authorization.lock().map_err(|_| io::Error::other("another thread failed"))?.clone();
-            if let Some(authorization) = authorization {
-                request = request.header(header::AUTHORIZATION, authorization);
-            }
+            headers.extend(authorization.map(|authorization| ("authorization", authorization)));
             if from > 0 {
-                request = request.header(header::RANGE, format!("bytes={from}-"));
+                headers.push(("range", format!("bytes={from}-")));
             }
-            let response = request.call().map_err(|error| named(server, into_io(error)))?;
-            match response.status().as_u16() {
-                200 | 206 => return Ok(response),
+            let answer = self.ask(server, &uri, &headers)?;
+            match answer.status {
+                200 | 206 => return Ok(answer),
                 401 if !last => {
-                    let challenge = response.headers().get(header::WWW_AUTHENTICATE);
-                    let challenge = challenge.and_then(|value| value.to_str().ok()).unwrap_or_default();
-                    let authorization = self.authorize(challenge)?;
+                    let authorization = self.authorize(&answer.challenge)?;
                     *self.authorization.lock().map_err(|_| io::Error::other("another thread failed"))? =
                         Some(authorization);
                 }
@@ -112,22 +145,19 @@ impl Registry {
         }
         let realm = parameter(rest, "realm").filter(|_| scheme.eq_ignore_ascii_case("bearer"));
         let realm = realm.ok_or_else(|| invalid(format!("the registry asks for authorization by {challenge:?}")))?;
-        let mut request = self.agent.get(realm);
+        let mut uri = format!("{realm}{}scope=", if realm.contains('?') { '&' } else { '?' });
+        uri += &percent_encoded(&format!("repository:{}:pull", self.reference.name));
         if let Some(service) = parameter(rest, "service") {
-            request = request.query("service", service);
+            uri += &format!("&service={}", percent_encoded(service));
         }
-        request = request.query("scope", format!("repository:{}:pull", self.reference.name));
-        if let Some(basic) = basic {
-            request = request.header(header::AUTHORIZATION, basic);
-        }
-        let response = request.call().map_err(|error| named(realm, into_io(error)))?;
-        let status = response.status().as_u16();
-        if status != 200 {
-            let text = format!("{realm} gives no token: it answers {status}");
+        let headers: Vec<_> = basic.map(|basic| ("authorization", basic)).into_iter().collect();
+        let answer = self.ask(realm, &uri, &headers)?;
+        if answer.status != 200 {
+            let text = format!("{realm} gives no token: it answers {}", answer.status);
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
         }
         let mut body = vec![];
-        response.into_body().into_reader().take(super::oci::JSON_MAX).read_to_end(&mut body)?;
+        answer.body.take(super::oci::JSON_MAX).read_to_end(&mut body)?;
         let token: Token = serde_json::from_slice(&body)?;
         let token = token.token.or(token.access_token).ok_or_else(|| invalid(format!("{realm} gives no token")))?;
         Ok(format!("Bearer {token}"))
@@ -138,7 +168,7 @@ type Builder = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
 /// TLS with the certificates that the host trusts.
 #[cfg(feature = "tls")]
-fn with_tls(config: Builder, _reference: &Reference) -> io::Result<Builder> {
+fn with_tls(config: Builder) -> io::Result<Option<Builder>> {
     use std::sync::Arc;
     use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
@@ -154,18 +184,32 @@ fn with_tls(config: Builder, _reference: &Reference) -> io::Result<Builder> {
         .root_certs(RootCerts::Specific(Arc::new(certificates)))
         .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .build();
-    Ok(config.tls_config(tls))
+    Ok(Some(config.tls_config(tls)))
 }
 
 #[cfg(not(feature = "tls"))]
-fn with_tls(_config: Builder, reference: &Reference) -> io::Result<Builder> {
+fn with_tls(_config: Builder) -> io::Result<Option<Builder>> {
+    Ok(None)
+}
+
+/// That nothing here speaks TLS.
+#[cfg(not(feature = "tls"))]
+fn no_tls(reference: &Reference) -> io::Error {
     let name = reference.name.rsplit('/').next().unwrap_or_default();
     let layout = format!("oci:{name}:{}", reference.tag.as_deref().unwrap_or("latest"));
     let text = format!(
-        "this bantam has no TLS, which other machines are spoken to by: run `skopeo copy {reference} {layout}` and \
-         give {layout} in its place, or build bantam with `cargo build --release --features tls`"
+        "this bantam has no TLS, which other machines are spoken to by, and there is no program curl that has it: install \
+         that, or run `skopeo copy {reference} {layout}` and give {layout} in its place, or build bantam with `cargo build \
+         --release --features tls`"
     );
-    Err(io::Error::new(io::ErrorKind::Unsupported, text))
+    io::Error::new(io::ErrorKind::Unsupported, text)
+}
+
+/// `text` as it may stand in a query (RFC 3986, section 2.3).
+fn percent_encoded(text: &str) -> String {
+    let unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    let encode = |byte: u8| if unreserved(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(encode).collect()
 }
 
 /// An error with whom it was about.
@@ -202,7 +246,7 @@ impl Blobs for Registry {
     }
 
     fn open_manifest(&self, name: &str) -> io::Result<Box<dyn Read + '_>> {
-        Ok(Box::new(self.get(&format!("manifests/{name}"), 0)?.into_body().into_reader()))
+        Ok(self.get(&format!("manifests/{name}"), 0)?.body)
     }
 }
 
@@ -222,10 +266,8 @@ impl Blob<'_> {
         let body = match &mut self.body {
             Some(body) => body,
             None => {
-                let response = self.registry.get(&self.path, self.at)?;
-                let whole = response.status().as_u16() == 200;
-                let mut body: Box<dyn Read> = Box::new(response.into_body().into_reader());
-                if whole {
+                let Answer { status, mut body, .. } = self.registry.get(&self.path, self.at)?;
+                if status == 200 {
                     // It does not know ranges.
                     io::copy(&mut body.by_ref().take(self.at), &mut io::sink())?;
                 }
@@ -254,7 +296,8 @@ impl Read for Blob<'_> {
                 Err(error) => {
                     self.body = None;
                     self.tries += 1;
-                    let answered = matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied);
+                    use io::ErrorKind::{NotFound, PermissionDenied, Unsupported};
+                    let answered = matches!(error.kind(), NotFound | PermissionDenied | Unsupported);
                     if answered || self.tries == TRIES {
                         return Err(error);
                     }
@@ -278,6 +321,7 @@ mod tests {
         assert_eq!(parameter(challenge, "realm"), Some("https://auth.docker.io/token"));
         assert_eq!(parameter(challenge, "service"), Some("registry.docker.io"));
         assert_eq!(parameter(challenge, "error"), None);
+        assert_eq!(percent_encoded("repository:a/b-c_d:pull"), "repository%3Aa%2Fb-c_d%3Apull");
     }
 
     /// A registry that gives what `answer` makes of each request's path, range and authorization.

@@ -17,13 +17,42 @@ fn what_needs_tls_is_told_with_what_brings_it() {
         ),
         ("docker://example.org/team/app", "`skopeo copy docker://example.org/team/app:latest oci:app:latest` and give"),
     ] {
-        let output = place.bantam(&["pull", reference]);
+        // Nor is there curl.
+        let output = place.command(&["pull", reference]).env("PATH", "/nowhere").output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(125), "{said}");
         for words in ["this bantam has no TLS", copied, "`cargo build --release --features tls`"] {
             assert!(said.contains(words), "`{words}` is not in: {said}");
         }
     }
+}
+
+#[test]
+#[cfg(not(feature = "tls"))]
+fn an_image_is_pulled_by_tls() {
+    let place = Place::new();
+    layered(&place);
+    let expected = place.files(&place.pull("oci:layout:v1"));
+    place.bantam(&["prune"]);
+    let certificate = "req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=registry.localhost \
+                       -addext subjectAltName=DNS:registry.localhost";
+    place.run("openssl", &certificate.split_ascii_whitespace().collect::<Vec<_>>());
+    let registry = Registry::start_with_tls(&place.path("."));
+    let pushed = format!("docker://{}/team/app:1", registry.address);
+    place.run("skopeo", &["copy", "-q", "--insecure-policy", "--dest-tls-verify=false", "oci:layout:v1", &pushed]);
+    // curl knows that this name is of this machine.
+    let reference = pushed.replace("127.0.0.1", "registry.localhost");
+    let said = place.refused(&reference);
+    assert!(said.contains("cannot ask registry.localhost") && said.contains("certificate"), "{said}");
+
+    let pull =
+        |reference: &str| place.command(&["pull", reference]).env("CURL_CA_BUNDLE", place.path("cert.pem")).output();
+    let missing = pull(&reference.replace(":1", ":2")).unwrap();
+    assert_eq!(missing.status.code(), Some(125));
+    let pulled = pull(&reference).unwrap();
+    assert!(pulled.status.success(), "{}", String::from_utf8_lossy(&pulled.stderr));
+    let image = String::from_utf8(pulled.stdout).unwrap();
+    assert_same(&place.files(image.trim_end().as_ref()), &expected);
 }
 
 #[test]

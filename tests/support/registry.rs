@@ -15,10 +15,20 @@ pub struct Registry {
 
 impl Registry {
     pub fn start(folder: &Path) -> Self {
+        Self::serve(folder, "")
+    }
+
+    /// One that is spoken to by TLS, with the certificate and key that are in the folder as `cert.pem` and `key.pem`.
+    #[allow(dead_code, reason = "not every test that has this file has need of it")]
+    pub fn start_with_tls(folder: &Path) -> Self {
+        Self::serve(folder, ", tls: {certificate: cert.pem, key: key.pem}")
+    }
+
+    fn serve(folder: &Path, tls: &str) -> Self {
         // A port that was free just now.
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: '{address}'}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\nhttp: {{addr: '{address}'{tls}}}\n",
             folder.join("registry").display()
         );
         fs::write(folder.join("registry.yml"), config).unwrap();
