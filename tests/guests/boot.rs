@@ -77,13 +77,14 @@ fn vmlinux_without_pvh_is_entered_in_64_bits() {
 /// What a machine must not do: more before its guest runs. A release makes some less, which its dynamic linker does for libgcc.
 #[test]
 fn few_system_calls_come_before_the_guest() {
-    const BUDGET: usize = 145;
+    const BUDGET: usize = 150;
     let calls = NamedTempFile::new().unwrap();
     let mut strace = Command::new("strace");
     strace.args(["-f", "-o"]).arg(calls.path()).arg(env!("CARGO_BIN_EXE_bantam"));
     strace.args(["run", "--memory", "128M", "--timeout", "3s", "--kernel"]).arg(Kernel::Tiny.vmlinux());
     strace.arg("--initrd").arg(Kernel::Tiny.file("initramfs.cpio"));
-    let output = strace.stdin(Stdio::null()).output().unwrap();
+    // cargo has the dynamic linker look into folders of its own.
+    let output = strace.env_remove("LD_LIBRARY_PATH").stdin(Stdio::null()).output().unwrap();
     let calls = fs::read_to_string(calls.path()).unwrap();
     let before = calls.split_once("KVM_RUN").unwrap_or_else(|| panic!("{output:?}")).0;
     // The other half of one, signals, the ends of threads.
