@@ -218,7 +218,7 @@ memory_once() {
 }
 
 private() {
-    awk -v guest_kib=131072 -v guest_files="$tiny $built/boot.cpio" "${@:2}" -f resources/bench/private.awk "$built/smaps-$1"
+    awk -v guest_kib=131072 -v guest_files="$(realpath "$tiny" "$built/boot.cpio")" "${@:2}" -f resources/bench/private.awk "$built/smaps-$1"
 }
 
 boot() {
