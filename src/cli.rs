@@ -426,6 +426,7 @@ impl Run {
             keyboard: config.keyboard,
             command,
             modules: self.modules.clone().or(config.modules),
+            cpu_template: config.cpu_template,
             cpu_quota: self.cpu_quota.or(config.cpu_quota),
             serial: self.serial.clone().or(file).unwrap_or(default_serial),
             boot_timeout: self.boot_timeout.or(config.boot_timeout),

@@ -24,6 +24,7 @@ pub use overlay::Overlay;
 pub use quota::{BadQuota, Quota};
 pub use share::{BadShare, Share};
 
+use crate::arch::x86_64::template::Template;
 use crate::command::{self, BadSpec};
 use crate::devices::console;
 use crate::virtio::{balloon, blk, net, vsock};
@@ -153,6 +154,8 @@ pub struct Config {
     pub command: Option<command::Spec>,
     /// Where the modules of the kernel are for that, if not beside the kernel or with the host's own.
     pub modules: Option<PathBuf>,
+    /// What the guest's CPU has otherwise than KVM would give it, in the format of Firecracker's custom CPU templates.
+    pub cpu_template: Option<Template>,
     /// The CPU time of vCPUs and devices together.
     pub cpu_quota: Option<Quota>,
     /// Where the serial console is.
@@ -187,6 +190,7 @@ impl Default for Config {
             keyboard: false,
             command: None,
             modules: None,
+            cpu_template: None,
             cpu_quota: None,
             serial: console::Spec::default(),
             boot_timeout: None,
@@ -327,6 +331,12 @@ impl Config {
     /// Sets where the kernel's modules are.
     pub fn modules(mut self, folder: impl Into<PathBuf>) -> Self {
         self.modules = Some(folder.into());
+        self
+    }
+
+    /// Changes the guest's CPU.
+    pub fn cpu_template(mut self, template: Template) -> Self {
+        self.cpu_template = Some(template);
         self
     }
 

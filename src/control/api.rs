@@ -209,7 +209,7 @@ impl Api {
             ("PUT", ["vsock"]) => next.vsock = Some(text(devices::read_vsock(node))?),
             ("PUT", ["entropy"]) => next.entropy = Some(text(devices::read_entropy(node))?),
             ("PUT", ["serial"]) => next.serial = Some(text(Serial::read(node))?),
-            ("PUT", ["cpu-config"]) => text(firecracker::check_cpu_config(node))?,
+            ("PUT", ["cpu-config"]) => next.cpu_config = text(firecracker::cpu::read(node))?,
             ("PUT", ["logger"]) => next.logger = Some(text(Logger::read(node))?),
             ("PUT", ["metrics"]) => next.metrics = Some(text(Metrics::read(node))?),
             (_, ["mmds", ..]) => return Err(firecracker::NO_MMDS.into()),

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
     CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_RUNNABLE,
-    Msrs, kvm_cpuid_entry2, kvm_run,
+    Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::Error;
 use crate::arch::x86_64::regs::{self, Entry};
+use crate::arch::x86_64::template::{self, MsrModifier};
 use crate::bus::Bus;
 use crate::memory::GuestRam;
 
@@ -89,6 +90,29 @@ impl Vcpu {
         entry.set_sregs(&mut sregs);
         self.fd.set_sregs(&sregs).map_err(fail("set the special registers (KVM_SET_SREGS)"))?;
         self.fd.set_regs(&entry.regs()).map_err(fail("set the registers (KVM_SET_REGS)"))
+    }
+
+    /// Changes model specific registers from what KVM has in them.
+    ///
+    /// # Errors
+    /// When KVM does not have one of them, or not take its value.
+    pub fn modify_msrs(&self, modifiers: &[MsrModifier]) -> Result<(), Error> {
+        for MsrModifier { addr, bitmap } in modifiers {
+            let what = |verb: &str| format!("{verb} the MSR {addr} of vCPU {}", self.index);
+            let mut msrs =
+                Msrs::from_entries(&[kvm_msr_entry { index: addr.0, ..Default::default() }]).expect("one MSR fits");
+            let read = self.fd.get_msrs(&mut msrs);
+            if read.map_err(Error::ioctl(what("read")))? == 0 {
+                return Err(template::Error::Msr(addr.0).into());
+            }
+            let entry = &mut msrs.as_mut_slice()[0];
+            entry.data = bitmap.apply(entry.data);
+            let value = entry.data;
+            if self.fd.set_msrs(&msrs).map_err(Error::ioctl(what("set")))? == 0 {
+                return Err(template::Error::Value { addr: addr.0, value }.into());
+            }
+        }
+        Ok(())
     }
 
     /// Has the vCPU start in x2APIC mode.

@@ -16,7 +16,8 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Vcpu;
-use crate::arch::x86_64::cpuid::for_vcpu;
+use crate::arch::x86_64::cpuid::{self, for_vcpu};
+use crate::arch::x86_64::template::{self, Template};
 use crate::arch::x86_64::{layout, needs_x2apic};
 use crate::memory::GuestRam;
 use crate::snapshot;
@@ -50,6 +51,9 @@ pub enum Error {
     /// What was saved does not fit.
     #[error(transparent)]
     State(snapshot::Error),
+    /// The CPU that was asked for cannot be had.
+    #[error(transparent)]
+    Template(#[from] template::Error),
 }
 
 impl Error {
@@ -121,6 +125,23 @@ impl Vm {
         let mut enable = kvm_enable_cap { cap, ..Default::default() };
         enable.args[0] = argument.into();
         self.fd.enable_cap(&enable).map_err(Error::ioctl(what))
+    }
+
+    /// Changes what vCPUs that are created from now on have of CPUID.
+    ///
+    /// # Errors
+    /// When KVM does not have what the template needs.
+    pub fn apply(&mut self, template: &Template) -> Result<(), Error> {
+        let is_missing = |number: u32| self.fd.check_extension_raw(number.into()) <= 0;
+        let mut needed = template.kvm_capabilities.iter().filter(|capability| capability.needed);
+        if let Some(capability) = needed.find(|capability| is_missing(capability.number)) {
+            return Err(template::Error::Capability(capability.number).into());
+        }
+        // The template may take what KVM does not tell of.
+        cpuid::set_tsc_deadline(&mut self.cpuid, self.tsc_deadline);
+        template.apply(&mut self.cpuid)?;
+        self.tsc_deadline = cpuid::has_tsc_deadline(&self.cpuid);
+        Ok(())
     }
 
     /// Guest memory.

@@ -150,7 +150,8 @@ impl Builder {
             Some(snapshot) => snapshot.map_memory(&ranges)?,
             None => memory::reserve(&ranges)?,
         };
-        let vm = Vm::new(ram.clone(), config.cpus)?;
+        let mut vm = Vm::new(ram.clone(), config.cpus)?;
+        config.cpu_template.as_ref().map_or(Ok(()), |template| vm.apply(template))?;
         let (vcpus, has_modules) = match &snapshot {
             Some(snapshot) => (restore(&vm, snapshot)?, false),
             None => boot(&config, &vm)?,
@@ -230,6 +231,9 @@ fn boot(config: &Config, vm: &Vm) -> Result<(Vec<Vcpu>, bool), Error> {
     let command = config.command.as_ref().map(|command| initramfs(config, command, path, ram, &kernel)).transpose()?;
     let (entry, acpi) = load_parameters(config, ram, &kernel, command.as_ref())?;
     let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(template) = &config.cpu_template {
+        vcpus.iter().try_for_each(|vcpu| vcpu.modify_msrs(&template.msr_modifiers))?;
+    }
     vcpus[0].set_entry(entry)?;
     // Linux does not start in x2APIC mode without ACPI, which alone tells it of IDs that need the mode.
     if acpi && needs_x2apic(config.cpus) {

@@ -49,7 +49,10 @@ impl Machine {
     /// The state, of the whole machine or of one whose memory is told by what has `changed`.
     fn state(&self, changed: bool) -> Result<State, Error> {
         let base = if changed { Some(self.origin.clone().ok_or(snapshot::Error::NoBase)?) } else { None };
-        let msrs = Vm::msrs()?;
+        let mut msrs = Vm::msrs()?;
+        // Those that a template changes are not all in KVM's list.
+        let template = self.config.cpu_template.iter().flat_map(|template| &template.msr_modifiers);
+        msrs.extend(template.map(|modifier| modifier.addr.0));
         let save = |thread: &vcpu::Thread| {
             let saved = thread.with_paused(|vcpu| vcpu.save(&msrs));
             saved.expect("each vCPU has said that it is paused").map_err(Error::from)

@@ -30,6 +30,13 @@ const DRIVE: &str = r#"{"drive_id": "data", "path_on_host": "disk", "is_root_dev
 const LIMITER: &str =
     r#"{"bandwidth": {"size": 1000000, "refill_time": 100}, "ops": {"size": 10, "refill_time": 100}}"#;
 
+const CPU: &str = r#"{
+    "kvm_capabilities": ["!121"],
+    "cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0x0", "flags": 0,
+                         "modifiers": [{"register": "ecx", "bitmap": "0bx0xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}]}],
+    "msr_modifiers": [{"addr": "0x8b", "bitmap": "0b1"}]
+}"#;
+
 /// Method, path, body, what becomes of it before the start, and after it.
 const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
     ("GET", "/", "", INSTANCE, INSTANCE),
@@ -42,6 +49,7 @@ const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
     ("PUT", "/drives/data", DRIVE, Done, NOT_AFTER),
     ("PUT", "/entropy", "{}", Done, NOT_AFTER),
     ("PUT", "/serial", r#"{"serial_out_path": "console"}"#, Done, NOT_AFTER),
+    ("PUT", "/cpu-config", CPU, Done, NOT_AFTER),
     ("PUT", "/cpu-config", "{}", Done, NOT_AFTER),
     ("PUT", "/vsock", r#"{"guest_cid": 3, "uds_path": "vsock"}"#, Done, NOT_AFTER),
     ("PUT", "/logger", r#"{"log_path": "log", "level": "Info"}"#, Done, NOT_AFTER),
@@ -69,6 +77,21 @@ const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
     ("PUT", "/hotplug/memory", "{}", HOTPLUG, HOTPLUG),
     ("PATCH", "/hotplug/memory", "{}", HOTPLUG, HOTPLUG),
     // What is wrong at any time.
+    (
+        "PUT",
+        "/cpu-config",
+        r#"{"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0, "modifiers": [{"register": "eax", "bitmap": "0b2"}]}]}"#,
+        Refused("`cpuid_modifiers[0].modifiers[0].bitmap`: `0b2` is no bitmap"),
+        Refused("is no bitmap"),
+    ),
+    (
+        "PUT",
+        "/cpu-config",
+        r#"{"msr_modifiers": [{"addr": "0x1_0000_0000", "bitmap": "0b1"}]}"#,
+        Refused("is no number of 32 bits"),
+        Refused("`msr_modifiers[0].addr`"),
+    ),
+    ("PUT", "/cpu-config", r#"{"reg_modifiers": [{}]}"#, Refused("not aarch64"), Refused("not aarch64")),
     ("GET", "/nothing", "", Refused("Invalid request method and/or path: GET /nothing."), Refused("Invalid request")),
     ("DELETE", "/drives/data", "", Refused("Invalid request"), Refused("Invalid request")),
     ("GET", "/", "{}", Refused("cannot have a body"), Refused("cannot have a body")),
@@ -179,6 +202,23 @@ fn every_endpoint_before_and_after_the_start() {
     let metrics = std::fs::read_to_string(api.path("metrics")).unwrap();
     let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(lines.len() >= 3 && lines.iter().all(|line| line["block_data"].is_object()), "{metrics}");
+}
+
+#[test]
+fn a_cpu_that_the_host_cannot_have_is_told_at_the_start() {
+    let api = Api::start(&[]);
+    idle_kernel(&api.path("kernel"));
+    api.done("PUT", "/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    let missing = r#"{"msr_modifiers": [{"addr": "0x12345", "bitmap": "0b1"}]}"#;
+    api.done("PUT", "/cpu-config", missing);
+    let start = ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    check(&api, start, Refused("KVM on this host does not have the MSR 0x12345"));
+    assert_eq!(api.done("GET", "/vm/config", "")["cpu-config"]["msr_modifiers"][0]["addr"], "0x12345");
+    // It may be taken back.
+    api.done("PUT", "/cpu-config", CPU);
+    check(&api, start, Done);
+    let config = api.done("GET", "/vm/config", "");
+    assert_eq!(config["cpu-config"]["cpuid_modifiers"][0]["leaf"], "0x1");
 }
 
 #[test]

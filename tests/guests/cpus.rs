@@ -1,5 +1,8 @@
 //! Processors: all there, all running, and in the places that a guest expects.
 
+use std::fs;
+use std::process::Command;
+
 use crate::support::{Guest, Kernel};
 
 const SCRIPT: &str = r#"
@@ -89,4 +92,65 @@ fn a_kernel_without_acpi_starts_on_more_cpus_than_it_sees() {
     let ended = Guest::new(Kernel::Tiny).cpus(260).memory("512M").cmdline("maxcpus=2").script(script).run().succeeded();
     assert_eq!(ended.value("online"), "0-1");
     assert!(ended.counted("rng", "bytes") >= 16);
+}
+
+/// A configuration file with such a CPU template.
+fn template(folder: &std::path::Path, template: &str) -> std::path::PathBuf {
+    let path = folder.join("template.json");
+    fs::write(&path, format!(r#"{{"cpu-template": {template}}}"#)).unwrap();
+    path
+}
+
+#[test]
+fn a_template_changes_each_cpu() {
+    // The stepping, and the revision of the microcode, which is in the upper half on Intel's. A vCPU has to have an APIC.
+    let changes = r#"{
+        "kvm_capabilities": ["0", "!99999"],
+        "cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0", "flags": 0, "modifiers": [
+            {"register": "eax", "bitmap": "0b1101"}, {"register": "ecx", "bitmap": "0bx0xx_xxx0_xxxx_xxxx_xxxx_xxxx_xxxx_xxxx"}
+        ]}],
+        "msr_modifiers": [{"addr": "0x8b", "bitmap":
+            "0b0000_0000_0000_0000_1100_1010_1111_1110_0000_0000_0000_0000_1100_1010_1111_1110"}]
+    }"#;
+    let script = "
+        for what in stepping microcode; do
+            for value in $(sed -n \"s/^$what.*: //p\" /proc/cpuinfo); do echo $what=$value; done
+        done
+        grep -wq rdrand /proc/cpuinfo && echo random=1
+        grep -wq tsc_deadline_timer /proc/cpuinfo && echo deadline=1
+        echo apic=$(grep -cw apic /proc/cpuinfo)
+    ";
+    let guest = Guest::new(Kernel::Debian61).cpus(2).script(script);
+    let path = template(guest.folder(), changes);
+    let ended = guest.option("--config", path.display()).run().succeeded();
+    let values = |name| ended.values(name).collect::<Vec<_>>();
+    assert_eq!((values("stepping"), values("microcode")), (vec!["13"; 2], vec!["0xcafe"; 2]));
+    assert_eq!((values("random"), values("deadline"), ended.value("apic")), (vec![], vec![], "2"));
+}
+
+#[test]
+fn a_template_that_kvm_cannot_follow_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for (changes, why) in [
+        (r#"{"kvm_capabilities": ["99999"]}"#, "KVM on this host does not have the capability 99999"),
+        (
+            r#"{"cpuid_modifiers": [{"leaf": "0x12345", "subleaf": "2", "flags": 0, "modifiers": []}]}"#,
+            "KVM on this host does not have CPUID leaf 0x12345, subleaf 0x2",
+        ),
+        (
+            r#"{"msr_modifiers": [{"addr": "0x12345", "bitmap": "0b1"}]}"#,
+            "KVM on this host does not have the MSR 0x12345",
+        ),
+        (
+            // IA32_APIC_BASE with reserved bits.
+            r#"{"msr_modifiers": [{"addr": "0x1b", "bitmap": "0b1111_1111"}]}"#,
+            "KVM on this host does not take 0x",
+        ),
+    ] {
+        let mut bantam = Command::new(env!("CARGO_BIN_EXE_bantam"));
+        bantam.args(["run", "--kernel"]).arg(Kernel::Tiny.vmlinux()).arg("--config");
+        let output = bantam.arg(template(folder.path(), changes)).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(125) && said.contains(why), "{changes}: {said}");
+    }
 }

@@ -110,7 +110,12 @@ fn counts(printed: &str) -> Vec<u64> {
 fn a_named_machine_is_saved_and_restored() {
     let folder = TempDir::new().unwrap();
     let folder = folder.path();
-    let mut guest = Guest::new(Kernel::Tiny).script(COUNTER).memory("128M").option("--name", "one");
+    // The CPU is another one than the host's, which it goes on on nevertheless.
+    let template = r#"{"cpu-template": {"cpuid_modifiers": [{"leaf": "1", "subleaf": "0", "flags": 0,
+        "modifiers": [{"register": "eax", "bitmap": "0b1101"}]}]}}"#;
+    fs::write(folder.join("config.json"), template).unwrap();
+    let guest = Guest::new(Kernel::Tiny).script(COUNTER).memory("128M").option("--name", "one");
+    let mut guest = guest.option("--config", folder.join("config.json").display());
     guest.command().env("XDG_RUNTIME_DIR", folder);
     let running = guest.start();
     running.wait_for("count=5 end");

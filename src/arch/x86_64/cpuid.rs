@@ -72,6 +72,17 @@ pub fn for_vcpu(supported: &CpuId, index: u32, cpus: u32, tsc_deadline: bool) ->
     entries
 }
 
+/// Whether it says that the LAPIC has a TSC deadline timer (CPUID.1:ECX, bit 24).
+pub fn has_tsc_deadline(cpuid: &CpuId) -> bool {
+    cpuid.as_slice().iter().any(|entry| entry.function == 1 && entry.ecx & 1 << 24 != 0)
+}
+
+/// Has it say so, or not.
+pub fn set_tsc_deadline(cpuid: &mut CpuId, value: bool) {
+    let entry = cpuid.as_mut_slice().iter_mut().find(|entry| entry.function == 1);
+    entry.into_iter().for_each(|entry| set_bit(&mut entry.ecx, 24, value));
+}
+
 fn is_amd(supported: &CpuId) -> bool {
     let vendor = |e: &&kvm_cpuid_entry2| e.function == 0;
     // "AuthenticAMD" or "HygonGenuine".

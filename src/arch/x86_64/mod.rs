@@ -12,6 +12,7 @@ pub mod layout;
 pub mod mptable;
 pub mod pvh;
 pub mod regs;
+pub mod template;
 
 /// APIC IDs from this one on do not fit xAPIC mode, where it means all CPUs (Intel SDM volume 3, 11.12.9).
 pub const FIRST_X2APIC_ID: u32 = 255;

@@ -117,7 +117,7 @@ impl Machine {
         if table.choice("cpu_template", TEMPLATES)?.is_some_and(|template| template != 0) {
             return Err(table.wrong(
                 "cpu_template",
-                "bantam has no CPU templates: the guest's CPU is the host's, as far as KVM has it",
+                "bantam has no CPU templates of its own: tell what is to be otherwise by `cpu-config`",
             ));
         }
         Ok(())

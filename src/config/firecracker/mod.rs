@@ -2,6 +2,7 @@
 //!
 //! The names and rules are those of its OpenAPI document, version 1.17.
 
+pub mod cpu;
 pub mod devices;
 pub mod host;
 pub mod limiter;
@@ -17,6 +18,7 @@ pub use machine::{BootSource, Machine};
 use super::file::{Document, Run};
 use super::tree::{Error, Node, Table, Value};
 use super::{Config, Size};
+use crate::arch::x86_64::template::Template;
 use crate::virtio::vsock;
 
 /// What Firecracker's file may have.
@@ -52,6 +54,8 @@ pub struct Settings {
     pub boot_source: Option<BootSource>,
     /// The vCPUs and the memory.
     pub machine: Machine,
+    /// What the guest's CPU has otherwise.
+    pub cpu_config: Option<Template>,
     /// The disks, in the order in which they were told.
     pub drives: Vec<Drive>,
     /// The network cards, in the order in which they were told.
@@ -104,6 +108,7 @@ impl Settings {
         }
         let mut settings = Self {
             boot_source: table.read("boot-source", BootSource::read)?,
+            cpu_config: table.read("cpu-config", cpu::read_in_file)?.flatten(),
             machine: table.read("machine-config", Machine::read)?.unwrap_or_default(),
             vsock: table.read("vsock", devices::read_vsock)?,
             entropy: table.read("entropy", devices::read_entropy)?,
@@ -113,7 +118,6 @@ impl Settings {
             metrics: table.read("metrics", Metrics::read)?,
             ..Self::default()
         };
-        table.read("cpu-config", check_cpu_config)?;
         for_each(&table, "drives", |node| settings.put_drive(Drive::read(node)?, node.at))?;
         for_each(&table, "network-interfaces", |node| settings.put_interface(NetworkInterface::read(node)?, node.at))?;
         settings.check_balloon(settings.machine.mem_size_mib).map_err(|what| Error::new(node.at, what))?;
@@ -130,6 +134,7 @@ impl Settings {
         Self {
             boot_source,
             machine: Machine::of(config.cpus, config.memory),
+            cpu_config: config.cpu_template.clone(),
             drives: config.all_disks().enumerate().map(|(index, disk)| Drive::of(index, &disk)).collect(),
             interfaces: config.nets.iter().enumerate().map(|(index, net)| NetworkInterface::of(index, net)).collect(),
             vsock: config.vsock.clone(),
@@ -205,6 +210,7 @@ impl Settings {
             cmdline_only: true,
             cpus: self.machine.vcpu_count,
             memory: Size::mib(self.machine.mem_size_mib),
+            cpu_template: self.cpu_config.clone(),
             disks: self.drives_in_order().map(Drive::spec).collect(),
             nets: self.interfaces.iter().map(NetworkInterface::spec).collect(),
             vsock: self.vsock.clone(),
@@ -222,6 +228,7 @@ impl Settings {
         let mut put = |key: &str, value: Option<Json>| value.map(|value| all.insert(key.to_owned(), value));
         put("balloon", self.balloon.as_ref().map(Balloon::to_json));
         put("boot-source", self.boot_source.as_ref().map(BootSource::to_json));
+        put("cpu-config", self.cpu_config.as_ref().and_then(|template| serde_json::to_value(template).ok()));
         put("drives", Some(self.drives_in_order().map(Drive::to_json).collect()));
         put("machine-config", Some(self.machine.to_json()));
         put("network-interfaces", Some(self.interfaces.iter().map(NetworkInterface::to_json).collect()));
@@ -255,23 +262,6 @@ fn for_each(table: &Table<'_>, key: &str, mut each: impl FnMut(&Node) -> Result<
     items.try_for_each(within)
 }
 
-/// Checks a CPU template, of which bantam takes only what changes nothing.
-///
-/// # Errors
-/// When it changes something.
-pub fn check_cpu_config(node: &Node) -> Result<(), Error> {
-    const KEYS: &[&str] = &["kvm_capabilities", "cpuid_modifiers", "msr_modifiers", "reg_modifiers", "vcpu_features"];
-    let table = node.table(KEYS)?;
-    for key in KEYS {
-        if !table.list(key)?.is_empty() {
-            return Err(
-                table.wrong(key, "bantam does not change the guest's CPU: it is the host's, as far as KVM has it")
-            );
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -287,7 +277,7 @@ mod tests {
         ],
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false,
                            "huge_pages": "None"},
-        "cpu-config": null, "balloon": null, "pmem": [],
+        "cpu-config": {"kvm_capabilities": ["!121"], "vcpu_features": []}, "balloon": null, "pmem": [],
         "network-interfaces": [{"iface_id": "eth0", "guest_mac": "06:00:AC:10:00:02", "host_dev_name": "tap0"}],
         "vsock": {"guest_cid": 3, "uds_path": "./v.sock"},
         "logger": {"log_path": "vm.log", "level": "Debug"},
@@ -305,6 +295,7 @@ mod tests {
         let Document { config, run, .. } = document(&node).unwrap();
         assert_eq!((config.cpus, config.memory, config.rng), (2, Size::gib(1), true));
         assert_eq!(config.cmdline, "console=ttyS0 panic=1 root=/dev/vda ro");
+        assert!(!config.cpu_template.unwrap().kvm_capabilities[0].needed);
         assert_eq!(config.disks[0].path.to_str(), Some("a.img"));
         assert_eq!((config.disks[0].readonly, config.disks[0].iops.unwrap().get()), (true, 100));
         assert_eq!(config.disks[1].cache, crate::virtio::blk::Cache::Unsafe);
@@ -342,8 +333,24 @@ mod tests {
             (format!(r#"{{{boot}, "logger": {{"level": "loud"}}}}"#), "`logger.level`: unknown level `loud`"),
             (r#"{"drives": []}"#.to_owned(), "the key `boot-source` is missing"),
             (
-                format!(r#"{{{boot}, "cpu-config": {{"msr_modifiers": [{{}}]}}}}"#),
-                "`cpu-config.msr_modifiers`: bantam does not change",
+                format!(r#"{{{boot}, "cpu-config": {{"msr_modifiers": [{{"addr": "0x10a", "bitmap": "x"}}]}}}}"#),
+                "`cpu-config.msr_modifiers[0].bitmap`: `x` is no bitmap: write 0b and",
+            ),
+            (
+                format!(r#"{{{boot}, "cpu-config": {{"cpuid_modifiers": [{{"leaf": "1"}}]}}}}"#),
+                "`cpu-config.cpuid_modifiers[0]`: the key `subleaf` is missing",
+            ),
+            (
+                format!(r#"{{{boot}, "cpu-config": {{"msr_modifirs": []}}}}"#),
+                "`cpu-config`: unknown key `msr_modifirs`: did you mean `msr_modifiers`?",
+            ),
+            (
+                format!(r#"{{{boot}, "cpu-config": {{"reg_modifiers": [{{}}]}}}}"#),
+                "`cpu-config.reg_modifiers`: this is x86-64, and not aarch64",
+            ),
+            (
+                format!(r#"{{{boot}, "cpu-config": "/no/template"}}"#),
+                "`cpu-config`: cannot use the CPU template /no/template: No such file",
             ),
         ] {
             let error = read(&text).unwrap_err();
