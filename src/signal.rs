@@ -97,6 +97,15 @@ pub fn end_with_parent(parent: u32) -> bool {
     true
 }
 
+/// Blocks all signals in this thread, and in the processes that it makes.
+pub fn block_all() {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigfillset initialises the set that it is given.
+    unsafe { libc::sigfillset(set.as_mut_ptr()) };
+    // SAFETY: initialised just above, and the one before is not asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) };
+}
+
 /// Has writes to a pipe or socket that nobody reads fail with EPIPE, in place of SIGPIPE that kills; has a file that reaches
 /// the process's limit (`ulimit -f`) fail to grow, with EFBIG, in place of SIGXFSZ that kills; and has children be waited
 /// for, which go without a word where SIGCHLD is ignored, as a supervisor may pass on.

@@ -212,6 +212,7 @@ impl Builder {
             told,
             watch: Default::default(),
             pause: Default::default(),
+            savers: vec![],
             started,
             times: Durations::default(),
             when_running,

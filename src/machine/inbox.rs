@@ -44,7 +44,7 @@ pub enum Event {
     Resume(Answer<()>),
     /// Somebody has it saved.
     Snapshot(Destination, Answer<()>),
-    /// Its state and memory have been written.
+    /// Its state and memory have been taken.
     Saved,
     /// Somebody has the guest end by itself; the answer is whether it could be asked.
     Terminate(Answer<bool>),

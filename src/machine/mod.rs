@@ -7,6 +7,7 @@ pub mod firecracker;
 mod handle;
 mod inbox;
 mod lines;
+mod memory_copy;
 mod memory_file;
 mod pause;
 mod prometheus;
@@ -171,6 +172,8 @@ pub struct Machine {
     told: Told,
     watch: run::Watch,
     pause: Pause,
+    /// Write what was saved.
+    savers: Vec<JoinHandle<()>>,
     /// Whether it stands still when it starts.
     start_paused: bool,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.

@@ -179,7 +179,7 @@ impl Machine {
         }
     }
 
-    /// The machine has been written to where it is saved.
+    /// The machine need not stand still any more to be saved.
     pub(super) fn saved(&mut self) {
         self.pause.is_saving = false;
         self.stands_still();
@@ -190,7 +190,7 @@ impl Machine {
         while !self.pause.is_saving
             && let Some((destination, answer)) = self.pause.saves.pop_front()
         {
-            self.pause.is_saving = self.save(destination, answer);
+            self.pause.is_saving = self.save(destination, !self.pause.held, answer);
         }
         if !self.pause.is_saving && !self.pause.held {
             self.go_on();

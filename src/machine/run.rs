@@ -460,8 +460,8 @@ impl Machine {
         }
     }
 
-    /// Stops the vCPUs, and then the devices. A thread of its own waits for them, as a device may be in slow host I/O; the
-    /// console is closed when all have ended.
+    /// Stops the vCPUs, and then the devices. A thread of its own waits for them, as a device may be in slow host I/O, and for
+    /// snapshots that are being written; the console is closed when all have ended.
     fn stop_threads(&mut self) {
         self.threads.iter().for_each(vcpu::Thread::stop);
         for (index, thread) in self.threads.iter().enumerate() {
@@ -469,10 +469,11 @@ impl Machine {
             self.vcpu_metrics.push((format!("vcpu{index}"), metrics));
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
-        let output = self.output.clone();
+        let (output, savers) = (self.output.clone(), std::mem::take(&mut self.savers));
         let wait = move || {
             threads.into_iter().for_each(vcpu::Thread::join);
             drop(buses);
+            savers.into_iter().for_each(|saver| drop(saver.join()));
             output.close();
         };
         if let Err(error) = thread::Builder::new().name("bantam-end".into()).spawn(wait) {

@@ -1,17 +1,19 @@
-//! Saving a machine: it stands still while its state and memory are written, and goes on while they get to the disk.
+//! Saving a machine: it stands still while its state is read, and goes on while a child process writes its memory as it was.
 
 use std::thread;
 
 use super::inbox::Event;
+use super::memory_copy::{Pages, Source};
 use super::pause::{Answer, Refusal, ask};
 use super::snapshot::{self, Destination, State, Writing, portable};
 use super::{Error, Handle, Machine};
 use crate::kvm::Vm;
-use crate::vcpu;
+use crate::{signal, vcpu};
 
 impl Handle {
     /// Saves the machine to `destination`, and returns when all of it is on the disk. A machine that runs is paused for
-    /// it, and goes on as soon as everything is written.
+    /// it, and goes on as soon as a child process has its memory, copy-on-write. One that is paused stays so, and is written
+    /// by this process.
     ///
     /// # Errors
     /// When the machine has ended, has something that cannot be saved, or the host does not write it. What was at the
@@ -22,9 +24,11 @@ impl Handle {
 }
 
 impl Machine {
-    /// Begins to save the machine, which stands still, for who asked for it. False if that cannot be; they are told why.
-    pub(super) fn save(&mut self, destination: Destination, answer: Answer<()>) -> bool {
-        let mut state = match self.state(matches!(destination, Destination::Diff(_))) {
+    /// Begins to save the machine, which stands still, for who asked for it. Whether it goes on before all is written. False
+    /// if it cannot be saved; they are told why.
+    pub(super) fn save(&mut self, destination: Destination, goes_on: bool, answer: Answer<()>) -> bool {
+        let is_diff = matches!(destination, Destination::Diff(_));
+        let mut state = match self.state(is_diff) {
             Ok(state) => state,
             Err(error) => {
                 let _ = answer.send(Err(error));
@@ -34,16 +38,24 @@ impl Machine {
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
         let asker = answer.clone();
         let write = move || {
-            let writing = Writing::begin(destination, &mut state, &ram);
-            drop(ram);
+            signal::block_all();
+            let memory = Source::new(&ram, if is_diff { Pages::Changed } else { Pages::Used });
+            let writing = Writing::begin(destination, &memory, goes_on);
+            drop((memory, ram));
             sender.send(Event::Saved);
-            let _ = answer.send(writing.and_then(Writing::finish).map_err(Error::from));
+            let _ = answer.send(writing.and_then(|writing| writing.finish(&mut state)).map_err(Error::from));
         };
-        if let Err(source) = thread::Builder::new().name("bantam-save".into()).spawn(write) {
-            let _ = asker.send(Err(Error::Thread { what: "saving", source }));
-            return false;
+        match thread::Builder::new().name("bantam-save".into()).spawn(write) {
+            Ok(thread) => {
+                self.savers.retain(|saver| !saver.is_finished());
+                self.savers.push(thread);
+                true
+            }
+            Err(source) => {
+                let _ = asker.send(Err(Error::Thread { what: "saving", source }));
+                false
+            }
         }
-        true
     }
 
     /// The state, of the whole machine or of one whose memory is told by what has `changed`.

@@ -13,6 +13,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::memory_copy::{Child, Pages, Runs, Source};
 use super::memory_file;
 use crate::arch::x86_64::layout;
 use crate::config::Config;
@@ -244,7 +245,8 @@ impl Snapshot {
     pub fn merge(mut self, folder: impl Into<PathBuf>) -> Result<(), super::Error> {
         let ram = self.map_memory(&layout::ram_ranges(self.state.memory))?;
         self.state.base = None;
-        Ok(Writing::begin(Destination::Folder(folder.into()), &mut self.state, &ram)?.finish()?)
+        let writing = Writing::begin(Destination::Folder(folder.into()), &Source::new(&ram, Pages::Used), false)?;
+        Ok(writing.finish(&mut self.state)?)
     }
 
     /// Whether the machine of the changed configuration is one that the state fits.
@@ -325,49 +327,77 @@ pub(super) struct Writing {
     folder: PathBuf,
     lock: File,
     files: Vec<File>,
+    copying: Option<Copying>,
+}
+
+/// How guest memory gets to its file.
+enum Copying {
+    /// It is there; which pages.
+    Done(Runs),
+    /// A child writes what it was.
+    Child(Child),
 }
 
 impl Writing {
-    /// Writes state and memory, but does not wait until they are on the disk. The machine stands still.
-    pub fn begin(destination: Destination, state: &mut State, ram: &GuestRam) -> Result<Self, Error> {
+    /// Takes guest memory as it is, while the machine stands still. If it `goes_on` before the end, a child process has the
+    /// memory copy-on-write, and writes it; if the host makes none, or it does not go on, the memory is written here.
+    pub fn begin(destination: Destination, memory: &Source, goes_on: bool) -> Result<Self, Error> {
         let target = destination.path().to_owned();
         let write = |source| Error::Write { path: target.clone(), source };
         let (folder, lock) = temporary(&target).map_err(write)?;
-        let mut writing = Writing { destination, folder, lock, files: vec![] };
-        writing.fill(state, ram).map_err(|error| match error {
-            Problem::Host(source) => write(source),
-            Problem::State(error) => Error::Part(error),
-        })?;
+        let mut writing = Writing { destination, folder, lock, files: vec![], copying: None };
+        writing.take_memory(memory, goes_on).map_err(write)?;
         Ok(writing)
     }
 
-    fn fill(&mut self, state: &mut State, ram: &GuestRam) -> Result<(), Problem> {
-        // Guest memory is nobody else's.
-        let create = |name: &str| {
-            use std::os::unix::fs::OpenOptionsExt;
-            File::options().write(true).create_new(true).mode(0o600).open(self.folder.join(name))
+    fn take_memory(&mut self, memory: &Source, goes_on: bool) -> io::Result<()> {
+        let file = self.create(MEMORY)?;
+        let child = goes_on.then(|| memory.fork(&file)).transpose().unwrap_or_else(|error| {
+            log::warn!("the machine stands still while its memory is written: cannot make a process for it: {error}");
+            None
+        });
+        self.copying = Some(match child {
+            Some(child) => Copying::Child(child),
+            None => Copying::Done(memory.copy(&file)?),
+        });
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// A file that only the owner may read: guest memory is nobody else's.
+    fn create(&self, name: &str) -> io::Result<File> {
+        use std::os::unix::fs::OpenOptionsExt;
+        File::options().write(true).create_new(true).mode(0o600).open(self.folder.join(name))
+    }
+
+    /// Writes the state when memory is written, waits until all is on the disk, and puts it where it belongs.
+    pub fn finish(mut self, state: &mut State) -> Result<(), Error> {
+        let path = self.destination.path().to_owned();
+        let written = self.write_state(state).and_then(|()| Ok(self.place()?));
+        written.map_err(|error| match error {
+            Problem::Host(source) => Error::Write { path, source },
+            Problem::State(error) => Error::Part(error),
+        })
+    }
+
+    fn write_state(&mut self, state: &mut State) -> Result<(), Problem> {
+        let runs = match self.copying.take().expect("memory was taken first") {
+            Copying::Done(runs) => runs,
+            Copying::Child(child) => child.wait()?,
         };
-        let memory = create(MEMORY)?;
-        match &mut state.base {
-            Some(base) => base.changed = memory_file::write_changed(ram, &memory)?,
-            None => memory_file::write(ram, &memory)?,
+        if let Some(base) = &mut state.base {
+            base.changed = runs;
         }
-        let mut file = create(STATE)?;
+        let mut file = self.create(STATE)?;
         file.write_all(&snapshot::encode(state).map_err(Problem::State)?)?;
-        self.files = vec![memory, file];
+        self.files.push(file);
         if !matches!(self.destination, Destination::Files { .. }) {
-            let mut config = create(CONFIG)?;
+            let mut config = self.create(CONFIG)?;
             serde_json::to_writer_pretty(&mut config, &state.config).map_err(io::Error::other)?;
             config.write_all(b"\n")?;
             self.files.push(config);
         }
         Ok(())
-    }
-
-    /// Waits until all is on the disk, and puts it where it belongs.
-    pub fn finish(self) -> Result<(), Error> {
-        let path = self.destination.path().to_owned();
-        self.place().map_err(|source| Error::Write { path, source })
     }
 
     fn place(&self) -> io::Result<()> {

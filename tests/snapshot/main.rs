@@ -5,6 +5,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod running;
+
 use std::error::Error;
 use std::fs;
 use std::io::Write;
