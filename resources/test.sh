@@ -18,7 +18,6 @@ cargo fmt --check
 step "Lints"
 cargo clippy --all-targets --locked -- -D warnings
 rustfmt --check --edition 2024 src/init/main.rs
-cargo clippy --features tls --locked -- -D warnings
 
 step "Dependencies"
 if [[ ! -x target/tools/bin/cargo-deny ]]; then

@@ -1,7 +1,7 @@
-//! HTTPS by the program `curl`, for a bantam that was built without TLS: that is larger than any other part of it.
+//! HTTP and HTTPS by the program `curl`: TLS would be larger than any other part of bantam.
 //!
-//! `curl` verifies the server's certificate, and heeds the host's proxies (`https_proxy`) and `CURL_CA_BUNDLE`. What it is told
-//! it reads from its standard input, as others can see a program's arguments.
+//! `curl` verifies the server's certificate, and heeds the host's proxies (`https_proxy`; none on the way to this machine) and
+//! `CURL_CA_BUNDLE`. What it is told it reads from its standard input, as others can see a program's arguments.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -11,17 +11,30 @@ use super::archive::invalid;
 /// The most bytes of a line before the body, and the most such lines.
 const LINE_MAX: u64 = 16 << 10;
 const LINES_MAX: usize = 256;
+const AGENT: &str = concat!("bantam/", env!("CARGO_PKG_VERSION"));
 
-/// Asks for `uri`, and follows redirections; the answer's status, what it wants to have authorization by, and its body.
+/// What a server answers.
+pub struct Answer {
+    pub status: u16,
+    /// What it wants to have authorization by.
+    pub challenge: String,
+    pub body: Body,
+}
+
+/// Asks for `uri`, and follows redirections: by TLS, or to a server on this machine also without.
 ///
 /// # Errors
 /// Of kind [`io::ErrorKind::Unsupported`] when there is no such program; else when there is no answer.
-pub fn get(uri: &str, headers: &[(&str, String)]) -> io::Result<(u16, String, impl Read + use<>)> {
+pub fn get(uri: &str, headers: &[(&str, String)], is_local: bool) -> io::Result<Answer> {
     let mut command = Command::new("curl");
     // First, and so without its user's own settings.
     command.args(["--disable", "--config", "-", "--silent", "--show-error", "--include", "--suppress-connect-headers"]);
-    command.args(["--location", "--max-redirs", "10", "--proto", "=https", "--proto-redir", "=https"]);
-    command.args(["--connect-timeout", "30", "--speed-time", "60"]);
+    let protocols = if is_local { "=http,https" } else { "=https" };
+    command.args(["--location", "--max-redirs", "10", "--proto", protocols, "--proto-redir", protocols]);
+    command.args(["--connect-timeout", "30", "--speed-time", "60", "--user-agent", AGENT]);
+    if is_local {
+        command.args(["--noproxy", "*"]);
+    }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => io::ErrorKind::Unsupported.into(),
@@ -41,7 +54,7 @@ pub fn get(uri: &str, headers: &[(&str, String)]) -> io::Result<(u16, String, im
         let (status, challenge, is_redirected) = body.head()?;
         // What it follows has no body here.
         if status >= 200 && !((300..400).contains(&status) && is_redirected) {
-            return Ok((status, challenge, body));
+            return Ok(Answer { status, challenge, body });
         }
     }
 }
@@ -55,7 +68,7 @@ fn quoted(text: &str) -> io::Result<String> {
 }
 
 /// What it gets, as it comes. It is ended when this is dropped.
-struct Body {
+pub struct Body {
     child: Child,
     output: BufReader<ChildStdout>,
     at_end: bool,

@@ -33,7 +33,6 @@ pub(crate) mod compression;
 mod config;
 mod contents;
 mod credentials;
-#[cfg(not(feature = "tls"))]
 mod curl;
 mod digest;
 mod directory;
@@ -285,7 +284,7 @@ impl Opening<'_> {
         if self.options.pull == Pull::Never {
             return Err(Error::NoImage(self.source.clone()));
         }
-        let registry = Registry::new(reference).map_err(self.read_error())?;
+        let registry = Registry::new(reference);
         let (digest, manifest) = oci::resolve(&registry, &self.source, &reference.version(), reference.digest)?;
         let image = self.image(&digest, &registry, || oci::read(&registry, manifest))?;
         self.cache.set_name(&self.source, digest, None)?;

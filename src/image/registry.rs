@@ -1,9 +1,8 @@
 //! Pulling from registries, as the OCI distribution specification says.
 //!
 //! Blobs are read as they come and are not kept: what is unpacked of them is. A connection that ends early is made anew
-//! where it ended. Registries on this machine are spoken to without TLS, all others with it, trusting the certificates
-//! that the host trusts; without the feature `tls` by `curl`. This is a few requests of plain HTTP, which the OCI client crates do with an asynchronous stack
-//! that is larger than all of bantam.
+//! where it ended. Registries on this machine are spoken to without TLS, all others with it. The program `curl` does that:
+//! the OCI client crates have an asynchronous stack that is larger than all of bantam.
 
 use std::io::{self, Read};
 use std::sync::Mutex;
@@ -12,11 +11,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
-use ureq::Agent;
 
 use super::archive::invalid;
-#[cfg(not(feature = "tls"))]
-use super::curl;
+use super::curl::{self, Answer};
 use super::oci::Blobs;
 use super::reference::Reference;
 
@@ -27,19 +24,9 @@ const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vn
 
 /// A repository of a registry.
 pub(super) struct Registry {
-    /// What asks; without it, `curl` does.
-    agent: Option<Agent>,
     reference: Reference,
     /// What the registry wants to see in `Authorization`.
     authorization: Mutex<Option<String>>,
-}
-
-/// What a server answers.
-struct Answer {
-    status: u16,
-    /// What it wants to have authorization by.
-    challenge: String,
-    body: Box<dyn Read>,
 }
 
 /// What a server gives to who asks for a token.
@@ -50,43 +37,16 @@ struct Token {
 }
 
 impl Registry {
-    pub fn new(reference: &Reference) -> io::Result<Self> {
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .https_only(!reference.is_local())
-            .user_agent(concat!("bantam/", env!("CARGO_PKG_VERSION")))
-            .timeout_connect(Some(Duration::from_secs(30)))
-            .timeout_recv_response(Some(Duration::from_secs(60)));
-        let config = if reference.is_local() { Some(config) } else { with_tls(config)? };
-        let agent = config.map(|config| config.build().into());
-        Ok(Self { agent, reference: reference.clone(), authorization: Mutex::new(None) })
+    pub fn new(reference: &Reference) -> Self {
+        Self { reference: reference.clone(), authorization: Mutex::new(None) }
     }
 
     /// Asks `server` for `uri`.
     fn ask(&self, server: &str, uri: &str, headers: &[(&str, String)]) -> io::Result<Answer> {
-        let Some(agent) = &self.agent else { return self.ask_by_program(server, uri, headers) };
-        let request = headers.iter().fold(agent.get(uri), |request, (name, value)| request.header(*name, value));
-        let response = request.call().map_err(|error| named(server, into_io(error)))?;
-        let challenge = response.headers().get("www-authenticate").and_then(|value| value.to_str().ok());
-        Ok(Answer {
-            status: response.status().as_u16(),
-            challenge: challenge.unwrap_or_default().to_owned(),
-            body: Box::new(response.into_body().into_reader()),
+        curl::get(uri, headers, self.reference.is_local()).map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => no_program(&self.reference),
+            kind => io::Error::new(kind, format!("cannot ask {server}: {error}")),
         })
-    }
-
-    #[cfg(feature = "tls")]
-    fn ask_by_program(&self, server: &str, _: &str, _: &[(&str, String)]) -> io::Result<Answer> {
-        Err(named(server, io::ErrorKind::Unsupported.into()))
-    }
-
-    #[cfg(not(feature = "tls"))]
-    fn ask_by_program(&self, server: &str, uri: &str, headers: &[(&str, String)]) -> io::Result<Answer> {
-        let (status, challenge, body) = curl::get(uri, headers).map_err(|error| match error.kind() {
-            io::ErrorKind::Unsupported => no_tls(&self.reference),
-            _ => named(server, error),
-        })?;
-        Ok(Answer { status, challenge, body: Box::new(body) })
     }
 
     /// Asks for `path` of the repository, from byte `from` on.
@@ -164,43 +124,13 @@ impl Registry {
     }
 }
 
-type Builder = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
-
-/// TLS with the certificates that the host trusts.
-#[cfg(feature = "tls")]
-fn with_tls(config: Builder) -> io::Result<Option<Builder>> {
-    use std::sync::Arc;
-    use ureq::tls::{Certificate, RootCerts, TlsConfig};
-
-    let found = rustls_native_certs::load_native_certs();
-    if found.certs.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            "the host trusts no certificates: install the package ca-certificates, or set SSL_CERT_FILE",
-        ));
-    }
-    let certificates: Vec<_> = found.certs.iter().map(|der| Certificate::from_der(der).to_owned()).collect();
-    let tls = TlsConfig::builder()
-        .root_certs(RootCerts::Specific(Arc::new(certificates)))
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .build();
-    Ok(Some(config.tls_config(tls)))
-}
-
-#[cfg(not(feature = "tls"))]
-fn with_tls(_config: Builder) -> io::Result<Option<Builder>> {
-    Ok(None)
-}
-
-/// That nothing here speaks TLS.
-#[cfg(not(feature = "tls"))]
-fn no_tls(reference: &Reference) -> io::Error {
+/// That the program is missing.
+fn no_program(reference: &Reference) -> io::Error {
     let name = reference.name.rsplit('/').next().unwrap_or_default();
     let layout = format!("oci:{name}:{}", reference.tag.as_deref().unwrap_or("latest"));
     let text = format!(
-        "this bantam has no TLS, which other machines are spoken to by, and there is no program curl that has it: install \
-         that, or run `skopeo copy {reference} {layout}` and give {layout} in its place, or build bantam with `cargo build \
-         --release --features tls`"
+        "there is no program curl, which bantam asks registries by: install it, or run `skopeo copy {reference} {layout}` and \
+         give {layout} in its place"
     );
     io::Error::new(io::ErrorKind::Unsupported, text)
 }
@@ -210,18 +140,6 @@ fn percent_encoded(text: &str) -> String {
     let unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
     let encode = |byte: u8| if unreserved(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
     text.bytes().map(encode).collect()
-}
-
-/// An error with whom it was about.
-fn named(server: &str, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot ask {server}: {error}"))
-}
-
-fn into_io(error: ureq::Error) -> io::Error {
-    match error {
-        ureq::Error::Io(error) => error,
-        other => io::Error::other(other.to_string()),
-    }
 }
 
 /// The value of `name="value"` in a challenge.
@@ -246,7 +164,7 @@ impl Blobs for Registry {
     }
 
     fn open_manifest(&self, name: &str) -> io::Result<Box<dyn Read + '_>> {
-        Ok(self.get(&format!("manifests/{name}"), 0)?.body)
+        Ok(Box::new(self.get(&format!("manifests/{name}"), 0)?.body))
     }
 }
 
@@ -254,7 +172,7 @@ impl Blobs for Registry {
 struct Blob<'a> {
     registry: &'a Registry,
     path: String,
-    body: Option<Box<dyn Read>>,
+    body: Option<curl::Body>,
     at: u64,
     size: Option<u64>,
     /// Connections since something has come.
@@ -347,7 +265,7 @@ mod tests {
                 let _ = stream.write_all(answer.as_bytes());
             }
         });
-        Registry::new(&format!("{address}/a").parse().unwrap()).unwrap()
+        Registry::new(&format!("{address}/a").parse().unwrap())
     }
 
     #[test]
