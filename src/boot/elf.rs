@@ -120,7 +120,7 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
     place(&segments, ram)?;
     // An image that is unpacked on the fly has its section headers behind it only when they are no longer needed.
     let sections = if image.seekable() { header.sections(image) } else { None };
-    segments.sort_by_key(|segment| segment.offset);
+    segments.sort_unstable_by_key(|segment| segment.offset);
     let start = segments.iter().map(|segment| segment.memory.start).min().unwrap_or(0);
     let end = segments.iter().map(|segment| segment.memory.end).max().unwrap_or(0);
     if !image.seekable() {
@@ -162,7 +162,7 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
 fn place(segments: &[Segment], ram: &GuestRam) -> Result<(), Error> {
     let memory = low_memory_end(ram);
     let mut ranges: Vec<_> = segments.iter().map(|segment| segment.memory.clone()).collect();
-    ranges.sort_by_key(|range| range.start);
+    ranges.sort_unstable_by_key(|range| range.start);
     for range in &ranges {
         let Range { start, end } = *range;
         if start < HIGH_MEMORY {

@@ -15,7 +15,7 @@ const DEPTH: usize = 32;
 /// # Errors
 /// Where the text is no JSON, has a key twice in one object, or more than 32 levels.
 pub fn parse(text: &str) -> Result<Node, Error> {
-    let raw: &RawValue = serde_json::from_str(text).map_err(|error| {
+    let raw: &RawValue = serde_json::from_slice(text.as_bytes()).map_err(|error| {
         let line = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum::<usize>();
         let what = error.to_string();
         let what = what.rsplit_once(" at line ").map_or(&*what, |(what, _)| what).to_owned();
@@ -35,10 +35,11 @@ fn node(raw: &RawValue, text: &str, depth: usize) -> Result<Node, Error> {
     let value = match raw.get().as_bytes().first() {
         Some(b'{' | b'[') if depth == 0 => return Err(Error::new(at, format!("more than {DEPTH} levels"))),
         Some(b'{') => {
-            let Members(members) = serde_json::from_str(raw.get()).map_err(again)?;
+            let Members(members) = serde_json::from_slice(raw.get().as_bytes()).map_err(again)?;
             let mut pairs: Vec<(Key, Node)> = Vec::with_capacity(members.len());
             for (key, value) in members {
-                let (at, name) = (place(key, text), serde_json::from_str::<String>(key.get()).map_err(again)?);
+                let (at, name) =
+                    (place(key, text), serde_json::from_slice::<String>(key.get().as_bytes()).map_err(again)?);
                 let value = node(value, text, depth - 1).map_err(|error| error.within(&name, at))?;
                 pairs.push((Key { at, name }, value));
             }
@@ -46,10 +47,10 @@ fn node(raw: &RawValue, text: &str, depth: usize) -> Result<Node, Error> {
             Value::Table(pairs)
         }
         Some(b'[') => {
-            let items: Vec<&RawValue> = serde_json::from_str(raw.get()).map_err(again)?;
+            let items: Vec<&RawValue> = serde_json::from_slice(raw.get().as_bytes()).map_err(again)?;
             Value::List(items.into_iter().map(|item| node(item, text, depth - 1)).collect::<Result<_, _>>()?)
         }
-        Some(b'"') => Value::Text(serde_json::from_str(raw.get()).map_err(again)?),
+        Some(b'"') => Value::Text(serde_json::from_slice(raw.get().as_bytes()).map_err(again)?),
         Some(b'n') => Value::Null,
         Some(b't' | b'f') => Value::Boolean(raw.get() == "true"),
         _ => match raw.get().parse::<i64>().map(i128::from).or_else(|_| raw.get().parse::<u64>().map(i128::from)) {

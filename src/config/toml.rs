@@ -29,7 +29,7 @@ fn node(mut value: toml_span::Value<'_>) -> Node {
             };
             let mut pairs: Vec<_> = table.into_iter().map(pair).collect();
             // As they are in the file.
-            pairs.sort_by_key(|(key, _)| key.at);
+            pairs.sort_unstable_by_key(|(key, _)| key.at);
             Value::Table(pairs)
         }
     };

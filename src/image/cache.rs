@@ -222,7 +222,7 @@ impl Cache {
             if !is_at(&file, &about)? {
                 continue;
             }
-            let about: About = match serde_json::from_reader(io::BufReader::new(&file)) {
+            let about: About = match serde_json::from_slice(io::read_to_string(&file)?.as_bytes()) {
                 Ok(about) => about,
                 Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{ABOUT}: {error}"))),
             };
@@ -363,10 +363,11 @@ impl Cache {
             let Some(digest) = digest else { continue };
             // Another process may be removing it.
             let (Ok(file), Ok(metadata)) = (File::open(folder.join(ABOUT)), entry.metadata()) else { continue };
-            let about = serde_json::from_reader::<_, About>(io::BufReader::new(&file)).ok();
+            let about = io::read_to_string(&file).ok();
+            let about = about.and_then(|text| serde_json::from_slice::<About>(text.as_bytes()).ok());
             let named = names.iter().filter_map(|(_, name)| name.as_ref().filter(|name| name.digest == digest));
             let mut names: Vec<_> = named.map(|name| name.name.clone()).collect();
-            names.sort();
+            names.sort_unstable();
             found.push(Listed {
                 digest,
                 names,
@@ -376,7 +377,7 @@ impl Cache {
                 in_use: !try_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(self.error("lock"))?,
             });
         }
-        found.sort_by_key(|listed| std::cmp::Reverse(listed.used));
+        found.sort_unstable_by_key(|listed| std::cmp::Reverse(listed.used));
         Ok(found)
     }
 

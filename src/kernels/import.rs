@@ -69,7 +69,7 @@ fn find(root: &Path, source: &Path) -> Result<PathBuf, Error> {
         let entries = fs::read_dir(root.join(folder)).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
         let mut names: Vec<_> = names.filter(|name| name.starts_with(prefix)).collect();
-        names.sort();
+        names.sort_unstable();
         match names.as_slice() {
             [] => {}
             [name] => return Ok(root.join(folder).join(name)),

@@ -17,7 +17,7 @@ mod import;
 mod package;
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
@@ -230,7 +230,7 @@ impl Kernels {
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         // Another process may be removing one.
         let mut found: Vec<_> = names.filter(|name| is_name(name)).filter_map(|name| self.listed(&name)).collect();
-        found.sort_by(|one, other| one.name.cmp(&other.name));
+        found.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(found)
     }
 
@@ -361,7 +361,7 @@ fn lock(folder: &Path, operation: FlockOperation) -> io::Result<Option<File>> {
 }
 
 fn read_about(file: &File) -> io::Result<About> {
-    Ok(serde_json::from_reader(BufReader::new(file))?)
+    Ok(serde_json::from_slice(io::read_to_string(file)?.as_bytes())?)
 }
 
 /// Bytes on the disk of all that is in `folder`.

@@ -49,7 +49,8 @@ impl Client {
         self.stream.get_ref().write_all(asked.as_bytes()).map_err(|error| self.talk(error))?;
         let mut line = String::new();
         self.stream.read_line(&mut line).map_err(|error| self.talk(error))?;
-        let answer: Value = serde_json::from_str(&line).map_err(|_| self.talk(io::ErrorKind::UnexpectedEof.into()))?;
+        let answer: Value =
+            serde_json::from_slice(line.as_bytes()).map_err(|_| self.talk(io::ErrorKind::UnexpectedEof.into()))?;
         match answer["error"].as_str() {
             Some(why) => Err(Error::Refused(why.to_owned())),
             None => Ok(answer),
@@ -128,6 +129,6 @@ pub fn list() -> Result<Vec<About>, Error> {
             Err(error) => log::debug!("{error}"),
         }
     }
-    machines.sort_by(|one: &About, other| one.name.cmp(&other.name));
+    machines.sort_unstable_by(|one: &About, other| one.name.cmp(&other.name));
     Ok(machines)
 }

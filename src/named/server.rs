@@ -128,7 +128,7 @@ impl Shared {
             if requests.by_ref().take(REQUEST_MAX).read_line(&mut line)? == 0 {
                 return Ok(());
             }
-            let request = serde_json::from_str(&line);
+            let request = serde_json::from_slice(line.as_bytes());
             let answer = match &request {
                 Ok(request) => self.answer(request).unwrap_or_else(|why| json!({"error": why})),
                 Err(error) => json!({"error": format!("cannot understand the request: {error}")}),
