@@ -18,6 +18,9 @@ pub const FORMAT: u32 = 1;
 /// Version of this program.
 pub const BANTAM: &str = env!("CARGO_PKG_VERSION");
 
+/// The most bytes that a state has: of a machine with 1024 vCPUs they are 50 MiB.
+pub const MAX: u64 = 64 << 20;
+
 const MAGIC: &str = "bantam-state";
 /// The longest first line, in bytes.
 const MAX_LINE: usize = 160;
@@ -53,6 +56,12 @@ pub enum Error {
         /// How many there should be.
         expected: usize,
     },
+    /// More than anybody would read.
+    #[error("it would have {found} bytes, and must not have more than {MAX}")]
+    TooLong {
+        /// How many there are.
+        found: usize,
+    },
     /// Changed.
     #[error("it is damaged: its SHA-256 is another than the one in its first line")]
     Checksum,
@@ -83,6 +92,9 @@ pub fn encode(state: &impl Serialize) -> Result<Vec<u8>, Error> {
     file.reserve(body.len());
     let mut file = file.into_bytes();
     file.extend(body);
+    if file.len() as u64 > MAX {
+        return Err(Error::TooLong { found: file.len() });
+    }
     Ok(file)
 }
 

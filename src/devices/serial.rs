@@ -36,6 +36,10 @@ const LCR_DIVISOR_LATCH: u8 = 1 << 7;
 /// LSR: there is something in the RBR.
 const LSR_DATA_READY: u8 = 1;
 
+/// The most input that is waiting, in bytes: what was in the FIFO when the driver stopped to listen, and what it has looped
+/// back since.
+const INPUT_MAX: usize = 128;
+
 struct Line(EventFd);
 
 impl Trigger for Line {
@@ -153,6 +157,12 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
     fn restore(&mut self, state: &Value) -> Result<(), snapshot::Error> {
         let fail = |error: serde_json::Error| snapshot::Error::part("the serial port", error);
         let state = State::deserialize(state).map_err(fail)?;
+        if state.input.0.len() > INPUT_MAX {
+            return Err(snapshot::Error::part(
+                "the serial port",
+                format_args!("it has {} bytes of input", state.input.0.len()),
+            ));
+        }
         // As a driver would set it up, which has what arrived when it listens.
         self.write(LCR, &[LCR_DIVISOR_LATCH]);
         self.write(0, &state.divisor[..1]);
@@ -257,6 +267,9 @@ mod tests {
         assert_eq!(read, *b"input\x0b\x5a");
         assert_eq!((other.room(), other.uart.state().baud_divisor_low), (64, 12));
         assert!(other.restore(&serde_json::json!({"ier": 1})).is_err());
+        let mut state = state;
+        state["input"] = "00".repeat(INPUT_MAX + 1).into();
+        assert!(other.restore(&state).is_err());
     }
 
     #[test]

@@ -25,6 +25,11 @@ const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// corrected by.
 const TSC_TOLERANCE: u64 = 250;
 
+/// KVM's interrupt controllers.
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+/// More MSRs than any KVM lists.
+const MAX_MSRS: usize = 4096;
+
 /// The state of a vCPU, in KVM's structs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -244,6 +249,10 @@ impl Vcpu {
     }
 
     fn restore_msrs(&self, msrs: Vec<(u32, u64)>) -> Result<(), Error> {
+        if msrs.len() > MAX_MSRS {
+            let what = format!("the MSRs of vCPU {}", self.index);
+            return Err(Error::State(snapshot::Error::part(what, format_args!("there are {} of them", msrs.len()))));
+        }
         let mut left = &msrs[..];
         while let [first, ..] = left {
             let some = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
@@ -293,7 +302,7 @@ impl Vm {
         let mut chips = Vec::new();
         let mut pit = None;
         if !self.x2apic {
-            for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+            for chip_id in CHIPS {
                 let mut chip = kvm_irqchip { chip_id, ..Default::default() };
                 self.fd
                     .get_irqchip(&mut chip)
@@ -308,8 +317,21 @@ impl Vm {
 
     /// Puts interrupt controllers, timer and clock where they were, but for the time that has passed since.
     pub fn restore(&self, state: &VmState) -> Result<(), Error> {
-        for chip in &state.chips {
-            let chip = value(chip, "an interrupt controller")?;
+        let (chips, timers) = if self.x2apic { (&[][..], 0) } else { (&CHIPS[..], 1) };
+        let (saved_chips, saved_timers) = (state.chips.len(), usize::from(state.pit.is_some()));
+        if (saved_chips, saved_timers) != (chips.len(), timers) {
+            let (what, chips) = ("the interrupt controllers and the timer", chips.len());
+            let why =
+                format_args!("there are {saved_chips} and {saved_timers}, and this machine has {chips} and {timers}");
+            return Err(Error::State(snapshot::Error::part(what, why)));
+        }
+        for (chip, chip_id) in state.chips.iter().zip(chips) {
+            let what = "an interrupt controller";
+            let chip: kvm_irqchip = value(chip, what)?;
+            if chip.chip_id != *chip_id {
+                let why = format_args!("it is number {}, and {chip_id} comes here", chip.chip_id);
+                return Err(Error::State(snapshot::Error::part(what, why)));
+            }
             self.fd.set_irqchip(&chip).map_err(Error::ioctl("set an interrupt controller (KVM_SET_IRQCHIP)"))?;
         }
         if let Some(pit) = &state.pit {

@@ -4,6 +4,7 @@ mod board_x86_64;
 mod builder;
 mod events;
 pub mod firecracker;
+mod folder;
 mod handle;
 mod inbox;
 mod lines;

@@ -9,10 +9,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::folder::{self, CONFIG, MEMORY, STATE};
 use super::memory_copy::{Child, Pages, Runs, Source};
 use super::memory_file;
 use crate::arch::x86_64::layout;
@@ -22,11 +22,6 @@ use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::{self, GuestRam};
 use crate::snapshot::{self, Hex};
 use crate::virtio::net::MacAddr;
-
-/// Files in the folder of a snapshot.
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
-const CONFIG: &str = "config.json";
 
 /// Why there is no snapshot, or no machine from one.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +149,24 @@ pub(super) struct Base {
     pub changed: Vec<(u64, u64)>,
 }
 
+impl Base {
+    /// Whether the pages that have changed are so many bytes of memory's, in order, each there once.
+    fn check(&self, memory: u64) -> Result<(), snapshot::Error> {
+        let mut next = 0;
+        for (first, count) in &self.changed {
+            let end = first.checked_add(*count).filter(|end| *end <= memory / PAGE);
+            next = match end {
+                Some(end) if *first >= next && *count > 0 => end,
+                _ => {
+                    let why = format_args!("{count} from page {first} on are not memory's, or not in order");
+                    return Err(snapshot::Error::part("the pages that have changed", why));
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
 /// The memory of a snapshot: a file, and which of its pages count, if not all.
 #[derive(Debug)]
 pub(super) struct Layer {
@@ -175,6 +188,8 @@ pub struct Snapshot {
     pub(super) origin: Option<Base>,
 }
 
+/// Memory changes by pages of so many bytes.
+const PAGE: u64 = 4096;
 /// How many snapshots may stand on one another.
 const MAX_LAYERS: usize = 64;
 
@@ -198,7 +213,7 @@ impl Snapshot {
             path.push(STATE);
         }
         let mut start = vec![];
-        let file = File::open(&path).map_err(read(&path))?;
+        let file = folder::open(&path).map_err(read(&path))?;
         file.take(snapshot::VERSION_BYTES).read_to_end(&mut start).map_err(read(&path))?;
         snapshot::version(&start).map_err(|source| Error::State { path, source })
     }
@@ -271,17 +286,18 @@ fn read(path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 /// The state in a file, and its digest.
 fn read_state(path: &Path) -> Result<(State, Hex), Error> {
-    let bytes = fs::read(path).map_err(read(path))?;
-    let state = snapshot::decode(&bytes).map_err(|source| Error::State { path: path.to_owned(), source })?;
+    let bytes = folder::read(path, snapshot::MAX).map_err(read(path))?;
+    let state: State = snapshot::decode(&bytes).map_err(|source| Error::State { path: path.to_owned(), source })?;
     Ok((state, snapshot::digest(&bytes)))
 }
 
 fn layer(path: &Path, state: &State) -> Result<Layer, Error> {
-    let file = File::open(path).map_err(read(path))?;
+    let file = folder::open(path).map_err(read(path))?;
     let found = file.metadata().map_err(read(path))?.len();
     if found != state.memory {
         return Err(Error::MemoryLength { path: path.to_owned(), found, expected: state.memory });
     }
+    state.base.as_ref().map_or(Ok(()), |base| base.check(state.memory))?;
     Ok(Layer { file: Arc::new(file), changed: state.base.as_ref().map(|base| base.changed.clone()) })
 }
 
@@ -344,7 +360,7 @@ impl Writing {
     pub fn begin(destination: Destination, memory: &Source, goes_on: bool) -> Result<Self, Error> {
         let target = destination.path().to_owned();
         let write = |source| Error::Write { path: target.clone(), source };
-        let (folder, lock) = temporary(&target).map_err(write)?;
+        let (folder, lock) = folder::temporary(&target).map_err(write)?;
         let mut writing = Writing { destination, folder, lock, files: vec![], copying: None };
         writing.take_memory(memory, goes_on).map_err(write)?;
         Ok(writing)
@@ -407,8 +423,8 @@ impl Writing {
                 // What it stands on must not be what it replaces.
                 let may_replace = matches!(self.destination, Destination::Folder(_));
                 self.lock.sync_all()?;
-                give_name(&self.folder, target, may_replace)?;
-                File::open(parent(target))?.sync_all()
+                folder::give_name(&self.folder, target, may_replace)?;
+                File::open(folder::parent(target))?.sync_all()
             }
             Destination::Files { state, memory } => {
                 // The state last: it says how long the memory is.
@@ -422,7 +438,7 @@ impl Writing {
                         other => other?,
                     }
                 }
-                File::open(parent(state))?.sync_all()
+                File::open(folder::parent(state))?.sync_all()
             }
         }
     }
@@ -431,7 +447,7 @@ impl Writing {
 impl Drop for Writing {
     fn drop(&mut self) {
         // What became of the folder that was replaced, or what was not finished.
-        if let Err(error) = fs::remove_dir_all(&self.folder)
+        if let Err(error) = folder::remove(&self.folder)
             && error.kind() != io::ErrorKind::NotFound
         {
             log::warn!("cannot remove {}: {error}", self.folder.display());
@@ -450,57 +466,29 @@ impl From<io::Error> for Problem {
     }
 }
 
-/// Gives `folder` the name `target`. A snapshot of that name then has that of `folder`, if it may be replaced.
-fn give_name(folder: &Path, target: &Path, may_replace: bool) -> io::Result<()> {
-    let rename = |flags| renameat_with(CWD, folder, CWD, target, flags);
-    match rename(RenameFlags::NOREPLACE) {
-        Err(rustix::io::Errno::EXIST) if may_replace && is_snapshot(target) => Ok(rename(RenameFlags::EXCHANGE)?),
-        Err(rustix::io::Errno::EXIST) => Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "there is something of that name that is not to be replaced",
-        )),
-        other => Ok(other?),
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Whether a folder may go: it has a snapshot or nothing in it.
-fn is_snapshot(folder: &Path) -> bool {
-    let Ok(mut entries) = fs::read_dir(folder) else { return false };
-    folder.join(STATE).is_file() || entries.next().is_none()
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// A new folder beside `target`, locked for as long as its descriptor is open. Those that killed processes left are
-/// removed.
-fn temporary(target: &Path) -> io::Result<(PathBuf, File)> {
-    let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
-    let prefix = format!(".{name}.saving-");
-    let parent = parent(target);
-    for entry in
-        fs::read_dir(parent)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-    {
-        if let Ok(folder) = File::open(entry.path())
-            && flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
-        {
-            // What cannot be removed does no harm.
-            let _ = fs::remove_dir_all(entry.path());
+    #[test]
+    fn pages_that_have_changed_are_of_memory_and_in_order() {
+        let check = |changed: &[(u64, u64)]| {
+            Base { path: PathBuf::new(), sha256: Hex(vec![]), changed: changed.into() }.check(16 * PAGE)
+        };
+        for good in [&[][..], &[(0, 16)], &[(0, 1), (1, 1), (15, 1)]] {
+            check(good).unwrap();
+        }
+        for bad in [
+            &[(0, 17)][..],
+            &[(16, 1)],
+            &[(0, 0)],
+            &[(1, u64::MAX)],
+            &[(u64::MAX, 1)],
+            &[(0, 2), (1, 1)],
+            &[(1, 1), (0, 1)],
+        ] {
+            let error = check(bad).unwrap_err().to_string();
+            assert!(error.starts_with("cannot restore the pages that have changed: "), "{error}");
         }
     }
-    for number in 0u32.. {
-        use std::os::unix::fs::DirBuilderExt;
-        let folder = parent.join(format!("{prefix}{}-{number}", std::process::id()));
-        match fs::DirBuilder::new().mode(0o700).create(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            other => {
-                other?;
-                let lock = File::open(&folder)?;
-                flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-                return Ok((folder, lock));
-            }
-        }
-    }
-    Err(io::ErrorKind::AlreadyExists.into())
 }

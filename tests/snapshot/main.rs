@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+mod hostile;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,0 +1,185 @@
+//! The folder of a snapshot: it appears under its name when it is whole, its files are read without trust in what they are, and
+//! removed without touching any others.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, renameat_with};
+
+use crate::snapshot;
+
+/// Files in the folder of a snapshot.
+pub const STATE: &str = "state";
+pub const MEMORY: &str = "memory";
+pub const CONFIG: &str = "config.json";
+const FILES: [&str; 3] = [STATE, MEMORY, CONFIG];
+
+/// Opens a regular file to read it. Nothing else is opened: a pipe would be waited for, and a device may do things.
+pub fn open(path: &Path) -> io::Result<File> {
+    let check = |metadata: fs::Metadata| match metadata.file_type() {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(io::Error::from(io::ErrorKind::IsADirectory)),
+        _ => Err(io::Error::other("it is not a regular file")),
+    };
+    check(fs::metadata(path)?)?;
+    // What has that name may have become another meanwhile.
+    let nonblocking = i32::from_ne_bytes(OFlags::NONBLOCK.bits().to_ne_bytes());
+    let file = File::options().read(true).custom_flags(nonblocking).open(path)?;
+    check(file.metadata()?)?;
+    Ok(file)
+}
+
+/// All of a regular file that has no more than `max` bytes.
+pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![];
+    open(path)?.take(max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        return Err(io::Error::other(format!("it has more than {} MiB", max >> 20)));
+    }
+    Ok(bytes)
+}
+
+/// Whether a folder may go: it has the files of a snapshot, or none.
+pub fn may_go(folder: &Path) -> bool {
+    let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
+    let Some(entries) = fs::read_dir(folder).ok().filter(|_| is_folder) else { return false };
+    let mut empty = true;
+    for entry in entries {
+        empty = false;
+        let known = |entry: fs::DirEntry| {
+            FILES.iter().any(|name| *name == entry.file_name()) && entry.file_type().is_ok_and(|kind| kind.is_file())
+        };
+        if !entry.is_ok_and(known) {
+            return false;
+        }
+    }
+    let mut start = vec![];
+    let state = open(&folder.join(STATE)).and_then(|file| file.take(snapshot::VERSION_BYTES).read_to_end(&mut start));
+    empty || state.is_ok() && snapshot::version(&start).is_ok()
+}
+
+/// Removes a folder with the files of a snapshot. With others in it they stay, and so does the folder.
+pub fn remove(folder: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(folder)?.is_dir() {
+        for name in FILES {
+            match fs::remove_file(folder.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    fs::remove_dir(folder)
+}
+
+/// Gives `folder` the name `target`. A snapshot of that name then has that of `folder`, if it may be replaced.
+pub fn give_name(folder: &Path, target: &Path, may_replace: bool) -> io::Result<()> {
+    let rename = |flags| renameat_with(CWD, folder, CWD, target, flags);
+    match rename(RenameFlags::NOREPLACE) {
+        Err(rustix::io::Errno::EXIST) if may_replace && may_go(target) => Ok(rename(RenameFlags::EXCHANGE)?),
+        Err(rustix::io::Errno::EXIST) => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something of that name that is not to be replaced",
+        )),
+        other => Ok(other?),
+    }
+}
+
+/// The folder that something of this path is in.
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A new folder beside `target`, locked for as long as its descriptor is open. Those that killed processes left are
+/// removed.
+pub fn temporary(target: &Path) -> io::Result<(PathBuf, File)> {
+    let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
+    let prefix = format!(".{name}.saving-");
+    let parent = parent(target);
+    for entry in
+        fs::read_dir(parent)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+    {
+        // By itself it is a folder, and no link to one.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if let Ok(folder) = rustix::fs::open(entry.path(), flags, Mode::empty())
+            && flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            // What cannot be removed does no harm.
+            let _ = remove(&entry.path());
+        }
+    }
+    for number in 0u32.. {
+        use std::os::unix::fs::DirBuilderExt;
+        let folder = parent.join(format!("{prefix}{}-{number}", std::process::id()));
+        match fs::DirBuilder::new().mode(0o700).create(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => {
+                other?;
+                let lock = File::open(&folder)?;
+                flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+                return Ok((folder, lock));
+            }
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{FileType, mknodat};
+
+    #[test]
+    fn only_regular_files_are_read_and_no_more_than_wanted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, [7; 100]).unwrap();
+        assert_eq!(read(&path, 100).unwrap(), [7; 100]);
+        assert_eq!(read(&path, 99).unwrap_err().to_string(), "it has more than 0 MiB");
+        let pipe = folder.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let link = folder.path().join("link");
+        symlink(&pipe, &link).unwrap();
+        for path in [&pipe, &link, Path::new("/dev/zero")] {
+            assert_eq!(read(path, 100).unwrap_err().to_string(), "it is not a regular file");
+        }
+        assert_eq!(read(folder.path(), 100).unwrap_err().kind(), io::ErrorKind::IsADirectory);
+        assert_eq!(read(&folder.path().join("none"), 100).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn only_what_is_a_snapshot_may_go() {
+        let outer = tempfile::tempdir().unwrap();
+        let folder = outer.path().join("folder");
+        let put = |name: &str, bytes: &[u8]| fs::write(folder.join(name), bytes).unwrap();
+        assert!(!may_go(&folder));
+        fs::create_dir(&folder).unwrap();
+        assert!(may_go(&folder));
+        put(STATE, b"of Brandenburg");
+        assert!(!may_go(&folder));
+        put(STATE, &snapshot::encode(&1).unwrap());
+        put(MEMORY, b"");
+        put(CONFIG, b"{}");
+        assert!(may_go(&folder));
+        // One of another version is one, too.
+        put(STATE, b"bantam-state 7000 ?\n");
+        assert!(may_go(&folder));
+        let link = outer.path().join("link");
+        symlink(&folder, &link).unwrap();
+        assert!(!may_go(&link));
+        assert!(remove(&link).is_err() && folder.join(STATE).exists(), "what a link leads to is not removed");
+
+        put("notes", b"mine");
+        assert!(!may_go(&folder));
+        assert!(remove(&folder).is_err());
+        assert_eq!(fs::read(folder.join("notes")).unwrap(), b"mine");
+        fs::remove_file(folder.join("notes")).unwrap();
+        remove(&folder).unwrap();
+        fs::create_dir_all(folder.join(MEMORY)).unwrap();
+        assert!(!may_go(&folder) && remove(&folder).is_err() && folder.join(MEMORY).exists());
+        assert!(!may_go(Path::new("/dev/null")) && !may_go(&outer.path().join("none")));
+    }
+}
