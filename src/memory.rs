@@ -10,11 +10,14 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
 };
 
 /// The guest's memory. A clone refers to the same pages.
@@ -129,14 +132,27 @@ pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
 /// Has all of guest memory there before it is used. What is mapped from files stays shared with all who map them.
 ///
 /// # Errors
-/// When the host cannot read the files, or is a Linux before 5.14.
+/// When the host cannot read the files.
 pub fn prefault(ram: &GuestRam) -> io::Result<()> {
     for region in ram.iter() {
         let pages = region.as_volatile_slice().map_err(io::Error::other)?;
         // SAFETY: the pages are mapped for as long as `ram` is, and this advice leaves what is in them as it is.
-        unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), Advice::LinuxPopulateRead) }?;
+        let populated =
+            unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), pages.len(), Advice::LinuxPopulateRead) };
+        match populated {
+            // A Linux before 5.14.
+            Err(Errno::INVAL) => touch(&pages)?,
+            other => other?,
+        }
     }
     Ok(())
+}
+
+/// Reads something of each page.
+fn touch(pages: &VolatileSlice<'_, ()>) -> io::Result<()> {
+    let page = usize::try_from(page_size()).map_err(io::Error::other)?;
+    let touched = (0..pages.len()).step_by(page).try_for_each(|at| pages.load::<u8>(at, Ordering::Relaxed).map(drop));
+    touched.map_err(io::Error::other)
 }
 
 /// The size of the host's pages, in bytes.
@@ -262,6 +278,22 @@ mod tests {
         let mut bytes = vec![0xff; len];
         ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
+    }
+
+    #[test]
+    fn touched_pages_are_there() {
+        let (file, bytes) = file();
+        let ram = reserve(&[0..1 << 20]).unwrap();
+        map_file(&ram, 0x1_0000, &file, 0x1000, 0x2000).unwrap();
+        touch(&ram.get_slice(GuestAddress(0), 1 << 20).unwrap()).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        for page in [0, 0xf, 0x10, 0x11, 0xff] {
+            let address = ram.get_host_address(GuestAddress(page * 0x1000)).unwrap() as u64;
+            let mut entry = [0; 8];
+            pagemap.read_exact_at(&mut entry, address / page_size() * 8).unwrap();
+            assert!(u64::from_ne_bytes(entry) >> 63 == 1, "page {page:#x}");
+        }
+        assert_eq!(read_back(&ram, 0x1_0000, 0x2000), bytes[0x1000..0x3000]);
     }
 
     #[test]

@@ -47,6 +47,12 @@ pub struct Restore {
     #[arg(long, help_heading = "Memory")]
     prefault: bool,
 
+    /// Have the process that listens at SOCKET give each page when it is first used, by userfaultfd, as Firecracker does.
+    ///
+    /// The memory file of the snapshot is not opened. Takes access to /dev/userfaultfd, or CAP_SYS_PTRACE.
+    #[arg(long, value_name = "SOCKET", conflicts_with = "prefault", help_heading = "Memory")]
+    uffd: Option<PathBuf>,
+
     /// End the machine after this time.
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
@@ -99,7 +105,10 @@ pub enum Error {
 impl Restore {
     /// The snapshot, with the machine that the flags make of it.
     pub fn snapshot(&self) -> Result<Snapshot, Box<dyn std::error::Error>> {
-        let mut snapshot = Snapshot::open(&self.folder)?;
+        let mut snapshot = match &self.uffd {
+            Some(socket) => Snapshot::open_served(&self.folder, socket)?,
+            None => Snapshot::open(&self.folder)?,
+        };
         self.change(&mut snapshot.config)?;
         snapshot.prefault = self.prefault;
         Ok(snapshot)

@@ -97,10 +97,10 @@ impl Load {
     /// # Errors
     /// Why that cannot be.
     pub fn open(&self) -> Result<Snapshot, String> {
-        if self.is_socket {
-            return Err("bantam has no memory from a process (Uffd) by this request: give a file.".into());
-        }
-        let opened = Snapshot::open_files(&self.snapshot_path, &self.memory);
+        let opened = match self.is_socket {
+            true => Snapshot::open_served(&self.snapshot_path, &self.memory),
+            false => Snapshot::open_files(&self.snapshot_path, &self.memory),
+        };
         let mut snapshot = opened.map_err(|error| chain(&error))?;
         let config = &mut snapshot.config;
         for (id, tap) in &self.taps {

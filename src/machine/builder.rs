@@ -146,9 +146,9 @@ impl Builder {
         let shares = open_shares(&config)?;
 
         let ranges = layout::ram_ranges(config.memory.get());
-        let ram = match &snapshot {
+        let (ram, memory_handler) = match &snapshot {
             Some(snapshot) => snapshot.map_memory(&ranges)?,
-            None => memory::reserve(&ranges)?,
+            None => (memory::reserve(&ranges)?, None),
         };
         let mut vm = Vm::new(ram.clone(), config.cpus)?;
         config.cpu_template.as_ref().map_or(Ok(()), |template| vm.apply(template))?;
@@ -182,6 +182,9 @@ impl Builder {
             origin = snapshot.origin.filter(|origin| !origin.path.as_os_str().is_empty());
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
+        if let Some(handler) = &memory_handler {
+            handler.machine_is_built(&sender)?;
+        }
         // a file is emptied, or the user's terminal switched to raw mode.
         let console = console.map_or_else(|| Console::open(&config.serial), Ok)?;
         Ok(Machine {
@@ -212,6 +215,7 @@ impl Builder {
             told,
             watch: Default::default(),
             pause: Default::default(),
+            memory_handler,
             savers: vec![],
             started,
             times: Durations::default(),

@@ -54,6 +54,8 @@ pub enum Event {
     Metrics(Box<(Lines, firecracker::Metrics)>),
     /// Somebody wants them to be written now; the answer is whether they can be.
     FlushMetrics(Answer<bool>),
+    /// The process that gives its memory has ended.
+    MemoryLost,
     /// No device does anything until it goes on.
     DevicesPaused,
 }

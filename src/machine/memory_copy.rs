@@ -78,6 +78,14 @@ impl Source {
         Self { _ram: ram.clone(), regions, mapped, pages, is_private }
     }
 
+    /// Knows that pages come from another process when they are first used, which a child could not wait for.
+    pub fn served(mut self) -> Self {
+        if self.pages == Pages::Used {
+            (self.mapped, self.is_private) = (vec![0..u64::MAX], false);
+        }
+        self
+    }
+
     /// The length of the file.
     fn len(&self) -> u64 {
         self.regions.last().map_or(0, |region| region.offset + region.len)

@@ -10,6 +10,7 @@ mod inbox;
 mod lines;
 mod memory_copy;
 mod memory_file;
+mod memory_handler;
 mod pause;
 mod prometheus;
 mod quota;
@@ -173,6 +174,8 @@ pub struct Machine {
     told: Told,
     watch: run::Watch,
     pause: Pause,
+    /// Gives its memory, if that is not from a file.
+    memory_handler: Option<memory_handler::Handler>,
     /// Write what was saved.
     savers: Vec<JoinHandle<()>>,
     /// Whether it stands still when it starts.

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::inbox::Event;
 use super::quota::Quota;
-use super::{Error, Machine};
+use super::{Error, Machine, snapshot};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
@@ -286,6 +286,7 @@ impl Machine {
             Event::Sight(sight) => self.see(sight),
             Event::Command(report) => return self.hear(report),
             Event::Stop => return Some(Ok(Outcome::Stopped)),
+            Event::MemoryLost => return Some(Err(snapshot::Error::HandlerEnded.into())),
             Event::OutputEnd => self.watch.output_ended = true,
             Event::InputRoom | Event::Input(_) => {}
         }
@@ -470,10 +471,13 @@ impl Machine {
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
         let (output, savers) = (self.output.clone(), std::mem::take(&mut self.savers));
+        let memory = self.memory_handler.take();
         let wait = move || {
             threads.into_iter().for_each(vcpu::Thread::join);
             drop(buses);
             savers.into_iter().for_each(|saver| drop(saver.join()));
+            // Whoever waits for a page until then must not find zeros in its place.
+            drop(memory);
             output.close();
         };
         if let Err(error) = thread::Builder::new().name("bantam-end".into()).spawn(wait) {

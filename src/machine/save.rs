@@ -36,10 +36,11 @@ impl Machine {
             }
         };
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
-        let asker = answer.clone();
+        let (asker, is_served) = (answer.clone(), self.memory_handler.is_some());
         let write = move || {
             signal::block_all();
             let memory = Source::new(&ram, if is_diff { Pages::Changed } else { Pages::Used });
+            let memory = if is_served { memory.served() } else { memory };
             let writing = Writing::begin(destination, &memory, goes_on);
             drop((memory, ram));
             sender.send(Event::Saved);

@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::folder::{self, CONFIG, MEMORY, STATE};
 use super::memory_copy::{Child, Pages, Runs, Source};
 use super::memory_file;
+use super::memory_handler::Handler;
 use crate::arch::x86_64::layout;
 use crate::config::Config;
 use crate::devices::console;
@@ -79,8 +80,26 @@ pub enum Error {
     #[error("cannot map what has changed since an earlier snapshot")]
     Map(#[source] io::Error),
     /// The memory cannot be had at once.
-    #[error("cannot read all of the snapshot's memory before the machine goes on, which takes Linux 5.14")]
+    #[error("cannot read all of the snapshot's memory before the machine goes on")]
     Prefault(#[source] io::Error),
+    /// There is nobody to give the memory.
+    #[error("cannot have memory from a process that listens at {}", .path.display())]
+    Reach {
+        /// Where it was to listen.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// No other process can give memory.
+    #[error(
+        "cannot have memory from another process: userfaultfd for KVM's accesses takes the permission to read and write \
+         /dev/userfaultfd, or CAP_SYS_PTRACE, or 1 in /proc/sys/vm/unprivileged_userfaultfd"
+    )]
+    Userfaultfd(#[source] io::Error),
+    /// The process that gave memory has ended.
+    #[error("cannot go on without the process that gave memory: it has ended")]
+    HandlerEnded,
     /// The machine to restore is another than the saved one.
     #[error("cannot restore the snapshot: it has {saved} {what}, and the machine is to have {asked}")]
     Other {
@@ -182,10 +201,18 @@ pub struct Snapshot {
     /// Whether all memory is read before the guest goes on; else each page when it is first used.
     pub prefault: bool,
     pub(super) state: State,
-    /// The first one has all pages.
-    memory: Vec<Layer>,
+    memory: Memory,
     /// What a snapshot of the restored machine can stand on.
     pub(super) origin: Option<Base>,
+}
+
+/// Where memory comes from.
+#[derive(Debug)]
+enum Memory {
+    /// Files, the first of which has all pages.
+    Files(Vec<Layer>),
+    /// A process that listens at this path.
+    Handler(PathBuf),
 }
 
 /// Memory changes by pages of so many bytes.
@@ -201,6 +228,18 @@ impl Snapshot {
         let origin = std::path::absolute(folder).ok().zip(snapshot.origin.take());
         snapshot.origin = origin.map(|(path, origin)| Base { path, ..origin });
         Ok(snapshot)
+    }
+
+    /// Opens the state of a snapshot, a file or in its folder, whose memory a process is to give that listens at `socket`. What is
+    /// said there is Firecracker's protocol: regions of guest memory as JSON, and a userfaultfd.
+    ///
+    /// The memory of a snapshot that stands on others is all of it.
+    pub fn open_served(path: impl Into<PathBuf>, socket: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let is_folder = path.is_dir();
+        let (state, sha256) = read_state(&if is_folder { path.join(STATE) } else { path.clone() })?;
+        let folder = std::path::absolute(&path).ok().filter(|_| is_folder).unwrap_or_default();
+        Ok(Self::new(state, sha256, folder, Memory::Handler(socket.into())))
     }
 
     /// The version of the format of a snapshot, of which nothing else is looked at: the file of its state, or its folder.
@@ -233,15 +272,26 @@ impl Snapshot {
             base = below.base;
         }
         layers.reverse();
-        // Limits are those of one run.
-        let config = Config { timeout: None, boot_timeout: None, ..state.config.clone() };
-        let origin = Some(Base { path: PathBuf::new(), sha256, changed: vec![] });
-        Ok(Self { config, prefault: false, state, memory: layers, origin })
+        Ok(Self::new(state, sha256, PathBuf::new(), Memory::Files(layers)))
     }
 
-    /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be.
-    pub(super) fn map_memory(&self, ranges: &[Range<u64>]) -> Result<GuestRam, super::Error> {
-        let [first, others @ ..] = &self.memory[..] else { unreachable!("there is a first layer") };
+    fn new(state: State, sha256: Hex, path: PathBuf, memory: Memory) -> Self {
+        // Limits are those of one run.
+        let config = Config { timeout: None, boot_timeout: None, ..state.config.clone() };
+        Self { config, prefault: false, state, memory, origin: Some(Base { path, sha256, changed: vec![] }) }
+    }
+
+    /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be; and who gives it.
+    pub(super) fn map_memory(&self, ranges: &[Range<u64>]) -> Result<(GuestRam, Option<Handler>), super::Error> {
+        let layers = match &self.memory {
+            Memory::Files(layers) => layers,
+            Memory::Handler(socket) => {
+                let ram = memory::reserve(ranges)?;
+                let handler = Handler::connect(socket, &ram)?;
+                return Ok((ram, Some(handler)));
+            }
+        };
+        let [first, others @ ..] = &layers[..] else { unreachable!("there is a first layer") };
         let ram = memory_file::map(&first.file, ranges)?;
         for layer in others {
             let changed = layer.changed.as_deref().unwrap_or_default();
@@ -250,7 +300,7 @@ impl Snapshot {
         if self.prefault {
             memory::prefault(&ram).map_err(Error::Prefault)?;
         }
-        Ok(ram)
+        Ok((ram, None))
     }
 
     /// Makes one snapshot, which stands on no other, of this one and those that it stands on.
@@ -258,7 +308,7 @@ impl Snapshot {
     /// # Errors
     /// When the host does not read or write them.
     pub fn merge(mut self, folder: impl Into<PathBuf>) -> Result<(), super::Error> {
-        let ram = self.map_memory(&layout::ram_ranges(self.state.memory))?;
+        let (ram, _handler) = self.map_memory(&layout::ram_ranges(self.state.memory))?;
         self.state.base = None;
         let writing = Writing::begin(Destination::Folder(folder.into()), &Source::new(&ram, Pages::Used), false)?;
         Ok(writing.finish(&mut self.state)?)

@@ -7,6 +7,7 @@ mod hostile;
 mod support;
 
 mod running;
+mod uffd;
 
 use std::error::Error;
 use std::fs;

@@ -1,0 +1,229 @@
+//! Guest memory from another process, by userfaultfd: Firecracker's protocol, and so its handlers.
+//!
+//! The process listens on a Unix socket. It gets the regions of guest memory as JSON, and with them a userfaultfd, by which it
+//! learns of each page that is used for the first time, and puts it there. Nothing else is said.
+//!
+//! A page that nobody gives is waited for, by whatever thread uses it, and not even a signal ends that, but SIGKILL. So a
+//! handler that ends has to be noticed, and it ends the machine.
+
+#![expect(unsafe_code, reason = "the ioctls of userfaultfd; SO_PEERCRED of a process that need not be seen from here")]
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::json;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::inbox::{Event, Sender};
+use super::memory_copy::PAGE;
+use super::snapshot::Error;
+use crate::memory::GuestRam;
+
+/// linux/userfaultfd.h.
+const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
+const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+const UFFDIO_UNREGISTER: libc::Ioctl = 0x8010_aa01;
+const UFFD_API: u64 = 0xaa;
+const UFFD_FEATURE_EVENT_REMOVE: u64 = 1 << 3;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+
+/// A process that gives guest memory, for as long as this is there.
+#[derive(Debug)]
+pub struct Handler {
+    /// Without it pages that nobody has given would be zeros.
+    _memory: Arc<Userfaultfd>,
+    /// By its end the process learns of ours.
+    _socket: UnixStream,
+    stage: Arc<Mutex<Stage>>,
+    /// Its end is that of the thread that watches the process.
+    _watching: OwnedFd,
+}
+
+/// What has to be done when the process ends.
+#[derive(Debug)]
+enum Stage {
+    /// The machine is being built: that goes on with memory of zeros, and is refused at its end.
+    Building,
+    Lost,
+    /// The guest must not go on.
+    Running(Sender),
+}
+
+impl Handler {
+    /// Has the process that listens at `path` give all of `ram`, which is fresh.
+    pub fn connect(path: &Path, ram: &GuestRam) -> Result<Self, Error> {
+        let reach = |source| Error::Reach { path: path.to_owned(), source };
+        let socket = UnixStream::connect(path).map_err(reach)?;
+        let memory = Arc::new(Userfaultfd::new(ram).map_err(Error::Userfaultfd)?);
+        let stage = Arc::new(Mutex::new(Stage::Building));
+        let watching = watch(&socket, memory.clone(), stage.clone()).map_err(reach)?;
+        send(&socket, memory.fd.as_fd(), &regions(ram)).map_err(reach)?;
+        Ok(Self { _memory: memory, _socket: socket, stage, _watching: watching })
+    }
+
+    /// From now on the end of the process is told to the machine.
+    ///
+    /// # Errors
+    /// When it has ended, and memory is not what it should be.
+    pub fn machine_is_built(&self, sender: &Sender) -> Result<(), Error> {
+        let mut stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*stage, Stage::Lost) {
+            return Err(Error::HandlerEnded);
+        }
+        *stage = Stage::Running(sender.clone());
+        Ok(())
+    }
+}
+
+/// What the process is told of guest memory.
+fn regions(ram: &GuestRam) -> String {
+    let mut offset = 0;
+    let region = |region: &<GuestRam as GuestMemoryBackend>::R| {
+        let told = json!({
+            "base_host_virt_addr": region.as_ptr() as u64,
+            "size": region.len(),
+            "offset": offset,
+            "page_size": PAGE,
+            // Bytes in spite of the name, as Firecracker has it.
+            "page_size_kib": PAGE,
+        });
+        offset += region.len();
+        told
+    };
+    ram.iter().map(region).collect::<serde_json::Value>().to_string()
+}
+
+fn send(socket: &UnixStream, fd: BorrowedFd<'_>, text: &str) -> io::Result<()> {
+    let fds = [fd];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    // A socket that carries so little takes it at once.
+    let sent = sendmsg(socket, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+    if sent == text.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Watches the process that `socket` leads to, on a thread, until what is returned is closed. It has ended when it has closed the
+/// socket and the process that listened is gone: either may be before the other, or mean nothing by itself.
+fn watch(socket: &UnixStream, memory: Arc<Userfaultfd>, stage: Arc<Mutex<Stage>>) -> io::Result<OwnedFd> {
+    let process = listener(socket)?;
+    let socket = socket.try_clone()?;
+    let (end, watching) = pipe_with(PipeFlags::CLOEXEC)?;
+    let watch = move || {
+        if !wait(socket.as_fd(), PollFlags::empty(), &end) {
+            return;
+        }
+        match process.map(|process| pidfd_open(process, PidfdFlags::empty())) {
+            // It cannot be seen from here, or not be watched: it may go on without the socket.
+            None => return,
+            Some(Ok(process)) if !wait(process.as_fd(), PollFlags::IN, &end) => return,
+            Some(Err(error)) if error != Errno::SRCH => return,
+            Some(_) => {}
+        }
+        let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*stage {
+            Stage::Running(sender) => sender.send(Event::MemoryLost),
+            Stage::Building | Stage::Lost => {
+                memory.release();
+                *stage = Stage::Lost;
+            }
+        }
+    };
+    thread::Builder::new().name("bantam-memory".into()).spawn(watch)?;
+    Ok(watching)
+}
+
+/// Waits for `events`, or the end, of one; false when the other ends first.
+fn wait(one: BorrowedFd<'_>, events: PollFlags, other: &OwnedFd) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(one, events), PollFd::new(other, PollFlags::empty())];
+    loop {
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+            Ok(_) if !fds[1].revents().is_empty() => return false,
+            Ok(_) if !fds[0].revents().is_empty() => return true,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// The process that listened, if it is one that is seen from here.
+fn listener(socket: &UnixStream) -> io::Result<Option<Pid>> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).map_err(io::Error::other)?;
+    let (at, level, name) = ((&raw mut peer).cast(), libc::SOL_SOCKET, libc::SO_PEERCRED);
+    // SAFETY: there is room for what is asked, and `len` says how much.
+    if unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, at, &raw mut len) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Pid::from_raw(peer.pid))
+}
+
+/// A userfaultfd of guest memory.
+#[derive(Debug)]
+struct Userfaultfd {
+    fd: OwnedFd,
+    /// Address and length of each region in this process.
+    ranges: Vec<[u64; 2]>,
+}
+
+impl Userfaultfd {
+    /// Has each first use of a page wait for it.
+    fn new(ram: &GuestRam) -> io::Result<Self> {
+        let fd = open()?;
+        // Removed pages (by the balloon) are told of, too.
+        let mut api = [UFFD_API, UFFD_FEATURE_EVENT_REMOVE, 0];
+        // SAFETY: it reads and writes a `struct uffdio_api`, which is three u64.
+        check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) })?;
+        let ranges: Vec<_> = ram.iter().map(|region| [region.as_ptr() as u64, region.len()]).collect();
+        for [start, len] in &ranges {
+            let mut register = [*start, *len, UFFDIO_REGISTER_MODE_MISSING, 0];
+            // SAFETY: it reads and writes a `struct uffdio_register`, which is four u64. What happens to the memory is what
+            // may happen to a guest's at any time.
+            check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) })?;
+        }
+        Ok(Self { fd, ranges })
+    }
+
+    /// Has nobody wait any more: pages that have not come are zeros.
+    fn release(&self) {
+        for range in &self.ranges {
+            // SAFETY: it reads a `struct uffdio_range`, which is two u64.
+            if let Err(error) = check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_UNREGISTER, range) }) {
+                log::warn!("cannot take guest memory back: {error}");
+            }
+        }
+    }
+}
+
+/// A userfaultfd for the kernel's accesses, too: KVM's are such. The device gives one to whoever may open it, the system call
+/// to the privileged.
+fn open() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd");
+    let fd = match &device {
+        // SAFETY: it takes a number, and makes a descriptor.
+        Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
+        // SAFETY: the same.
+        Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }.try_into().unwrap_or(-1),
+    };
+    check(fd)?;
+    // SAFETY: it has just been made, for this thread.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
