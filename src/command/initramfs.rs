@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::io::retry_on_intr;
+use rustix::rand::{GetRandomFlags, getrandom};
+
 use super::{Spec, overlay, protocol};
 use crate::boot::cpio::Archive;
 use crate::boot::filesystem;
@@ -88,8 +91,8 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// Makes the archive for `command` and a kernel of this version, with modules from the folder that is given, or
-    /// from where they usually are.
+    /// Makes the archive for `command`, of which the init is told `told`, and a kernel of this version, with modules from
+    /// the folder that is given, or from where they usually are.
     ///
     /// # Errors
     /// When the root disk or the modules cannot be read, or one that is needed is missing.
@@ -99,7 +102,7 @@ impl Initramfs {
         kernel: &Path,
         version: Option<&str>,
         folder: Option<&Path>,
-        window: u32,
+        told: &[u8],
     ) -> Result<Self, Error> {
         let kind = match devices.root {
             Some(Root::Disk(disk)) => Some(file_system(disk)?),
@@ -114,8 +117,8 @@ impl Initramfs {
         };
         let loaded =
             modules.as_ref().map(|modules| modules.load(wanted(modules, command, devices, kind))).transpose()?;
-        let mut spec = vec![];
-        let mut say = |key: &str, value: &str| spec.extend_from_slice(format!("{key}={value}\0").as_bytes());
+        let mut spec = told.to_vec();
+        let mut say = |key: &str, value: &str| write(&mut spec, key, value);
         if let Some(kind) = kind {
             say(if command.rw { "writable" } else { "overlay" }, kind);
         }
@@ -127,34 +130,65 @@ impl Initramfs {
         }
         let loaded = loaded.unwrap_or_default();
         loaded.iter().for_each(|module| say("module", &path_of(module)));
-        command.arguments.iter().for_each(|argument| say("argument", argument));
-        effective(&command.env).for_each(|variable| say("environment", variable));
         for Share { tag, path, readonly } in devices.shares {
             let key = if *readonly { "share-ro" } else { "share" };
             say(key, &format!("{tag}:{}", path.display()));
         }
-        for (key, value) in [("folder", &command.workdir), ("user", &command.user), ("hostname", &command.hostname)] {
-            value.iter().for_each(|value| say(key, value));
-        }
         if let Some(mac) = devices.user_net {
             say("network", &network(mac));
         }
-        if let Some(count) = command.pids {
-            say("pids", &count.to_string());
-        }
-        if command.tty {
-            say("terminal", &window.to_string());
-        }
         Ok(Self { archive: archive(&spec, &loaded), has_modules: modules.is_some() })
     }
+}
+
+/// What the init is told of `command`, which has a terminal of this size if it has one: rows << 16 | columns.
+pub fn told(command: &Spec, window: u32) -> Vec<u8> {
+    let mut spec = vec![];
+    let mut say = |key: &str, value: &str| write(&mut spec, key, value);
+    command.arguments.iter().for_each(|argument| say("argument", argument));
+    effective(&command.env).for_each(|variable| say("environment", variable));
+    for (key, value) in [("folder", &command.workdir), ("user", &command.user), ("hostname", &command.hostname)] {
+        value.iter().for_each(|value| say(key, value));
+    }
+    if let Some(count) = command.pids {
+        say("pids", &count.to_string());
+    }
+    if command.tty {
+        say("terminal", &window.to_string());
+    }
+    spec
+}
+
+/// What the init is told in place of a command that it waits for.
+pub const WAIT: &[u8] = b"wait=\0";
+
+/// What the init is told so that the guest has random numbers of its own.
+pub(super) fn seed() -> io::Result<Vec<u8>> {
+    let mut seed = [0; SEED];
+    // As few are had whole.
+    retry_on_intr(|| getrandom(&mut seed, GetRandomFlags::empty()))?;
+    let mut spec = vec![];
+    write(&mut spec, "seed", &hex(&seed));
+    Ok(spec)
+}
+
+/// Bytes of it.
+const SEED: usize = 32;
+
+/// Adds a key and its value to what the init is told.
+fn write(spec: &mut Vec<u8>, key: &str, value: &str) {
+    spec.extend_from_slice(format!("{key}={value}\0").as_bytes());
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What the init sets up the card with this address with: the addresses of both, the prefix' length, the gateway and the
 /// name server, as hexadecimal bytes.
 fn network(mac: MacAddr) -> String {
     let (guest, gateway, server) = (passt::GUEST.octets(), passt::GATEWAY.octets(), passt::NAME_SERVER.octets());
-    let bytes = [&mac.bytes()[..], &guest, &[passt::PREFIX_LENGTH], &gateway, &server].concat();
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&[&mac.bytes()[..], &guest, &[passt::PREFIX_LENGTH], &gateway, &server].concat())
 }
 
 /// The variables without those that a later one replaces.

@@ -12,6 +12,9 @@
 //!
 //! The init is a small static program that this one carries. It and what it has to do come as an
 //! archive that is loaded as an initrd, so that nothing in the root file system is needed or changed.
+//!
+//! A guest that is to be saved for later starts is not told the command there. It says that it is ready for one, is saved,
+//! and takes it from the control connection: in this machine, and in each that is restored from what was saved.
 
 mod initramfs;
 pub mod overlay;
@@ -23,8 +26,8 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 
-pub use initramfs::{Devices, Error, Initramfs, MODULES, Root, Share};
-pub use session::{Ended, Ends, PidsLimit, Report, Session, Streams};
+pub use initramfs::{Devices, Error, Initramfs, MODULES, Root, Share, WAIT, told};
+pub use session::{Ended, Ends, PidsLimit, Report, Session, Streams, Told};
 pub use tail::{Kept, Tail};
 
 /// The parameter that has the kernel start the init.

@@ -27,10 +27,17 @@ pub const ENDED: u32 = 2;
 /// To the host: the command could not be started; the value is how many bytes of text follow.
 pub const FAILED: u32 = 3;
 
+/// To the host: the guest waits for its command; the value is 0. It says so on each connection for control, of which there is
+/// another one where the machine is restored.
+pub const READY: u32 = 4;
+
 /// To the guest: send the command a signal; the value is its number.
 pub const SIGNAL: u32 = 16;
 /// To the guest: the terminal's size; the value is rows << 16 | columns.
 pub const WINDOW: u32 = 17;
+
+/// To the guest that waits for it: the command; the value is how many bytes follow, of the form of the init's file.
+pub const COMMAND: u32 = 18;
 
 /// The folder in the initramfs with all that is ours.
 pub const FOLDER: &str = "/.bantam";

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -19,6 +19,7 @@ use rustix::termios::{isatty, tcgetwinsize};
 
 use super::protocol::{self, message};
 use super::tail::{Kept, Tail};
+use super::{Spec, initramfs};
 use crate::terminal::{self, Escapes, Raw, Request};
 
 /// Bytes that are on their way in each direction, at most, here.
@@ -94,6 +95,8 @@ impl fmt::Display for PidsLimit {
 /// What a session tells the machine.
 #[derive(Debug)]
 pub enum Report {
+    /// The guest waits for the command, which [`Session::give`] gives.
+    Ready,
     /// The guest is about to start the command.
     Started(Option<PidsLimit>),
     /// The command has ended, and all its output was passed on.
@@ -116,7 +119,30 @@ pub struct Session {
     raw: Option<Raw>,
     has_terminal: bool,
     running: bool,
+    /// The terminal's size has changed before the guest could be told.
+    resized: bool,
     signals: u32,
+    /// Has the guest that waits be given the command.
+    give: Option<SyncSender<()>>,
+}
+
+/// How the guest comes to know of its command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// By what it boots with.
+    AtBoot,
+    /// By the session, when [`Session::give`] says so.
+    WhenGiven,
+    /// By the session: it waits for it already.
+    AtOnce,
+}
+
+/// What the guest is told of its command by the session.
+#[derive(Debug)]
+struct Given {
+    text: Vec<u8>,
+    /// When it may be told; else it is at once.
+    when: Option<Receiver<()>>,
 }
 
 /// What the threads get.
@@ -126,17 +152,19 @@ struct Idle {
     stdin: UnixStream,
     outputs: Vec<UnixStream>,
     kept: Option<Kept>,
+    given: Option<Given>,
 }
 
 /// The guest's ends of connections, by the port of the host that they belong to.
 pub type Ends = HashMap<u32, UnixStream>;
 
 impl Session {
-    /// A session for a command with or without a terminal, and the ends for the vsock device.
+    /// A session for `command`, and the ends for the vsock device.
     ///
     /// # Errors
     /// When sockets cannot be had, or there is no terminal.
-    pub fn new(tty: bool, streams: Streams) -> io::Result<(Self, Ends)> {
+    pub fn new(command: &Spec, told: Told, streams: Streams) -> io::Result<(Self, Ends)> {
+        let tty = command.tty;
         if tty && !isatty(&streams.stdin) {
             return Err(io::Error::other("standard input is not a terminal"));
         }
@@ -149,9 +177,36 @@ impl Session {
         let control = end(protocol::CONTROL)?;
         let stdin = end(protocol::STDIN)?;
         let outputs = if tty { vec![stdin.try_clone()?] } else { vec![end(protocol::STDOUT)?, end(protocol::STDERR)?] };
-        let idle = Some(Idle { streams, stdin, outputs, kept: None });
-        let session = Self { control, idle, done: None, raw: None, has_terminal: tty, running: false, signals: 0 };
+        let (give, given) = match told {
+            Told::AtBoot => (None, None),
+            Told::WhenGiven | Told::AtOnce => {
+                let text = [initramfs::told(command, Self::window()), initramfs::seed()?].concat();
+                let (give, when) = mpsc::sync_channel(1);
+                let waits = told == Told::WhenGiven;
+                (waits.then_some(give), Some(Given { text, when: waits.then_some(when) }))
+            }
+        };
+        let idle = Some(Idle { streams, stdin, outputs, kept: None, given });
+        let session = Self {
+            control,
+            idle,
+            done: None,
+            raw: None,
+            has_terminal: tty,
+            running: false,
+            resized: false,
+            signals: 0,
+            give,
+        };
         Ok((session, ends))
+    }
+
+    /// Has the guest that waits for it be given the command. Without effect if it has been.
+    pub fn give(&mut self) {
+        // Its receiver is gone when the guest is.
+        if let Some(give) = self.give.take() {
+            let _ = give.send(());
+        }
     }
 
     /// Has the last `bytes` of each output kept, from the start on.
@@ -172,7 +227,7 @@ impl Session {
     /// # Errors
     /// When a thread cannot be started, or the terminal not be set.
     pub fn start(&mut self, report: impl Fn(Report) + Clone + Send + 'static) -> io::Result<()> {
-        let Some(Idle { streams, stdin, outputs, kept }) = self.idle.take() else { return Ok(()) };
+        let Some(Idle { streams, stdin, outputs, kept, given }) = self.idle.take() else { return Ok(()) };
         if self.has_terminal {
             self.raw = Raw::enter_whole()?;
         }
@@ -195,7 +250,7 @@ impl Session {
         let control = self.control.try_clone()?;
         let (done, is_done) = mpsc::channel();
         thread::Builder::new().name("bantam-command".into()).spawn(move || {
-            listen(control, writers, &report);
+            listen(control, given, writers, &report);
             let _ = done.send(());
         })?;
         self.done = Some(is_done);
@@ -205,6 +260,9 @@ impl Session {
     /// The guest said that the command is about to run.
     pub fn started(&mut self) {
         self.running = true;
+        if std::mem::take(&mut self.resized) {
+            self.resize();
+        }
     }
 
     /// Sends the command a signal; false if it is not running yet, or was sent one before: then it is for the machine.
@@ -216,10 +274,12 @@ impl Session {
     }
 
     /// Tells the command the terminal's size.
-    pub fn resize(&self) {
-        if self.has_terminal {
+    pub fn resize(&mut self) {
+        if self.running && self.has_terminal {
             self.tell(protocol::WINDOW, Self::window());
         }
+        // Before that its command may be on its way there.
+        self.resized = !self.running;
     }
 
     fn tell(&self, what: u32, value: u32) -> bool {
@@ -241,10 +301,24 @@ impl Session {
 }
 
 /// Takes what the guest says, until it has no more to say and all output was written.
-fn listen(mut control: UnixStream, mut writers: Vec<JoinHandle<()>>, report: &impl Fn(Report)) {
+fn listen(
+    mut control: UnixStream,
+    mut given: Option<Given>,
+    mut writers: Vec<JoinHandle<()>>,
+    report: &impl Fn(Report),
+) {
+    if given.as_ref().is_some_and(|given| given.when.is_none()) {
+        tell_command(&mut control, &mut given);
+    }
     let mut bytes = [0; protocol::MESSAGE];
     while control.read_exact(&mut bytes).is_ok() {
         match protocol::parse(bytes) {
+            (protocol::READY, _) => {
+                if given.is_some() {
+                    report(Report::Ready);
+                    tell_command(&mut control, &mut given);
+                }
+            }
             (protocol::STARTED, limit) => report(Report::Started(PidsLimit::of(limit))),
             (protocol::FAILED, length) => {
                 let mut text = vec![];
@@ -262,6 +336,16 @@ fn listen(mut control: UnixStream, mut writers: Vec<JoinHandle<()>>, report: &im
         }
     }
     join(&mut writers);
+}
+
+/// Tells the guest its command, when it may be told.
+fn tell_command(control: &mut UnixStream, given: &mut Option<Given>) {
+    let Some(Given { text, when }) = given.take() else { return };
+    if when.is_none_or(|when| when.recv().is_ok()) {
+        let length = u32::try_from(text.len()).unwrap_or(0);
+        // A guest that is gone is noticed by who reads.
+        let _ = control.write_all(&[&message(protocol::COMMAND, length)[..], &text].concat());
+    }
 }
 
 fn join(writers: &mut Vec<JoinHandle<()>>) {

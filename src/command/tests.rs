@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use init_spec::Root as Told;
+use init_spec::Root as InitRoot;
 use proptest::prelude::*;
 
 use super::protocol::{self, message};
@@ -24,7 +24,8 @@ use super::*;
 
 /// What the init finds in the archive.
 fn told(command: &Spec, devices: Devices<'_>) -> init_spec::Spec {
-    let made = Initramfs::make(command, devices, "none/vmlinux".as_ref(), None, None, 24 << 16 | 80).unwrap();
+    let text = super::told(command, 24 << 16 | 80);
+    let made = Initramfs::make(command, devices, "none/vmlinux".as_ref(), None, None, &text).unwrap();
     assert!(!made.has_modules);
     let name = b".bantam/spec\0";
     let at = memchr::memmem::find(&made.archive, name).unwrap();
@@ -54,7 +55,7 @@ fn the_init_is_told_everything() {
     assert_eq!((network.card, network.prefix_length), ([0x52, 0x54, 0, 0x12, 0x34, 0x5a], 24));
     let addresses = [[10, 0, 2, 15], [10, 0, 2, 2], [10, 0, 2, 3]];
     assert_eq!([network.address, network.gateway, network.name_server], addresses);
-    assert_eq!(spec.root, Told::Writable(c"squashfs".into()));
+    assert_eq!(spec.root, InitRoot::Writable(c"squashfs".into()));
     assert_eq!(spec.arguments, [c"sh", c"-c", c"a\nb"].map(ToOwned::to_owned));
     assert_eq!((spec.variable("A"), spec.variable("B")), (Some(&b"2"[..]), Some(&b"x=y"[..])));
     assert_eq!((spec.variable("C"), spec.environment.len()), (None, 2));
@@ -64,13 +65,13 @@ fn the_init_is_told_everything() {
 
     let spec = told(&Spec::new(["true"]), Devices { user_net: None, ..devices });
     assert_eq!(spec.network, None);
-    assert_eq!((spec.root, spec.terminal), (Told::Overlay(c"squashfs".into()), None));
+    assert_eq!((spec.root, spec.terminal), (InitRoot::Overlay(c"squashfs".into()), None));
     assert_eq!(spec.upper, None);
     let kept = told(&Spec::new(["true"]), Devices { overlay: Some(2), ..devices });
-    assert_eq!((kept.root, kept.upper), (Told::Overlay(c"squashfs".into()), Some(c"/dev/vdc".into())));
+    assert_eq!((kept.root, kept.upper), (InitRoot::Overlay(c"squashfs".into()), Some(c"/dev/vdc".into())));
     let folder = Devices { root: Some(Root::Folder("root")), ..Devices::default() };
-    assert_eq!(told(&command, folder).root, Told::Share(c"root".into()));
-    assert_eq!(told(&Spec::new(["true"]), Devices::default()).root, Told::Initramfs);
+    assert_eq!(told(&command, folder).root, InitRoot::Share(c"root".into()));
+    assert_eq!(told(&Spec::new(["true"]), Devices::default()).root, InitRoot::Initramfs);
 }
 
 proptest! {
@@ -145,6 +146,10 @@ struct Fixture {
 
 impl Fixture {
     fn start() -> Self {
+        Self::start_told(Told::AtBoot)
+    }
+
+    fn start_told(told: Told) -> Self {
         let pair = || UnixStream::pair().unwrap();
         let ((stdin, its_stdin), (stdout, its_stdout)) = (pair(), pair());
         let streams = Streams {
@@ -152,7 +157,7 @@ impl Fixture {
             stdout: its_stdout.into(),
             stderr: OwnedFd::from(File::open("/dev/null").unwrap()),
         };
-        let (mut session, mut ends) = Session::new(false, streams).unwrap();
+        let (mut session, mut ends) = Session::new(&Spec::new(["x"]), told, streams).unwrap();
         let ports = [protocol::CONTROL, protocol::STDIN, protocol::STDOUT, protocol::STDERR];
         let guest = ports.map(|port| ends.remove(&port)).into();
         let (sender, reports) = mpsc::channel();
@@ -162,6 +167,21 @@ impl Fixture {
 
     fn say(&mut self, what: u32, value: u32) {
         self.guest[0].as_ref().unwrap().write_all(&message(what, value)).unwrap();
+    }
+
+    /// What it is told of its command.
+    fn hear_command(&mut self) -> init_spec::Spec {
+        let control = self.guest[0].as_mut().unwrap();
+        let mut bytes = [0; protocol::MESSAGE];
+        control.read_exact(&mut bytes).unwrap();
+        let (what, length) = protocol::parse(bytes);
+        assert_eq!(what, protocol::COMMAND);
+        let mut text = vec![0; length as usize];
+        control.read_exact(&mut text).unwrap();
+        let mut spec = init_spec::Spec::parse(WAIT).unwrap();
+        assert!(spec.waits && spec.arguments.is_empty());
+        spec.add(&text).unwrap();
+        spec
     }
 
     fn report(&self) -> Report {
@@ -234,4 +254,32 @@ fn the_first_signal_is_for_the_command_that_runs() {
     assert!(!fixture.session.signal(15));
     fixture.guest.clear();
     fixture.session.finish(Duration::from_secs(20));
+}
+
+#[test]
+fn a_guest_that_waits_is_given_its_command_when_that_is_said() {
+    let mut fixture = Fixture::start_told(Told::WhenGiven);
+    fixture.say(protocol::READY, 0);
+    assert!(matches!(fixture.report(), Report::Ready));
+    let control = fixture.guest[0].as_ref().unwrap();
+    control.set_nonblocking(true).unwrap();
+    assert!(Read::read(&mut &*control, &mut [0]).is_err(), "it is not said yet");
+    control.set_nonblocking(false).unwrap();
+    fixture.session.resize();
+    fixture.session.give();
+    fixture.session.give();
+    let spec = fixture.hear_command();
+    assert_eq!((spec.arguments, spec.seed.len()), (vec![c"x".to_owned()], 32));
+    assert!(init_spec::Spec::parse(b"seed=0\0").is_none());
+}
+
+#[test]
+fn a_guest_that_was_restored_is_given_its_command_at_once() {
+    let mut fixture = Fixture::start_told(Told::AtOnce);
+    let spec = fixture.hear_command();
+    fixture.say(protocol::READY, 0);
+    fixture.say(protocol::STARTED, 0);
+    assert!(matches!(fixture.report(), Report::Started(_)), "it is not given twice");
+    let other = Fixture::start_told(Told::AtOnce).hear_command();
+    assert!(spec.seed != other.seed && spec.arguments == other.arguments);
 }

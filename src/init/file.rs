@@ -27,6 +27,19 @@ pub fn read(path: &CStr) -> sys::Result<Vec<u8>> {
     result
 }
 
+/// Fills `buffer`; `None` at an end before.
+pub fn read_exact(fd: sys::Fd, buffer: &mut [u8]) -> Option<()> {
+    let mut have = 0;
+    while have < buffer.len() {
+        match sys::read(fd, &mut buffer[have..]) {
+            Ok(count) if count > 0 => have += count,
+            Err(sys::EINTR) => {}
+            _ => return None,
+        }
+    }
+    Some(())
+}
+
 /// Writes to a file that is there.
 pub fn write(path: &CStr, bytes: &[u8]) -> sys::Result<()> {
     let fd = sys::open(path, sys::WRITE_ONLY)?;

@@ -19,6 +19,7 @@ mod network;
 mod pids;
 #[path = "../command/protocol.rs"]
 mod protocol;
+mod random;
 mod relay;
 mod root;
 mod runtime;
@@ -47,8 +48,8 @@ fn main() -> ! {
     let prepared = prepare();
     match prepared {
         Err(why) => say(&why),
-        Ok((control, mut spec)) => {
-            if let Err(why) = run(control, &mut spec) {
+        Ok((mut control, mut spec)) => {
+            if let Err(why) = run(&mut control, &mut spec) {
                 tell(control, protocol::FAILED, u32::try_from(why.len()).unwrap_or(0));
                 let _ = sys::write(control, why.as_bytes());
             }
@@ -110,17 +111,47 @@ fn connect(port: u32) -> Result<Fd, String> {
     connect().map_err(|error| format!("cannot connect to the host by vsock: {error}"))
 }
 
+/// Takes the command from the host when the guest is ready for it. Until then the machine may be saved, and go on where
+/// there is another host: that has a connection of its own.
+fn take_command(control: &mut Fd, spec: &mut Spec) -> Result<(), String> {
+    loop {
+        tell(*control, protocol::READY, 0);
+        if let Some(text) = read_command(*control) {
+            spec.add(&text).filter(|()| !spec.arguments.is_empty()).ok_or("what to run makes no sense")?;
+            return random::mix(&spec.seed).map_err(|error| format!("cannot make random numbers anew: {error}"));
+        }
+        sys::close(*control);
+        *control = connect(protocol::CONTROL)?;
+    }
+}
+
+/// What the host says of the command; `None` if the connection ends before.
+fn read_command(control: Fd) -> Option<Vec<u8>> {
+    let mut message = [0; protocol::MESSAGE];
+    loop {
+        file::read_exact(control, &mut message)?;
+        if let (protocol::COMMAND, length) = protocol::parse(message) {
+            let mut text = vec![0; length as usize];
+            return file::read_exact(control, &mut text).map(|()| text);
+        }
+    }
+}
+
 /// Runs the command to its end.
-fn run(control: Fd, spec: &mut Spec) -> Result<(), String> {
+fn run(control: &mut Fd, spec: &mut Spec) -> Result<(), String> {
     if spec.root == spec::Root::Initramfs {
         root::clear(&spec.modules);
     }
     let layer = root::enter(&spec.root, spec.upper.as_deref())?;
     root::mount_shares(&spec.shares)?;
+    network::set_up(spec)?;
+    if spec.waits {
+        take_command(control, spec)?;
+    }
+    let control = *control;
     if let Some(name) = &spec.host_name {
         sys::set_host_name(name).map_err(|error| format!("cannot set the host name: {error}"))?;
     }
-    network::set_up(spec)?;
     network::write_names(spec);
     let account = child::prepare(spec)?;
     let signals = 1 << (SIGCHLD - 1);

@@ -39,7 +39,7 @@ pub struct Network {
 impl Network {
     /// All of it as hexadecimal bytes.
     fn parse(text: &[u8]) -> Option<Self> {
-        let mut bytes = text.chunks(2).map(|digits| u8::from_str_radix(core::str::from_utf8(digits).ok()?, 16).ok());
+        let mut bytes = bytes(text);
         let mut next = || bytes.next()?;
         Some(Self {
             card: [next()?, next()?, next()?, next()?, next()?, next()?],
@@ -49,6 +49,11 @@ impl Network {
             name_server: [next()?, next()?, next()?, next()?],
         })
     }
+}
+
+/// Bytes that are written as hexadecimal digits.
+fn bytes(text: &[u8]) -> impl Iterator<Item = Option<u8>> {
+    text.chunks(2).map(|digits| u8::from_str_radix(core::str::from_utf8(digits).ok()?, 16).ok())
 }
 
 /// What to do.
@@ -71,6 +76,10 @@ pub struct Spec {
     pub pids: Option<u32>,
     /// The command gets a terminal of this size: rows << 16 | columns.
     pub terminal: Option<u32>,
+    /// The command is told when the guest is ready for it.
+    pub waits: bool,
+    /// For the guest to have random numbers of its own.
+    pub seed: Vec<u8>,
 }
 
 impl Spec {
@@ -89,7 +98,16 @@ impl Spec {
             network: None,
             pids: None,
             terminal: None,
+            waits: false,
+            seed: Vec::new(),
         };
+        spec.add(text)?;
+        if spec.arguments.is_empty() && !spec.waits { None } else { Some(spec) }
+    }
+
+    /// Adds what bantam wrote; `None` if it cannot have.
+    pub fn add(&mut self, text: &[u8]) -> Option<()> {
+        let spec = self;
         for entry in text.split_inclusive(|byte| *byte == 0) {
             let entry = entry.strip_suffix(&[0])?;
             let equals = entry.iter().position(|byte| *byte == b'=')?;
@@ -117,10 +135,12 @@ impl Spec {
                 b"network" => spec.network = Some(Network::parse(value)?),
                 b"pids" => spec.pids = Some(core::str::from_utf8(value).ok()?.parse().ok()?),
                 b"terminal" => spec.terminal = core::str::from_utf8(value).ok()?.parse().ok(),
+                b"wait" => spec.waits = true,
+                b"seed" => spec.seed = bytes(value).collect::<Option<_>>()?,
                 _ => return None,
             }
         }
-        if spec.arguments.is_empty() { None } else { Some(spec) }
+        Some(())
     }
 
     /// The value of a variable in the command's environment.

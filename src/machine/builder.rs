@@ -3,13 +3,15 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::events::Told;
 use super::inbox::Inbox;
+use super::pause::Save;
 use super::quota::Quota;
-use super::snapshot::{self, Snapshot};
+use super::snapshot::{self, Destination, Snapshot};
 use super::{Durations, Error, Limits, Lines, Machine, firecracker};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
@@ -38,6 +40,7 @@ pub struct Builder {
     tee: Option<Tee>,
     started: Instant,
     snapshot: Option<Snapshot>,
+    save: Option<Save>,
     paused: bool,
 }
 
@@ -49,8 +52,9 @@ impl Builder {
     pub fn new(config: Config) -> Self {
         let started = Instant::now();
         let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
-        let (told, tee, snapshot) = (Told::default(), None, None);
-        Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, paused: false }
+        let (told, tee, snapshot, save) = (Told::default(), None, None, None);
+        let paused = false;
+        Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, save, paused }
     }
 
     /// A builder for the machine that `snapshot` has saved, with the configuration that it has now. It goes on where that
@@ -59,6 +63,14 @@ impl Builder {
         let mut builder = Self::new(snapshot.config.clone());
         builder.snapshot = Some(snapshot);
         builder
+    }
+
+    /// Has the machine saved to `destination` when its guest is ready for its command, which then begins; `answer` is told
+    /// what came of it, or is dropped when the guest does not get there. What is saved has nothing of the command:
+    /// [restored](Self::restore) with that or another command in its configuration, the guest begins with it at once.
+    pub fn save_when_ready(mut self, destination: Destination, answer: SyncSender<Result<(), Error>>) -> Self {
+        self.save = Some((destination, answer));
+        self
     }
 
     /// Has the machine stand still when it starts, until [`Handle::resume`](super::Handle::resume).
@@ -129,8 +141,20 @@ impl Builder {
 
     /// Opens everything the machine needs, loads the kernel and creates the vCPUs. Nothing runs yet.
     pub fn build(self) -> Result<Machine, Error> {
-        let Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, paused } =
-            self;
+        let Builder {
+            config,
+            console,
+            signals,
+            streams,
+            keep,
+            when_running,
+            told,
+            tee,
+            started,
+            snapshot,
+            save,
+            paused,
+        } = self;
         config.validate()?;
         match &snapshot {
             Some(snapshot) => snapshot.check()?,
@@ -153,10 +177,16 @@ impl Builder {
         let mut vm = Vm::new(ram.clone(), config.cpus)?;
         config.cpu_template.as_ref().map_or(Ok(()), |template| vm.apply(template))?;
         let (vcpus, has_modules) = match &snapshot {
-            Some(snapshot) => (restore(&vm, snapshot)?, false),
-            None => boot(&config, &vm)?,
+            // Those that were needed are in it.
+            Some(snapshot) => (restore(&vm, snapshot)?, true),
+            None => boot(&config, &vm, save.is_some())?,
         };
-        let (mut session, ends) = open_session(&config, streams).map_err(Error::Streams)?.unzip();
+        let told_command = match (&snapshot, &save) {
+            (Some(_), _) => command::Told::AtOnce,
+            (None, Some(_)) => command::Told::WhenGiven,
+            (None, None) => command::Told::AtBoot,
+        };
+        let (mut session, ends) = open_session(&config, told_command, streams).map_err(Error::Streams)?.unzip();
         let kept = session.as_mut().zip(keep).map(|(session, bytes)| session.keep(bytes));
 
         let quota = config.cpu_quota.map(Quota::new);
@@ -224,16 +254,20 @@ impl Builder {
             start_paused: paused,
             generation,
             origin,
+            save,
+            may_give: false,
             vm,
         })
     }
 }
 
 /// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found.
-fn boot(config: &Config, vm: &Vm) -> Result<(Vec<Vcpu>, bool), Error> {
+fn boot(config: &Config, vm: &Vm, waits: bool) -> Result<(Vec<Vcpu>, bool), Error> {
     let (path, ram) = (config.kernel.as_deref().ok_or(Error::NoKernel)?, vm.ram());
     let kernel = kernel::load(ram, path).map_err(boot::Error::from)?;
-    let command = config.command.as_ref().map(|command| initramfs(config, command, path, ram, &kernel)).transpose()?;
+    let told = |command| if waits { command::WAIT.to_vec() } else { command::told(command, Session::window()) };
+    let make = |command| initramfs(config, command, &told(command), path, ram, &kernel);
+    let command = config.command.as_ref().map(make).transpose()?;
     let (entry, acpi) = load_parameters(config, ram, &kernel, command.as_ref())?;
     let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
     if let Some(template) = &config.cpu_template {
@@ -341,6 +375,7 @@ fn open_vsock(config: &Config, ends: Option<Ends>) -> Result<Option<NamedDevice>
 fn initramfs(
     config: &Config,
     command: &command::Spec,
+    told: &[u8],
     path: &Path,
     ram: &GuestRam,
     kernel: &Kernel,
@@ -362,13 +397,13 @@ fn initramfs(
         rng: config.rng,
     };
     let version = kernel.version.clone().or_else(|| inspect::version(ram, kernel.range.clone()));
-    Initramfs::make(command, devices, path, version.as_deref(), config.modules.as_deref(), Session::window())
+    Initramfs::make(command, devices, path, version.as_deref(), config.modules.as_deref(), told)
 }
 
-fn open_session(config: &Config, streams: Option<Streams>) -> io::Result<Option<(Session, Ends)>> {
+fn open_session(config: &Config, told: command::Told, streams: Option<Streams>) -> io::Result<Option<(Session, Ends)>> {
     let Some(command) = &config.command else { return Ok(None) };
     let streams = streams.map_or_else(Streams::inherit, Ok)?;
-    Session::new(command.tty, streams).map(Some)
+    Session::new(command, told, streams).map(Some)
 }
 
 fn open_balloon(config: &Config) -> Result<Option<(NamedDevice, Arc<balloon::Shared>)>, balloon::Error> {

@@ -32,8 +32,8 @@ use events::Told;
 pub use handle::Handle;
 use inbox::{Inbox, Sender};
 pub use lines::Lines;
-use pause::Pause;
 pub use pause::Refusal;
+use pause::{Pause, Save};
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
 pub use snapshot::{Destination, Snapshot};
@@ -184,6 +184,10 @@ pub struct Machine {
     generation: Option<EventFd>,
     /// The snapshot that its memory is mapped from.
     origin: Option<snapshot::Base>,
+    /// Where it is saved when its guest is ready for the command.
+    save: Option<Save>,
+    /// The guest is given the command when the machine goes on.
+    may_give: bool,
     started: Instant,
     times: Durations,
     when_running: Option<fn()>,

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::inbox::{Event, Sender};
 use super::snapshot::{Destination, saveable};
 use super::{Error, Handle, Machine};
-use crate::vcpu;
+use crate::{command, vcpu};
 
 /// Why nothing could be asked of a machine through its [`Handle`].
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,9 @@ pub enum Refusal {
 
 /// Where the answer to a question goes.
 pub type Answer<T> = mpsc::SyncSender<Result<T, Error>>;
+
+/// Where a machine is saved, and who is told what came of it.
+pub type Save = (Destination, Answer<()>);
 
 /// Asks the machine something, and waits for the answer.
 pub(super) fn ask<T>(
@@ -83,7 +86,7 @@ pub(super) struct Pause {
     pausing: Vec<Answer<()>>,
     resuming: Vec<Answer<()>>,
     /// Where it is to be saved, before it goes on.
-    saves: VecDeque<(Destination, Answer<()>)>,
+    saves: VecDeque<Save>,
     /// It is being saved.
     is_saving: bool,
 }
@@ -123,6 +126,18 @@ impl Machine {
         } else {
             self.pause.saves.push_back((destination, answer));
             self.stand_still();
+        }
+    }
+
+    /// The guest waits for the command. It is given when the machine has been saved, if that is wanted.
+    pub(super) fn ready_for_command(&mut self) {
+        match self.save.take() {
+            Some(save) => {
+                self.may_give = true;
+                self.pause.saves.push_back(save);
+                self.stand_still();
+            }
+            None => self.command.iter_mut().for_each(command::Session::give),
         }
     }
 
@@ -199,6 +214,9 @@ impl Machine {
 
     fn go_on(&mut self) {
         self.buses.resume();
+        if std::mem::take(&mut self.may_give) {
+            self.command.iter_mut().for_each(command::Session::give);
+        }
         self.threads.iter().for_each(vcpu::Thread::resume);
         self.pause.phase = Phase::Running;
         let stood = self.pause.since.take().map_or(Duration::ZERO, |since| since.elapsed());

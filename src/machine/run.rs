@@ -138,8 +138,8 @@ impl Machine {
             session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
         }
         if let Some(generation) = &self.generation {
-            // It had booted before.
-            self.watch.user_space = true;
+            // It had booted before. One that waits for a command has still to show that it lives.
+            self.watch.user_space = self.command.is_none();
             // Fails only when the counter is full.
             let _ = generation.write(1);
         }
@@ -296,6 +296,11 @@ impl Machine {
     /// Takes what the command's session reports.
     fn hear(&mut self, report: command::Report) -> Step {
         match report {
+            command::Report::Ready => {
+                self.reached_user_space();
+                self.ready_for_command();
+                None
+            }
             command::Report::Started(limit) => {
                 if let Some(limit) = limit {
                     log::info!("the command's processes are limited by {limit}");

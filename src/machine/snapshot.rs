@@ -17,6 +17,7 @@ use super::memory_copy::{Child, Pages, Runs, Source};
 use super::memory_file;
 use super::memory_handler::Handler;
 use crate::arch::x86_64::layout;
+use crate::command;
 use crate::config::Config;
 use crate::devices::console;
 use crate::kvm::{Cpu, VcpuState, VmState};
@@ -325,7 +326,13 @@ impl Snapshot {
                 return Err(Error::Other { what, saved, asked });
             }
         }
-        saveable(&self.config)
+        let commands = |config: &Config| u64::from(config.command.is_some());
+        let (saved, asked) = (commands(&saved.config), commands(&self.config));
+        if saved != asked {
+            return Err(Error::Other { what: "commands", saved, asked });
+        }
+        // What was saved waits for its command.
+        saveable(&Config { command: None, ..self.config.clone() })
     }
 }
 
@@ -365,12 +372,14 @@ pub(super) fn saveable(config: &Config) -> Result<(), Error> {
 }
 
 /// The configuration with paths that mean the same from any folder, and without what is only of this process.
-pub(super) fn portable(config: &Config) -> Result<Config, Error> {
+pub(crate) fn portable(config: &Config) -> Result<Config, Error> {
     let absolute = |path: &mut PathBuf| -> Result<(), Error> {
         *path = std::path::absolute(&path).map_err(|source| Error::Write { path: path.clone(), source })?;
         Ok(())
     };
     let mut config = config.clone();
+    // It is given to a machine that waits for it.
+    config.command = config.command.map(|_| command::Spec::default());
     let disks = config.disks.iter_mut().map(|disk| &mut disk.path);
     let vsock = config.vsock.iter_mut().map(|vsock| &mut vsock.socket);
     let boot = [&mut config.kernel, &mut config.initrd, &mut config.rootfs].into_iter().flatten();
