@@ -17,6 +17,7 @@ pub mod progress;
 pub mod restore;
 pub mod rootfs;
 pub mod test;
+pub mod warm;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -107,6 +108,9 @@ pub enum Command {
     /// List, fetch and remove the images in the cache.
     #[command(subcommand)]
     Image(image::Image),
+    /// List and remove the snapshots of bantam run --warm.
+    #[command(subcommand)]
+    Warm(warm::Warm),
     /// List, import, build and remove the kernels in the cache.
     #[command(subcommand, after_long_help = kernel::EXAMPLES)]
     Kernel(kernel::Kernel),
@@ -202,6 +206,13 @@ pub struct Run {
     /// default, else /boot/vmlinuz-$(uname -r)].
     #[arg(long, value_name = "FILE|NAME", help_heading = "Boot")]
     pub kernel: Option<PathBuf>,
+    /// Start COMMAND in a guest that was saved when it was ready for one, as the snapshot KEY in the cache. If there is none,
+    /// or it is of another machine, the guest boots, and is saved.
+    ///
+    /// It may be another command, environment, user and folder each time. A snapshot is used for the same kernel, root file
+    /// system, machine, CPU and bantam only; what is other is told. `bantam warm` lists and removes snapshots.
+    #[arg(long, value_name = "KEY", help_heading = "Boot")]
+    pub warm: Option<String>,
     /// The initial RAM disk.
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     initrd: Option<PathBuf>,
@@ -382,6 +393,7 @@ impl Run {
         self.log_file = self.log_file.take().or_else(|| run.log_file.clone());
         self.events = self.events.take().or_else(|| run.events.clone());
         self.metrics = self.metrics.take().or_else(|| run.metrics.clone());
+        self.warm = self.warm.take().or_else(|| run.warm.clone());
         self.github |= run.github;
         self.retry.get_or_insert(run.retry);
         if self.verbose == 0 {
@@ -439,6 +451,7 @@ impl Run {
         let run = file::Run {
             report: self.report.clone(),
             junit: self.junit.clone(),
+            warm: self.warm.clone(),
             github: self.github,
             retry: self.retries(),
             verbose: self.verbose,

@@ -43,7 +43,7 @@
 //!
 //! | floor | modules |
 //! | --- | --- |
-//! | 6, around it | [`control`]: Firecracker's API on a socket; [`check`]: is the host ready, is a kernel; [`kernels`]: kernels by name, in a cache; [`named`]: machines by name |
+//! | 6, around it | [`control`]: Firecracker's API on a socket; [`check`]: is the host ready, is a kernel; [`kernels`]: kernels by name, in a cache; [`named`]: machines by name; [`warm`]: snapshots for commands, by key |
 //! | 5, the machine | [`machine`]: the builder, the board, the run loop with its one inbox |
 //! | 4, what is asked for | [`config`]: one struct for flags, JSON and programs |
 //! | 3, what runs | [`boot`]: kernel, initrd, command line; [`vcpu`]: the thread of a vCPU; [`command`]: one command in the guest |
@@ -83,3 +83,4 @@ pub mod terminal;
 mod text;
 pub mod vcpu;
 pub mod virtio;
+pub mod warm;

@@ -26,6 +26,7 @@ use cli::message::{chain, say};
 use cli::output_file::OutputFile;
 use cli::restore::Restore;
 use cli::test::{Test, Verdict};
+use cli::warm::Starts;
 use cli::{Cli, Command, ending};
 use process::ExitCode;
 use rustix::stdio::{stderr, stdout};
@@ -75,6 +76,7 @@ fn start() -> ExitCode {
         Command::Api(flags) => api(&flags, started),
         Command::Check(check) => self::check(&check),
         Command::Kernel(kernel) => print_told(|told| kernel.run(told)),
+        Command::Warm(warm) => print_told(|told| warm.run(told)),
         Command::Image(image) => print_told(|told| image.run(told)),
         Command::Ps(ps) => ps.run().map_err(Into::into).and_then(|text| print(text.as_bytes())),
         Command::Stop(stop) => stop.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
@@ -192,14 +194,21 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
     let mut named = run.name.as_ref().map(|name| Server::bind(name, &config, started)).transpose()?;
-    let (ended, machine) = attempts.run(has_command, started, |begin, wanted| {
+    let mut warm = None;
+    let (ended, machine) = attempts.run(has_command, started, &mut warm, |begin, wanted, warm| {
         let config = if run.retries() > 0 { config.clone() } else { std::mem::take(&mut config) };
         let built = std::mem::replace(&mut opened, Ok(()));
-        let built = built.and_then(|()| build(&run, config, begin, wanted, &mut named));
+        let built = built.and_then(|()| {
+            if let (Some(key), None) = (&run.warm, &warm) {
+                *warm = Some(Starts::new(key, &config)?);
+            }
+            build(&run, config, begin, wanted, &mut named, warm)
+        });
         // Kernel and modules are in the guest's memory, unless they are needed again.
         in_use = in_use.take().filter(|_| run.retries() > 0);
         built
     });
+    warm.iter_mut().for_each(Starts::finish);
     let unwritten = attempts.tell().err();
     let outcome = match (ended, &machine) {
         (Ok(outcome), _) => outcome,
@@ -242,7 +251,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
-    let signals = signals(&snapshot.config)?;
+    let signals = signals(false)?;
     let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
     cli::descriptors::allow(&snapshot.config);
     let mut machine = named_console(Builder::restore(snapshot), &named).started(started).signals(signals).build()?;
@@ -260,12 +269,12 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     Ok(status(&outcome))
 }
 
-/// The signals that end a machine, or tell of its terminal.
-fn signals(config: &Config) -> Result<SignalFd, String> {
+/// The signals that end a machine, or tell of its command's terminal.
+fn signals(terminal: bool) -> Result<SignalFd, String> {
     let mut signals = signal::ENDING.to_vec();
     // A terminal that a shell had while this process was stopped, or that changes its size.
     signals.push(libc::SIGCONT);
-    signals.extend(config.command.as_ref().filter(|command| command.tty).map(|_| libc::SIGWINCH));
+    signals.extend(terminal.then_some(libc::SIGWINCH));
     SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))
 }
 
@@ -304,9 +313,9 @@ fn build(
     started: Instant,
     keep: bool,
     named: &mut Option<Server>,
+    warm: &mut Option<Starts>,
 ) -> Result<Machine, Box<dyn Error>> {
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
-    let signals = signals(&config)?;
     let what = format!(
         "{} (vCPUs: {}, memory: {})",
         config.kernel.as_deref().unwrap_or(Path::new("")).display(),
@@ -314,20 +323,27 @@ fn build(
         config.memory
     );
     cli::descriptors::allow(&config);
-    let mut builder = Builder::new(config).started(started).signals(signals).when_running(process::give_back);
-    if keep {
-        builder = builder.keep_output(ending::KEPT);
-    }
+    let terminal = config.command.as_ref().is_some_and(|command| command.tty);
     let lines = |what, path: &Path| {
         Lines::open(path).map_err(|error| format!("cannot write the {what} to {}: {error}", path.display()))
     };
-    if let Some(path) = &run.events {
-        builder = builder.events(lines("events", path)?);
-    }
-    if let Some(path) = &run.metrics {
-        builder = builder.metrics(lines("metrics", path)?, Metrics::default());
-    }
-    let machine = named_console(builder, named).build()?;
+    let build = |builder: Builder| {
+        let mut builder = builder.started(started).signals(signals(terminal)?).when_running(process::give_back);
+        if keep {
+            builder = builder.keep_output(ending::KEPT);
+        }
+        if let Some(path) = &run.events {
+            builder = builder.events(lines("events", path)?);
+        }
+        if let Some(path) = &run.metrics {
+            builder = builder.metrics(lines("metrics", path)?, Metrics::default());
+        }
+        Ok::<_, Box<dyn Error>>(named_console(builder, named).build()?)
+    };
+    let machine = match warm {
+        Some(warm) => warm.build(config, build)?,
+        None => build(Builder::new(config))?,
+    };
     if let Some(named) = named {
         named.serve(machine.handle())?;
     }

@@ -31,7 +31,7 @@ const FLOORS: &[&[&str]] = &[
     &["boot", "command", "vcpu"],
     &["config"],
     &["machine"],
-    &["check", "control", "kernels", "named"],
+    &["check", "control", "kernels", "named", "warm"],
     &["cli", "main", "lib", "process"],
 ];
 

@@ -834,3 +834,35 @@ fn the_running_kernel_is_the_default() {
         refused(&output, &[path.to_str().unwrap(), "--kernel"]);
     }
 }
+
+#[test]
+fn a_warm_start_that_no_other_run_could_use_is_refused() {
+    let folder = Folder::new();
+    let path = |name: &str| folder.0.path().join(name);
+    fs::write(path("kernel"), "").unwrap();
+    fs::write(path("root"), "").unwrap();
+    let refuses = |flags: &str, words: &[&str]| {
+        let flags: Vec<_> = ["run", "--kernel", "kernel", "--warm"].into_iter().chain(flags.split(' ')).collect();
+        let output = output(folder.command(BANTAM, &flags).env("XDG_CACHE_HOME", path("cache")));
+        refused(&output, words);
+    };
+    refuses("key root", &["cannot start warm without a command", "-- COMMAND"]);
+    refuses("key --rw root -- x", &["cannot start warm with --rw"]);
+    refuses("key --overlay changes root -- x", &["cannot start warm with --overlay"]);
+    refuses("key --share /:/host root -- x", &["cannot start warm with shared folders"]);
+    refuses("key --disk root root -- x", &["with the disk root, which is not readonly=on"]);
+    refuses("key --net fd=99 root -- x", &["with the network card fd=99"]);
+    refuses("key --net tap%d root -- x", &["on the first free tap `tap%d`"]);
+    refuses("../key root -- x", &["`../key` is no key for a warm snapshot"]);
+    assert!(!path("cache").exists());
+    let warm = |arguments: &[&str]| {
+        let flags = [&["warm"], arguments].concat();
+        output(folder.command(BANTAM, &flags).env("XDG_CACHE_HOME", path("cache")))
+    };
+    refused(&warm(&["rm", "key"]), &["there is no warm snapshot `key`", "bantam warm ls"]);
+    refused(&warm(&["rm", "."]), &["`.` is no key"]);
+    assert_eq!(text(&warm(&["ls"]).stdout), "KEY  SIZE      ROOTFS\n");
+    assert_eq!(text(&warm(&["ls", "--json"]).stdout), "[]\n");
+    let homeless = output(folder.command(BANTAM, &["warm", "ls"]).env_remove("XDG_CACHE_HOME").env_remove("HOME"));
+    refused(&homeless, &["neither XDG_CACHE_HOME nor HOME is set"]);
+}

@@ -53,7 +53,7 @@ fn reference() -> String {
         "# The command's reference\n\n\
          What `--help` prints. This page is made by `UPDATE_DOCS=1 cargo test --test reference`; do not edit it.\n",
     );
-    let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm";
+    let cached = "image|image ls|image pull|image rm|image prune|kernel|kernel ls|kernel import|kernel build|kernel rm|warm|warm ls|warm rm";
     for command in ["", "run", "restore", "api", "check"].into_iter().chain(cached.split('|')).chain([
         "test",
         "ps",

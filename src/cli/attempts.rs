@@ -13,6 +13,7 @@ use super::ending::{self, Ending, Failure, Lines};
 use super::junit::{self, Case};
 use super::message::{chain, say};
 use super::output_file::{self, OutputFile};
+use super::warm::{Start, Starts};
 use super::{Run, github};
 
 /// One attempt as the report has it.
@@ -25,6 +26,8 @@ pub struct Attempt {
     #[serde(flatten)]
     report: Report,
     failure: Option<Failure>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warm: Option<Start>,
     #[serde(flatten)]
     lines: Lines,
     #[serde(skip)]
@@ -68,7 +71,7 @@ impl Attempt {
                 lines.stderr_tail = ending::last_lines(stderr);
             }
         }
-        Self { outcome, report, failure, lines, output, has_run: machine.is_some() }
+        Self { outcome, report, failure, warm: None, lines, output, has_run: machine.is_some() }
     }
 
     /// How it ended.
@@ -153,15 +156,17 @@ impl Attempts {
         &mut self,
         has_command: bool,
         mut begin: Instant,
-        mut build: impl FnMut(Instant, bool) -> Result<Machine, Box<dyn Error>>,
+        warm: &mut Option<Starts>,
+        mut build: impl FnMut(Instant, bool, &mut Option<Starts>) -> Result<Machine, Box<dyn Error>>,
     ) -> (Result<Outcome, Box<dyn Error>>, Option<Machine>) {
         let wanted = self.are_wanted();
         loop {
             let (group, mut machine) = (self.group(), None);
-            let ended = build(begin, wanted).and_then(|built| Ok(machine.insert(built).run()?));
+            let ended = build(begin, wanted, warm).and_then(|built| Ok(machine.insert(built).run()?));
             group.into_iter().for_each(github::Group::end);
             let result = ended.as_ref().map_err(|error| chain(&**error));
-            let attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);
+            let mut attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);
+            attempt.warm = warm.as_mut().and_then(|warm| warm.last.take());
             let Some(why) = self.take(attempt) else { return (ended, machine) };
             drop(machine);
             say(&why);

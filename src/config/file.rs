@@ -24,6 +24,9 @@ pub struct Run {
     /// Where the outcome is written as JUnit XML; `-` is standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub junit: Option<PathBuf>,
+    /// The key of the warm snapshot that it starts from, or makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm: Option<String>,
     /// Whether workflow commands of GitHub Actions are printed.
     #[serde(skip_serializing_if = "is_default")]
     pub github: bool,

@@ -19,6 +19,7 @@ mod roots;
 mod share;
 mod status;
 mod streams;
+mod warm;
 
 use support::{Guest, Kernel};
 
