@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Builds the programs that check file systems in guests, once, as static ones: pjdfstest and fsx, from crates.io, and
-# files.c. Prints their folder.
+# files.c. And hostile.c, a kernel of its own. Prints their folder.
 set -euo pipefail
 
 here=$(realpath "$(dirname "$0")")
 folder=$(realpath -m "$here/../../target/guest/tools")
 mkdir -p "$folder"
 gcc -O2 -Wall -static -o "$folder/files" "$here/files.c"
+gcc -O2 -Wall -ffreestanding -fno-stack-protector -fno-pic -mno-red-zone -mgeneral-regs-only -fno-strict-aliasing \
+    -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -nostdlib -static -no-pie \
+    -Wl,-Ttext-segment=0x200000,--build-id=none,-z,noexecstack -o "$folder/hostile" "$here/hostile.c"
 if [[ ! -e $folder/fsx || ! -e $folder/pjdfstest ]]; then
     echo "==> Building pjdfstest and fsx (some minutes, once)" >&2
     scratch=$(mktemp -d)
