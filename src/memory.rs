@@ -148,6 +148,19 @@ pub fn prefault(ram: &GuestRam) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the host read what `range`, of guest-physical addresses in one region, has in files, in the background; or have it there
+/// when this returns, if it is to be awaited.
+///
+/// # Errors
+/// When it is not in one region, or the host cannot.
+pub fn read_ahead(ram: &GuestRam, range: Range<u64>, is_awaited: bool) -> io::Result<()> {
+    let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+    let pages = ram.get_slice(GuestAddress(range.start), len).map_err(io::Error::other)?;
+    let advice = if is_awaited { Advice::LinuxPopulateRead } else { Advice::WillNeed };
+    // SAFETY: the pages are mapped for as long as `ram` is, and this advice leaves what is in them as it is.
+    Ok(unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), len, advice) }?)
+}
+
 /// Reads something of each page.
 fn touch(pages: &VolatileSlice<'_, ()>) -> io::Result<()> {
     let page = usize::try_from(page_size()).map_err(io::Error::other)?;

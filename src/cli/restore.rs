@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bantam::config::{Config, duration, kv};
 use bantam::devices::console;
-use bantam::machine::Snapshot;
+use bantam::machine::{self, Record, Snapshot};
 use bantam::virtio::{net, vsock};
 use clap::Args;
 
@@ -47,6 +47,11 @@ pub struct Restore {
     #[arg(long, help_heading = "Memory")]
     prefault: bool,
 
+    /// Record which memory the guest uses until the machine ends, or for TIME, and have later machines of the snapshot read
+    /// that ahead.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "end")]
+    #[arg(value_parser = record, conflicts_with_all = ["prefault", "uffd"], help_heading = "Memory")]
+    record: Option<Record>,
     /// Have the process that listens at SOCKET give each page when it is first used, by userfaultfd, as Firecracker does.
     ///
     /// The memory file of the snapshot is not opened. Takes access to /dev/userfaultfd, or CAP_SYS_PTRACE.
@@ -71,6 +76,23 @@ pub struct Restore {
     pub log_file: Option<PathBuf>,
 }
 
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// The folder of the snapshot.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// The folder of the new one; a snapshot that is there is replaced when the new one is whole.
+    #[arg(value_name = "INTO")]
+    into: PathBuf,
+}
+
+impl Merge {
+    /// Makes the snapshot.
+    pub fn run(&self) -> Result<(), machine::Error> {
+        Snapshot::open(&self.folder)?.merge(&self.into)
+    }
+}
+
 /// Where the data of a disk is.
 #[derive(Debug, Clone)]
 struct Disk {
@@ -88,6 +110,13 @@ impl FromStr for Disk {
             }
             _ => Err("expected NAME=FILE, as vda=disk.img"),
         }
+    }
+}
+
+fn record(text: &str) -> Result<Record, String> {
+    match text {
+        "end" => Ok(Record::ToTheEnd),
+        time => duration::parse(time).map(Record::For).map_err(|error| error.to_string()),
     }
 }
 
@@ -111,6 +140,7 @@ impl Restore {
         };
         self.change(&mut snapshot.config)?;
         snapshot.prefault = self.prefault;
+        snapshot.record = self.record;
         Ok(snapshot)
     }
 

@@ -207,8 +207,9 @@ impl Builder {
         board.attach_virtio(&ram, devices)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, keyboard, .. } = board;
-        let mut origin = None;
+        let (mut origin, mut working_set) = (None, Default::default());
         if let Some(snapshot) = snapshot {
+            working_set = snapshot.working_set();
             origin = snapshot.origin.filter(|origin| !origin.path.as_os_str().is_empty());
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
@@ -246,6 +247,8 @@ impl Builder {
             watch: Default::default(),
             pause: Default::default(),
             memory_handler,
+            working_set,
+            recorder: None,
             savers: vec![],
             started,
             times: Durations::default(),

@@ -14,7 +14,10 @@ use crate::snapshot;
 pub const STATE: &str = "state";
 pub const MEMORY: &str = "memory";
 pub const CONFIG: &str = "config.json";
-const FILES: [&str; 3] = [STATE, MEMORY, CONFIG];
+/// What memory a machine of it has used, and the same while it is written.
+pub const WORKING_SET: &str = "working-set";
+pub const NEW_WORKING_SET: &str = "working-set.new";
+const FILES: [&str; 5] = [STATE, MEMORY, CONFIG, WORKING_SET, NEW_WORKING_SET];
 
 /// Opens a regular file to read it. Nothing else is opened: a pipe would be waited for, and a device may do things.
 pub fn open(path: &Path) -> io::Result<File> {

@@ -18,6 +18,7 @@ mod report;
 mod run;
 mod save;
 pub mod snapshot;
+mod working_set;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -38,6 +39,7 @@ use quota::Quota;
 pub use report::{Durations, Limits, Report};
 pub use snapshot::{Destination, Snapshot};
 use vmm_sys_util::eventfd::EventFd;
+pub use working_set::Record;
 
 use crate::command::Kept;
 use crate::config::Config;
@@ -176,6 +178,9 @@ pub struct Machine {
     pause: Pause,
     /// Gives its memory, if that is not from a file.
     memory_handler: Option<memory_handler::Handler>,
+    /// What is to be done about its working set, and what does it.
+    working_set: working_set::Plan,
+    recorder: Option<working_set::Recorder>,
     /// Write what was saved.
     savers: Vec<JoinHandle<()>>,
     /// Whether it stands still when it starts.

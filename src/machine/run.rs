@@ -156,6 +156,8 @@ impl Machine {
             None => self.start_vcpus(idle, None),
         };
         self.quota = quota;
+        // The guest does not wait for it.
+        self.recorder = std::mem::take(&mut self.working_set).start(self.vm.ram());
         started.map_err(|source| Error::Thread { what: "vCPU", source })
     }
 
@@ -476,11 +478,15 @@ impl Machine {
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
         let (output, savers) = (self.output.clone(), std::mem::take(&mut self.savers));
-        let memory = self.memory_handler.take();
+        let (memory, recorder) = (self.memory_handler.take(), self.recorder.take());
         let wait = move || {
             threads.into_iter().for_each(vcpu::Thread::join);
             drop(buses);
             savers.into_iter().for_each(|saver| drop(saver.join()));
+            if let Some((stop, recorder)) = recorder {
+                drop(stop);
+                drop(recorder.join());
+            }
             // Whoever waits for a page until then must not find zeros in its place.
             drop(memory);
             output.close();

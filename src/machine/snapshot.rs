@@ -16,6 +16,7 @@ use super::folder::{self, CONFIG, MEMORY, STATE};
 use super::memory_copy::{Child, Pages, Runs, Source};
 use super::memory_file;
 use super::memory_handler::Handler;
+use super::working_set::{self, Record};
 use crate::arch::x86_64::layout;
 use crate::command;
 use crate::config::Config;
@@ -201,6 +202,9 @@ pub struct Snapshot {
     pub config: Config,
     /// Whether all memory is read before the guest goes on; else each page when it is first used.
     pub prefault: bool,
+    /// For how long the pages that the guest uses are recorded, in the folder of the snapshot. Without it those that were recorded
+    /// before are read ahead.
+    pub record: Option<Record>,
     pub(super) state: State,
     memory: Memory,
     /// What a snapshot of the restored machine can stand on.
@@ -279,7 +283,14 @@ impl Snapshot {
     fn new(state: State, sha256: Hex, path: PathBuf, memory: Memory) -> Self {
         // Limits are those of one run.
         let config = Config { timeout: None, boot_timeout: None, ..state.config.clone() };
-        Self { config, prefault: false, state, memory, origin: Some(Base { path, sha256, changed: vec![] }) }
+        Self {
+            config,
+            prefault: false,
+            record: None,
+            state,
+            memory,
+            origin: Some(Base { path, sha256, changed: vec![] }),
+        }
     }
 
     /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be; and who gives it.
@@ -302,6 +313,16 @@ impl Snapshot {
             memory::prefault(&ram).map_err(Error::Prefault)?;
         }
         Ok((ram, None))
+    }
+
+    /// What is to be done about the machine's working set.
+    pub(super) fn working_set(&self) -> working_set::Plan {
+        match (&self.memory, &self.origin) {
+            (Memory::Files(_), Some(Base { path, sha256, .. })) if !self.prefault && !path.as_os_str().is_empty() => {
+                working_set::Plan::new(path, sha256, self.record)
+            }
+            _ => working_set::Plan::Nothing,
+        }
     }
 
     /// Makes one snapshot, which stands on no other, of this one and those that it stands on.
