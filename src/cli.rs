@@ -96,6 +96,8 @@ pub enum Command {
     /// Run a virtual machine until it ends.
     #[command(after_long_help = RUN_EXAMPLES)]
     Run(Box<Run>),
+    /// Make one snapshot of one that has only what changed, and of those that it stands on.
+    Merge(restore::Merge),
     /// Have a machine go on from a snapshot.
     #[command(after_long_help = restore::EXAMPLES)]
     Restore(Box<restore::Restore>),
@@ -130,7 +132,7 @@ pub enum Command {
     Resume(named::Named),
     /// Save a machine to a folder, for bantam restore.
     ///
-    /// A machine that runs stands still while it is written, and goes on.
+    /// A machine that runs stands still for a moment, and goes on while it is written.
     Snapshot(named::Snapshot),
     /// Print the counters of a machine, as Prometheus reads them.
     Metrics(named::Named),

@@ -85,6 +85,7 @@ fn start() -> ExitCode {
         Command::Snapshot(snapshot) => snapshot.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
         Command::Metrics(machine) => ask(&machine, &Request::Metrics),
         Command::Console(machine) => machine.console().map_err(Into::into).map(|()| ExitCode::SUCCESS),
+        Command::Merge(merge) => merge.run().map_err(Into::into).map(|()| ExitCode::SUCCESS),
         Command::Test(test) => self::test(&test),
         Command::Completions { shell } => print(&cli::completions(shell)),
         Command::Man { command } => cli::man(&command).map_err(Into::into).and_then(|page| print(&page)),

@@ -36,6 +36,10 @@ pub struct Snapshot {
     /// The folder of the snapshot; one that is there is replaced when the new one is whole.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
+    /// Save only the memory that is other than in the snapshot that the machine was restored from, which has to stay where it
+    /// is. DIR must not be there.
+    #[arg(long)]
+    diff: bool,
 }
 
 #[derive(Debug, Args)]
@@ -103,7 +107,7 @@ impl Stop {
 impl Snapshot {
     /// Saves the machine.
     pub fn run(&self) -> Result<(), named::Error> {
-        Client::connect(&self.name)?.snapshot(&self.folder)
+        Client::connect(&self.name)?.snapshot(&self.folder, self.diff)
     }
 }
 

@@ -57,16 +57,18 @@ impl Client {
         }
     }
 
-    /// Saves the machine to `folder`, and waits until all of it is there.
+    /// Saves the machine to `folder`, and waits until all of it is there; of a diff, all that is other than in the snapshot that it
+    /// was restored from.
     ///
     /// # Errors
     /// When it could not be saved, or has ended.
-    pub fn snapshot(&mut self, folder: &Path) -> Result<(), Error> {
+    pub fn snapshot(&mut self, folder: &Path, is_diff: bool) -> Result<(), Error> {
         let folder = path::absolute(folder).map_err(|error| self.talk(error))?;
         if folder.to_str().is_none() {
             return Err(Error::NoText { name: self.name.clone(), folder });
         }
-        self.ask(&Request::Snapshot(folder)).map(drop)
+        let request = if is_diff { Request::Diff(folder) } else { Request::Snapshot(folder) };
+        self.ask(&request).map(drop)
     }
 
     /// Waits until the machine has ended, for at most this time; whether it has.

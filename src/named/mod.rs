@@ -133,6 +133,8 @@ pub enum Request {
     Metrics,
     /// Save it to this folder, whose path is absolute.
     Snapshot(PathBuf),
+    /// Save what has changed since the snapshot that it was restored from, to such a folder.
+    Diff(PathBuf),
     /// From then on the connection is the serial console.
     Console,
 }

@@ -171,6 +171,10 @@ impl Shared {
                 handle.snapshot(Destination::Folder(folder.clone())).map_err(|error| chain(&error))?;
                 Ok(json!({}))
             }
+            Request::Diff(folder) => {
+                handle.snapshot(Destination::Diff(folder.clone())).map_err(|error| chain(&error))?;
+                Ok(json!({}))
+            }
             Request::Console => Ok(json!({})),
         }
     }

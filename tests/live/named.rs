@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -121,23 +121,49 @@ fn a_named_machine_is_saved_and_restored() {
     running.wait_for("count=5 end");
     refuses(folder, &["snapshot", "one", "/proc/saved"], "cannot save the machine: ");
     says(folder, &["pause", "one"]);
+    refuses(folder, &["snapshot", "one", "/saved", "--diff"], "was not restored from the folder of a snapshot");
     // The folder is where the client is.
     let saved = command(folder, &["snapshot", "one", "saved"]).current_dir(folder).output().unwrap();
     assert!(saved.status.success(), "{saved:?}");
     says(folder, &["stop", "one"]);
     let before = running.wait().stdout;
 
-    let mut restored = command(folder, &["restore"]);
-    let restored = restored.arg(folder.join("saved")).args(["--name", "two"]);
-    let mut restored = restored.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-    let (output, last) = (restored.stdout.as_mut().unwrap(), counts(&before).len() + 3);
-    let seen = wait_for(output, &format!("count={last} end"));
-    assert_eq!(says(folder, &["ps", "-q"]), "two\n");
-    says(folder, &["stop", "two"]);
-    assert!(restored.wait().unwrap().success());
-    // A line may have been half printed.
-    let all = counts(&(before + &seen));
-    assert!(all[0] == 1 && all.windows(2).all(|two| two[1] == two[0] + 1), "{all:?}");
+    let mut printed = before;
+    let mut restore = |from: &str, flag: &str, then: &dyn Fn()| {
+        let mut restored = command(folder, &["restore", flag, "--name", "two"]);
+        let restored = restored.arg(folder.join(from)).stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut restored = restored.stdout(Stdio::piped()).spawn().unwrap();
+        let (output, last) = (restored.stdout.as_mut().unwrap(), counts(&printed).len() + 3);
+        printed += &wait_for(output, &format!("count={last} end"));
+        assert_eq!(says(folder, &["ps", "-q"]), "two\n");
+        says(folder, &["pause", "two"]);
+        then();
+        says(folder, &["stop", "two"]);
+        let restored = restored.wait_with_output().unwrap();
+        assert!(restored.status.success(), "{restored:?}");
+        printed += &String::from_utf8_lossy(&restored.stdout);
+        // A line may have been half printed.
+        let all = counts(&printed);
+        assert!(all[0] == 1 && all.windows(2).all(|two| two[1] == two[0] + 1), "{all:?}");
+        String::from_utf8_lossy(&restored.stderr).into_owned()
+    };
+    let saved = |name: &str| folder.join(name).display().to_string();
+    assert_eq!(
+        restore("saved", "--record", &|| drop(says(folder, &["snapshot", "two", &saved("later"), "--diff"]))),
+        ""
+    );
+    let size = |name: &str| fs::metadata(folder.join(name).join("memory")).unwrap().blocks();
+    assert!(size("later") < size("saved"));
+    says(folder, &["merge", &saved("later"), &saved("whole")]);
+    // What was used is read ahead, unless it is not understood.
+    let used = fs::read_to_string(folder.join("saved/working-set")).unwrap();
+    assert!(used.lines().count() > 10, "{used}");
+    fs::write(folder.join("whole/working-set"), &used).unwrap();
+    fs::remove_dir_all(folder.join("saved")).unwrap();
+    refuses(folder, &["restore", &saved("later")], "saved/state of a snapshot");
+    refuses(folder, &["merge", &saved("later"), &saved("again")], "saved/state of a snapshot");
+    let told = restore("whole", "-v", &|| ());
+    assert!(told.contains("working-set says: it is about another snapshot"), "{told}");
 }
 
 #[test]
