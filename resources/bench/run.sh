@@ -2,8 +2,8 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, memory, boot, disk, net, share, commands, images; all without any. `images` needs no KVM, `start` uses the
-# machine's own, if there is one, even where that cannot run a guest's kernel; the others need VT-x or SVM, or run in the
+# Items: start, restore, memory, boot, clones, pause, disk, net, share, commands, images; all without any. `images` needs no KVM,
+# `start` and `restore` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others need VT-x or SVM, or run in the
 # emulated KVM host.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|memory|boot|disk|net|share|commands|images]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|restore|memory|boot|clones|pause|disk|net|share|commands|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start memory boot disk net share commands images)
+(($#)) || items=(start restore memory boot clones pause disk net share commands images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -183,6 +183,123 @@ start_time() {
     machine "$1" "$2" "$built/boot.cpio" ""
     [[ $1 != bantam ]] || command+=(--report "$built/report.json")
     figure "$1" "exec to first KVM_RUN, $3, ms" "$(measured -r 20 | awk '{ print $2 * 1000 }')"
+}
+
+restore() {
+    step "exec to the first KVM_RUN of a restored machine"
+    local memory
+    vmms=(bantam)
+    # Whatever the guest does there meanwhile, if it can do anything.
+    for memory in 128M 1G 8G; do
+        save bantam "$memory" "" "" || return 1
+        in_turn 31 11 restore_time "$memory"
+    done
+    vmms=(bantam qemu)
+}
+
+restore_time() {
+    restored "$1" "$2"
+    figure "$1" "exec to first KVM_RUN, restored, memory of $2, ms (budget 5)" "$(measured -r 20 | awk '{ print $2 * 1000 }')"
+}
+
+# save VMM MEMORY MARKER COMMAND_LINE saves a machine when its guest has said MARKER, and ends it.
+save() {
+    local tries pid status=0 to=$built/saved-$1-$2
+    machine "$1" "$tiny" "$built/boot.cpio" "$4"
+    command=("${command[@]/128M/$2}")
+    rm -rf "$to"
+    if [[ $1 == bantam ]]; then
+        command+=(--name bench --events "$built/events")
+        rm -f "$built/events"
+    else
+        command+=(-monitor "unix:$built/monitor,server=on,wait=off")
+    fi
+    XDG_RUNTIME_DIR=$built "${command[@]}" </dev/null >"$built/log" 2>&1 &
+    pid=$!
+    for ((tries = 0; tries < 1200; tries++)); do
+        ! grep -q "$3" "$built/log" || break
+        sleep 0.1
+    done
+    if ((tries == 1200)); then
+        status=1
+    elif [[ $1 == bantam ]]; then
+        for ((tries = 0; tries < 100; tries++)); do
+            ! XDG_RUNTIME_DIR=$built "$bantam" snapshot bench "$to" 2>"$built/refused" || break
+            sleep 0.1
+        done
+        [[ -e $to ]] || { cat "$built/refused" >&2 && status=1; }
+    else
+        # The last word comes when the memory is written.
+        printf 'stop\nmigrate "exec:cat >%s"\nquit\n' "$to" | socat -t 120 - "UNIX-CONNECT:$built/monitor" >/dev/null
+    fi
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" || true
+    return "$status"
+}
+
+# restored VMM MEMORY sets `command` to one that has the saved machine go on.
+restored() {
+    if [[ $1 == bantam ]]; then
+        command=("$bantam" restore "$built/saved-$1-$2")
+    else
+        machine "$1" "$tiny" "$built/boot.cpio" "$ticking"
+        command=("${command[@]/128M/$2}" -incoming "exec:cat $built/saved-$1-$2")
+    fi
+}
+
+# A guest that always says something, to which it is seen that it goes on.
+ticking="quiet bench=tick rdinit=/bench"
+
+clones() {
+    step "Clones of a saved machine"
+    local memory vmm
+    for memory in 128M 1G; do
+        for vmm in "${vmms[@]}"; do save "$vmm" "$memory" bench-tick "$ticking"; done
+        in_turn 5 2 goes_on "$memory"
+    done
+    in_turn 3 1 clone_memory
+}
+
+goes_on() {
+    restored "$1" "$2"
+    figure "$1" "exec to the guest's next line, restored, memory of $2, s" "$(measured 60 bench-tick | awk 'NR == 1 { print $2 }')"
+}
+
+# Four of them at once: what each has, of what they share with others its part.
+clone_memory() {
+    local clone tries pids=()
+    restored "$1" 128M
+    for clone in 1 2 3 4; do
+        "${command[@]}" </dev/null >"$built/log-$clone" 2>&1 &
+        pids+=($!)
+    done
+    for clone in 1 2 3 4; do
+        for ((tries = 0; tries < 600; tries++)); do
+            ! grep -q bench-tick "$built/log-$clone" || break
+            sleep 0.1
+        done
+    done
+    sleep 2
+    for clone in "${pids[@]}"; do cat "/proc/$clone/smaps_rollup"; done | awk '
+        /^Pss:/ { pss += $2 } /^Private_/ { private += $2 } END { print pss / 4096, private / 4096 }' >"$built/rollup"
+    kill "${pids[@]}"
+    wait "${pids[@]}" || true
+    figure "$1" "host memory (PSS) of each of 4 clones, MiB" "$(cut -d ' ' -f 1 "$built/rollup")"
+    figure "$1" "of it private, MiB" "$(cut -d ' ' -f 2 "$built/rollup")"
+}
+
+pause() {
+    step "Pause while a machine is saved"
+    vmms=(bantam)
+    in_turn 3 1 pause_once
+    vmms=(bantam qemu)
+}
+
+pause_once() {
+    save "$1" 1G bench-idle "quiet bench=full rdinit=/bench" || return 1
+    figure "$1" "pause while a full GiB is saved, ms" "$(sed 's/.*"elapsed-ms":\([0-9.]*\).*"event":"\([a-z]*\)".*/\2 \1/' "$built/events" |
+        awk '$1 == "paused" { begin = $2 } $1 == "resumed" { print $2 - begin }')"
+    rm -r "$built/saved-$1-1G"
 }
 
 memory() {
@@ -358,14 +475,14 @@ own=(resources/bench/run.sh ${quick:+--quick} --figures)
 hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 for item in "${items[@]}"; do
     case $item in
-    start | images) "${own[@]}" own "$item" ;;
+    start | restore | images) "${own[@]}" own "$item" ;;
     net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
 : >"$built/figures.emulated"
 guests=()
-for item in "${items[@]}"; do [[ $item =~ start|images || -n $hardware ]] || guests+=("$item"); done
+for item in "${items[@]}"; do [[ $item =~ start|restore|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
     KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
