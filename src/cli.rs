@@ -436,6 +436,8 @@ impl Run {
             shares: [config.shares, self.shares.clone()].concat(),
             vsock: self.vsock.clone().or(config.vsock),
             rng: config.rng && !self.no_rng,
+            rng_bw: config.rng_bw,
+            rng_iops: config.rng_iops,
             balloon: self.balloon.clone().or(config.balloon),
             keyboard: config.keyboard,
             command,
@@ -443,6 +445,7 @@ impl Run {
             cpu_template: config.cpu_template,
             cpu_quota: self.cpu_quota.or(config.cpu_quota),
             serial: self.serial.clone().or(file).unwrap_or(default_serial),
+            serial_bw: config.serial_bw,
             boot_timeout: self.boot_timeout.or(config.boot_timeout),
             timeout: self.timeout.or(config.timeout),
         })

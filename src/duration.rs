@@ -36,7 +36,7 @@ pub fn parse(text: &str) -> Result<Duration, BadDuration> {
 }
 
 /// Writes the duration in whole milliseconds or seconds.
-fn text(duration: Duration) -> String {
+pub(crate) fn text(duration: Duration) -> String {
     if duration.subsec_nanos() == 0 {
         format!("{}s", duration.as_secs())
     } else {

@@ -70,6 +70,7 @@ pub mod image;
 pub mod interrupt;
 pub mod kernels;
 pub mod kvm;
+pub mod limit;
 pub mod machine;
 pub mod memory;
 pub mod metrics;

@@ -18,6 +18,13 @@ pub struct BadSize {
     why: &'static str,
 }
 
+impl BadSize {
+    /// What is wrong with it.
+    pub fn why(&self) -> &'static str {
+        self.why
+    }
+}
+
 /// The suffixes, the largest first, and how far each shifts.
 const UNITS: [(&str, u32); 4] = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
 

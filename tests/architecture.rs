@@ -16,6 +16,7 @@ const FLOORS: &[&[&str]] = &[
         "duration",
         "image",
         "interrupt",
+        "limit",
         "memory",
         "metrics",
         "outcome",

@@ -658,11 +658,16 @@ fn a_user_network_that_cannot_be_is_refused() {
 fn limits_that_are_none_are_refused() {
     let folder = Folder::new();
     folder.refuses(&["--disk", "disk,bw=0"], &["bw=0", "zero"]);
-    folder.refuses(&["--disk", "disk,bw=fast"], &["bw=fast", "no size", "512M"]);
-    folder.refuses(&["--disk", "disk,iops=0"], &["iops=0", "nonzero"]);
+    folder.refuses(&["--disk", "disk,bw=fast"], &["bw=fast", "no limit", "50M"]);
+    folder.refuses(&["--disk", "disk,iops=0"], &["iops=0", "zero"]);
     folder.refuses(&["--disk", "disk,pps=9"], &["`pps` is not known", "iops"]);
-    folder.refuses(&["--net", "tap0,pps=0"], &["pps=0", "nonzero"]);
-    folder.refuses(&["--net", "user,bw=1Mbit"], &["bw=1Mbit", "no size"]);
+    folder.refuses(&["--net", "tap0,pps=0"], &["pps=0", "zero"]);
+    folder.refuses(&["--net", "user,bw=1Mbit"], &["bw=1Mbit", "no limit"]);
+    folder.refuses(&["--disk", "disk,bw=1M/0s"], &["bw=1M/0s", "no limit", "1M/100ms"]);
+    folder.refuses(&["--disk", "disk,bw=1M+"], &["bw=1M+", "no limit"]);
+    folder.refuses(&["--net", "tap0,bw=:"], &["bw=:", "no limit"]);
+    folder.write("rng.json", br#"{"rng-bw": "much"}"#);
+    folder.refuses(&["--config", "rng.json"], &["rng.json, line 1: `rng-bw`: `much` is no limit"]);
 }
 
 #[test]

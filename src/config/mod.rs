@@ -19,6 +19,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use crate::duration;
+pub use crate::limit::{BadLimit, Directions, Limit};
 pub use crate::size::{BadSize, Size};
 pub use overlay::Overlay;
 pub use quota::{BadQuota, Quota};
@@ -145,6 +146,10 @@ pub struct Config {
     pub vsock: Option<vsock::Spec>,
     /// Whether there is a virtio-rng device.
     pub rng: bool,
+    /// How many random bytes it gives.
+    pub rng_bw: Option<Limit>,
+    /// How many requests for them it does.
+    pub rng_iops: Option<Limit>,
     /// The balloon, by which the guest gives memory back.
     pub balloon: Option<balloon::Spec>,
     /// Whether there is a keyboard, for [`Handle::ctrl_alt_del`](crate::machine::Handle::ctrl_alt_del) alone. Linux takes
@@ -160,6 +165,8 @@ pub struct Config {
     pub cpu_quota: Option<Quota>,
     /// Where the serial console is.
     pub serial: console::Spec,
+    /// How many bytes the guest may write to it; what is more is dropped.
+    pub serial_bw: Option<Limit>,
     /// How long the guest may take to reach user space.
     #[serde(with = "duration")]
     #[cfg_attr(test, schemars(with = "Option<String>"))]
@@ -186,6 +193,8 @@ impl Default for Config {
             shares: vec![],
             vsock: None,
             rng: true,
+            rng_bw: None,
+            rng_iops: None,
             balloon: None,
             keyboard: false,
             command: None,
@@ -193,6 +202,7 @@ impl Default for Config {
             cpu_template: None,
             cpu_quota: None,
             serial: console::Spec::default(),
+            serial_bw: None,
             boot_timeout: None,
             timeout: None,
         }

@@ -74,11 +74,7 @@ impl Api {
 
     /// The machine runs.
     pub fn started(&mut self, handle: Handle) {
-        let mut running = Running::new(handle);
-        if let Err(error) = running.limit_interfaces(&self.settings.interfaces) {
-            log::error!("{error}");
-        }
-        self.run(running);
+        self.run(Running::new(handle));
     }
 
     fn run(&mut self, running: Running) {

@@ -10,7 +10,7 @@ use crate::config::tree::Node;
 use crate::machine::{Destination, Handle, Lines, firecracker};
 use crate::size::Size;
 use crate::virtio::balloon::PAGE;
-use crate::virtio::change::{Change, Rates};
+use crate::virtio::change::Change;
 
 /// A machine that has started.
 pub(super) struct Running {
@@ -74,7 +74,7 @@ impl Running {
         if let Some(limiter) = limiter {
             let mut next = drive.rate_limiter.clone().unwrap_or_default();
             next.update(limiter);
-            self.change(&device, Change::Rates(rates(&next)))?;
+            self.change(&device, Change::Rates(next.rates()))?;
             drive.rate_limiter = Some(next);
         }
         done()
@@ -95,22 +95,11 @@ impl Running {
             })
         };
         let (rx, tx) = (next(&card.rx_rate_limiter, rx), next(&card.tx_rate_limiter, tx));
-        let change = Change::NetRates { rx: rx.as_ref().map(rates), tx: tx.as_ref().map(rates) };
+        let change = Change::NetRates { rx: rx.as_ref().map(Limiter::rates), tx: tx.as_ref().map(Limiter::rates) };
         self.change(&format!("net{index}"), change)?;
         card.rx_rate_limiter = rx.or(card.rx_rate_limiter.take());
         card.tx_rate_limiter = tx.or(card.tx_rate_limiter.take());
         done()
-    }
-
-    /// Keeps the limits of both directions of network cards, of which a configuration has one.
-    pub fn limit_interfaces(&mut self, cards: &[NetworkInterface]) -> Result<(), String> {
-        let limits = |card: &NetworkInterface| [&card.rx_rate_limiter, &card.tx_rate_limiter].map(Option::clone);
-        let different = cards.iter().enumerate().filter(|(_, card)| card.rx_rate_limiter != card.tx_rate_limiter);
-        for (index, card) in different {
-            let [rx, tx] = limits(card).map(|limiter| Some(rates(&limiter.unwrap_or_default())));
-            self.change(&format!("net{index}"), Change::NetRates { rx, tx })?;
-        }
-        Ok(())
     }
 
     /// Changes the balloon's size, or the interval of its statistics; or tells those.
@@ -171,8 +160,4 @@ impl Running {
             false => Err("The metrics cannot be written: the log says why.".into()),
         }
     }
-}
-
-fn rates(limiter: &Limiter) -> Rates {
-    Rates { bytes: limiter.bytes(), operations: limiter.operations() }
 }

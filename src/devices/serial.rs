@@ -5,6 +5,8 @@
 
 use std::cell::Cell;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,6 +15,8 @@ use vm_superio::serial::{Serial as Uart, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::limit::{Bucket, Limit};
+use crate::metrics::Counter;
 use crate::snapshot::{self, Hex};
 
 /// Receiver Buffer Register.
@@ -40,6 +44,46 @@ const LSR_DATA_READY: u8 = 1;
 /// back since.
 const INPUT_MAX: usize = 128;
 
+/// What the port has done.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Counts {
+    /// Bytes that the guest sent.
+    written_bytes: Counter,
+    /// Bytes that it was sent, and read.
+    read_bytes: Counter,
+    /// Bytes that it sent, and that were over the limit.
+    dropped_bytes: Counter,
+    /// Bytes that could not be written.
+    errors: Counter,
+}
+
+/// What the guest sends, as far as the limit allows.
+struct Limited<W> {
+    output: W,
+    bucket: Option<Bucket>,
+    counts: Arc<Counts>,
+}
+
+impl<W: Write> Write for Limited<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(bucket) = &mut self.bucket {
+            let now = Instant::now();
+            if !bucket.wait(now).is_zero() {
+                self.counts.dropped_bytes.add(bytes.len() as u64);
+                return Ok(bytes.len());
+            }
+            bucket.take(bytes.len() as u64, now);
+        }
+        self.counts.written_bytes.add(bytes.len() as u64);
+        self.output.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.output.flush()
+    }
+}
+
 struct Line(EventFd);
 
 impl Trigger for Line {
@@ -53,6 +97,7 @@ struct Room<F> {
     /// Input was refused since the last call.
     wanted: Cell<bool>,
     on_room: F,
+    counts: Arc<Counts>,
 }
 
 impl<F: Fn()> SerialEvents for Room<F> {
@@ -61,14 +106,16 @@ impl<F: Fn()> SerialEvents for Room<F> {
             (self.on_room)();
         }
     }
-    fn buffer_read(&self) {}
+    fn buffer_read(&self) {
+        self.counts.read_bytes.inc();
+    }
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
 }
 
 /// A serial port at eight consecutive ports.
 pub struct Serial<W: Write, F: Fn()> {
-    uart: Uart<Line, Room<F>, W>,
+    uart: Uart<Line, Room<F>, Limited<W>>,
     divisor_latch: bool,
     listening: bool,
     /// What the driver was sent and did not read before it stopped to listen.
@@ -79,8 +126,20 @@ impl<W: Write, F: Fn()> Serial<W, F> {
     /// A port that interrupts by `line` and sends to `output`. Once it had no room for input it calls
     /// `on_room` when it may have some again.
     pub fn new(line: EventFd, output: W, on_room: F) -> Self {
-        let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room }, output);
+        let counts = Arc::<Counts>::default();
+        let output = Limited { output, bucket: None, counts: counts.clone() };
+        let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room, counts }, output);
         Self { uart, divisor_latch: false, listening: false, unread: Vec::new() }
+    }
+
+    /// Drops what the guest sends beyond this.
+    pub fn limit(&mut self, limit: Limit) {
+        self.uart.writer_mut().bucket = Some(Bucket::new(limit, Instant::now()));
+    }
+
+    /// What it counts.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.uart.writer().counts.clone()
     }
 
     /// How many bytes the guest can be sent now.
@@ -110,8 +169,10 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // Errors are the writer's, and the writer has them.
-        let _ = self.uart.write(offset.to_le_bytes()[0], data[0]);
+        // The writer has its errors.
+        if self.uart.write(offset.to_le_bytes()[0], data[0]).is_err() {
+            self.uart.writer().counts.errors.inc();
+        }
         match offset {
             LCR => self.divisor_latch = data[0] & LCR_DIVISOR_LATCH != 0,
             IER if !self.divisor_latch => {
@@ -280,6 +341,18 @@ mod tests {
         assert_eq!(serial.room(), 0);
         serial.write(LCR, &[3]);
         serial.write(0, b"A");
-        assert_eq!(serial.uart.writer(), b"A");
+        assert_eq!(serial.uart.writer().output, b"A");
+    }
+
+    #[test]
+    fn what_is_over_the_limit_is_dropped_and_counted() {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut serial = Serial::new(line, Vec::new(), || ());
+        serial.limit("4/1h+2".parse().unwrap());
+        b"0123456789".iter().for_each(|byte| serial.write(0, &[*byte]));
+        // One more may begin when nothing is owed.
+        assert_eq!(serial.uart.writer().output, b"0123456");
+        let expected = serde_json::json!({"written-bytes": 7, "read-bytes": 0, "dropped-bytes": 3, "errors": 0});
+        assert_eq!(serde_json::to_value(&*serial.counts()).unwrap(), expected);
     }
 }

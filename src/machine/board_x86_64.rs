@@ -11,6 +11,7 @@ use super::Error;
 use super::inbox::{Event, Sender};
 use crate::arch::x86_64::{VirtioWindow, layout};
 use crate::bus::BusDevice;
+use crate::config::Config;
 use crate::devices::cmos::Cmos;
 use crate::devices::i8042::I8042;
 use crate::devices::ioapic::{self, Ioapic};
@@ -64,9 +65,14 @@ impl<'a> Board<'a> {
         Board { vm, buses: Buses::default(), attached: Vec::new(), keyboard: None }
     }
 
-    /// Attaches what every machine has: serial port, keyboard controller (with a `keyboard` or without), clock, power
+    /// Attaches what every machine has: serial port, keyboard controller (with a keyboard or without), clock, power
     /// registers, pvpanic.
-    pub fn attach_legacy(&mut self, output: Output, inbox: &Sender, keyboard: bool) -> Result<Arc<Mutex<Port>>, Error> {
+    pub fn attach_legacy(
+        &mut self,
+        output: Output,
+        inbox: &Sender,
+        config: &Config,
+    ) -> Result<Arc<Mutex<Port>>, Error> {
         let send = |event: fn() -> Event| {
             let inbox = inbox.clone();
             move || inbox.send(event())
@@ -74,16 +80,18 @@ impl<'a> Board<'a> {
         let line = event_fd("the serial port")?;
         self.vm.attach_irqfd(&line, layout::COM1_IRQ)?;
         let on_room: Box<dyn Fn() + Send> = Box::new(send(|| Event::InputRoom));
-        let serial = Arc::new(Mutex::new(Serial::new(line, output, on_room)));
+        let mut serial = Serial::new(line, output, on_room);
+        config.serial_bw.into_iter().for_each(|limit| serial.limit(limit));
+        let serial = Arc::new(Mutex::new(serial));
         self.attach_port(layout::COM1, 8, serial.clone())?;
 
-        let line = keyboard.then(|| event_fd("the keyboard")).transpose()?;
+        let line = config.keyboard.then(|| event_fd("the keyboard")).transpose()?;
         line.iter().try_for_each(|line| self.vm.attach_irqfd(line, layout::KEYBOARD_IRQ))?;
         let line = line.map(|line| Arc::new(line) as Arc<dyn Interrupt>);
         let on_reset: Box<dyn Fn() + Send> = Box::new(send(|| Event::Reset));
         let i8042 = Arc::new(Mutex::new(I8042::new(on_reset, line)));
         self.attach_port(layout::I8042[0], 5, i8042.clone())?;
-        self.keyboard = Some(i8042).filter(|_| keyboard);
+        self.keyboard = Some(i8042).filter(|_| config.keyboard);
         let power =
             Power::new(layout::ACPI_S5, layout::ACPI_RESET_VALUE, send(|| Event::PowerOff), send(|| Event::Reset));
         self.attach_port(layout::ACPI_SLEEP_CONTROL, 3, Arc::new(Mutex::new(power)))?;

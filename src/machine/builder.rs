@@ -25,6 +25,7 @@ use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::signal::SignalFd;
+use crate::virtio::change::Rates;
 use crate::virtio::{balloon, blk, fs, net, rng, vsock};
 
 /// Builds a [`Machine`] from a [`Config`], and from what a configuration cannot say.
@@ -195,14 +196,14 @@ impl Builder {
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;
         let output = Output::default();
         let mut board = Board::new(&vm);
-        let serial = board.attach_legacy(output.clone(), &sender, config.keyboard)?;
+        let serial = board.attach_legacy(output.clone(), &sender, &config)?;
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
         let nets = open_nets(&config, first_nets)?;
         let vsock = open_vsock(&config, ends)?;
         let (balloon, balloon_state) = open_balloon(&config)?.unzip();
-        let last = vsock.into_iter().chain(rng(&config)).chain(balloon);
+        let last = vsock.into_iter().chain(rng(&config)?).chain(balloon);
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
@@ -416,8 +417,10 @@ fn open_balloon(config: &Config) -> Result<Option<(NamedDevice, Arc<balloon::Sha
     Ok(Some((("balloon".into(), Box::new(balloon) as _), shared)))
 }
 
-fn rng(config: &Config) -> Option<NamedDevice> {
-    config.rng.then(|| ("rng".into(), Box::new(rng::Rng::new()) as _))
+fn rng(config: &Config) -> Result<Option<NamedDevice>, Error> {
+    let rates = Rates { bytes: config.rng_bw, operations: config.rng_iops };
+    let rng = config.rng.then(|| rng::Rng::limited(rates)).transpose().map_err(Error::Random)?;
+    Ok(rng.map(|rng| ("rng".into(), Box::new(rng) as _)))
 }
 
 /// Loads the initrd, with what runs the command if there is one, writes the command line and the tables; how the boot vCPU

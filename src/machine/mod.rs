@@ -73,6 +73,9 @@ pub enum Error {
     /// The balloon cannot be had.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
+    /// The random number device cannot be limited.
+    #[error("cannot make a timer for the random number device's rate limit")]
+    Random(#[source] io::Error),
     /// A folder cannot be shared.
     #[error(transparent)]
     Share(#[from] virtio::fs::Error),

@@ -1,11 +1,11 @@
 //! What can be changed of a device while its machine runs, whoever owns the device at the time.
 
 use std::io;
-use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{balloon, blk};
+use crate::limit::Limit;
 use crate::size::Size;
 
 /// A change of one device.
@@ -13,7 +13,7 @@ use crate::size::Size;
 pub enum Change {
     /// Another file or block device behind a disk. With what it has already, the size that this has now.
     Path(PathBuf),
-    /// The rate limits of a disk.
+    /// The rate limits of a disk, or of the random number device.
     Rates(Rates),
     /// The rate limits of a network card: of frames to the guest and from it. `None` leaves a direction as it is.
     NetRates {
@@ -28,13 +28,13 @@ pub enum Change {
     StatisticsInterval(Duration),
 }
 
-/// How much may be done in a second; `None` is no limit.
+/// How much may be done in a time; `None` is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rates {
     /// Bytes.
-    pub bytes: Option<Size>,
+    pub bytes: Option<Limit>,
     /// Requests, or frames.
-    pub operations: Option<NonZeroU32>,
+    pub operations: Option<Limit>,
 }
 
 /// Why a device stays as it is.
@@ -77,8 +77,8 @@ impl Change {
     pub(super) fn unsupported(&self) -> Error {
         let what = match self {
             Change::Path(_) => "the backing file",
-            Change::Rates(_) => "the rate limits of a disk",
-            Change::NetRates { .. } => "the rate limits of a network card",
+            Change::Rates(_) => "rate limits of requests",
+            Change::NetRates { .. } => "rate limits of frames",
             Change::Balloon(_) => "the size of the balloon",
             Change::StatisticsInterval(_) => "the interval of balloon statistics",
         };

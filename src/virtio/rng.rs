@@ -1,6 +1,8 @@
 //! The entropy device: random bytes from the host's own generator. Virtio 1.2, section 5.4.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -8,19 +10,24 @@ use serde::Serialize;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Address, Bytes};
 
+use super::change::{self, Change, Rates};
 use super::device::{Error, Io, VirtioDevice};
 use super::queue::Chain;
+use super::rate_limiter::RateLimiter;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 /// The most that one request gets; the driver asks again for more.
 const REQUEST_MAX: u32 = 64 << 10;
+/// What the rate limit's timer is watched as.
+const LIMIT: u32 = 0;
 
 /// The entropy device.
 #[derive(Default)]
 pub struct Rng {
     counts: Arc<Counts>,
+    limit: Option<RateLimiter>,
 }
 
 /// What the device has done.
@@ -30,12 +37,22 @@ struct Counts {
     requests: Counter,
     bytes: Counter,
     errors: Counter,
+    /// How often requests waited for the rate limit.
+    throttled: Counter,
 }
 
 impl Rng {
     /// An entropy device.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// One that keeps to these rates.
+    ///
+    /// # Errors
+    /// When the host has no timer left.
+    pub fn limited(rates: Rates) -> io::Result<Self> {
+        Ok(Self { limit: RateLimiter::new(rates)?, ..Self::default() })
     }
 }
 
@@ -60,19 +77,51 @@ impl VirtioDevice for Rng {
         self.counts.clone()
     }
 
+    fn start(&mut self, _features: u64, io: &mut Io) -> Result<(), Error> {
+        self.limit.as_ref().map_or(Ok(()), |limit| limit.watch(LIMIT, io))
+    }
+
+    fn change(&mut self, change: &Change, mut io: Option<&mut Io>) -> Result<(), change::Error> {
+        let Change::Rates(rates) = change else { return Err(change.unsupported()) };
+        let changed = RateLimiter::change(&mut self.limit, *rates, LIMIT, io.as_deref_mut());
+        changed.map_err(change::Error::Timer)?;
+        // What waited for the last limit.
+        if let Some((_, queue)) = io.and_then(|io| io.queue(0)) {
+            queue.kick_again();
+        }
+        Ok(())
+    }
+
+    fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), Error> {
+        self.limit.iter_mut().for_each(RateLimiter::woken);
+        self.queue_ready(0, io)
+    }
+
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), Error> {
+        let Self { counts, limit } = self;
+        if limit.as_ref().is_some_and(RateLimiter::is_waiting) {
+            return Ok(());
+        }
         let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
-        let counts = &self.counts;
-        queue.serve(ram, |chain| {
+        queue.serve_some(ram, |chain| {
+            if limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
+                counts.throttled.inc();
+                return None;
+            }
             counts.requests.inc();
             let filled = fill(ram, chain);
             if filled == 0 {
                 counts.errors.inc();
             }
             counts.bytes.add(filled.into());
-            filled
+            limit.iter_mut().for_each(|limit| limit.take(filled.into(), Instant::now()));
+            Some(filled)
         })?;
         Ok(())
+    }
+
+    fn stop(&mut self, io: &mut Io) {
+        self.limit.iter().for_each(|limit| limit.unwatch(io));
     }
 }
 
@@ -129,7 +178,7 @@ mod tests {
         assert_eq!(driver.get(END / 2 + 5000, 8), [0; 8]);
         assert_eq!(
             metrics.to_json(),
-            serde_json::json!({"requests": 1, "bytes": 10_016, "errors": 0, "interrupts": 1})
+            serde_json::json!({"requests": 1, "bytes": 10_016, "errors": 0, "throttled": 0, "interrupts": 1})
         );
     }
 
@@ -154,5 +203,26 @@ mod tests {
         let head = driver.rings[0].add(&[(BUFFERS, 16, true), (END, 16, true)]);
         assert_eq!(driver.finish(0, 1), [(head, 16)]);
         assert_eq!(metrics.to_json()["errors"], 3);
+    }
+
+    #[test]
+    fn what_is_over_the_limit_waits() {
+        let rates = Rates { bytes: Some("64/1h+64".parse().unwrap()), operations: None };
+        let mut driver = Driver::new(Box::new(Rng::limited(rates).unwrap()));
+        driver.start();
+        let metrics = driver.mmio.metrics();
+        // The second one takes all there is and more, as it may when it begins.
+        for _ in 0..3 {
+            driver.rings[0].add(&[(BUFFERS, 96, true)]);
+        }
+        assert_eq!(driver.finish(0, 2).len(), 2);
+        while metrics.to_json()["throttled"] == 0 {
+            std::thread::yield_now();
+        }
+        driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap();
+        while driver.rings[0].used().is_empty() {
+            driver.wait();
+        }
+        assert_eq!(metrics.to_json()["bytes"], 3 * 96);
     }
 }

@@ -188,7 +188,7 @@ mod tests {
         let mut other = config().timeout(Duration::from_secs(1)).boot_timeout(Duration::from_secs(1));
         other.command = Some(command::Spec { env: vec!["A=1".into()], tty: true, ..command::Spec::new(["sh"]) });
         other = other.vsock(vsock::Spec { cid: 7, socket: "s".into() }).cpu_quota("50%".parse::<Quota>().unwrap());
-        (other.nets[0].tap, other.nets[0].bw) = (Some("tap1".into()), Some(Size::mib(1)));
+        (other.nets[0].tap, other.nets[0].bw) = (Some("tap1".into()), Some("1M".parse().unwrap()));
         assert_eq!(Basis::of(&other).unwrap(), basis);
         let console = |path: &str| Basis::of(&config().serial(console::Spec::File(path.into()))).unwrap();
         assert_eq!(console("a"), console("b"));

@@ -27,6 +27,8 @@ const INSTANCE: Expected = Found(&["id", "state", "vmm_version", "app_name"]);
 const CONFIG: Expected = Found(&["drives", "machine-config", "network-interfaces"]);
 
 const DRIVE: &str = r#"{"drive_id": "data", "path_on_host": "disk", "is_root_device": false, "is_read_only": false}"#;
+const SERIAL: &str =
+    r#"{"serial_out_path": "console", "rate_limiter": {"size": 1000, "one_time_burst": 9, "refill_time": 100}}"#;
 const LIMITER: &str =
     r#"{"bandwidth": {"size": 1000000, "refill_time": 100}, "ops": {"size": 10, "refill_time": 100}}"#;
 
@@ -47,8 +49,9 @@ const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
     ("PATCH", "/machine-config", r#"{"mem_size_mib": 32}"#, Done, NOT_AFTER),
     ("PUT", "/boot-source", r#"{"kernel_image_path": "kernel", "boot_args": ""}"#, Done, NOT_AFTER),
     ("PUT", "/drives/data", DRIVE, Done, NOT_AFTER),
+    ("PUT", "/entropy", r#"{"rate_limiter": {"ops": {"size": 10, "refill_time": 100}}}"#, Done, NOT_AFTER),
     ("PUT", "/entropy", "{}", Done, NOT_AFTER),
-    ("PUT", "/serial", r#"{"serial_out_path": "console"}"#, Done, NOT_AFTER),
+    ("PUT", "/serial", SERIAL, Done, NOT_AFTER),
     ("PUT", "/cpu-config", CPU, Done, NOT_AFTER),
     ("PUT", "/cpu-config", "{}", Done, NOT_AFTER),
     ("PUT", "/vsock", r#"{"guest_cid": 3, "uds_path": "vsock"}"#, Done, NOT_AFTER),

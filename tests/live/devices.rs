@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::num::NonZeroU32;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -104,7 +103,7 @@ fn a_balloon_and_a_disk_are_changed_while_the_guest_runs() {
     handle
         .input("until [ $(blockdev --getsz /dev/vda) = 4096 ]; do :; done; echo 3 >/proc/sys/vm/drop_caches; size b\n");
     screen.wait_for("b=4096-222");
-    let rates = Rates { bytes: Some(Size::mib(100)), operations: NonZeroU32::new(1000) };
+    let rates = Rates { bytes: Some("100M".parse().unwrap()), operations: Some("1000".parse().unwrap()) };
     handle.change("blk0", Change::Rates(rates)).unwrap();
     let error = handle.change("net0", Change::Rates(rates)).unwrap_err();
     assert_eq!(error.to_string(), "cannot change net0: the machine has no such device");

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::limiter::{Bucket, Limiter};
 use crate::config::tree::{Error, Node, Table};
+use crate::config::{Directions, Limit};
 use crate::devices::console;
 use crate::virtio::net::MacAddr;
 use crate::virtio::{blk, net, vsock};
@@ -95,14 +96,14 @@ impl Drive {
 
     /// The disk of a [`Config`](crate::config::Config).
     pub fn spec(&self) -> blk::Spec {
-        let limiter = self.rate_limiter.clone().unwrap_or_default();
+        let rates = self.rate_limiter.as_ref().map(Limiter::rates).unwrap_or_default();
         blk::Spec {
             // A snapshot has it by this name, too.
             id: Some(self.drive_id.clone()).filter(|id| id.len() <= blk::ID_BYTES),
             readonly: self.is_read_only,
             cache: if self.cache == 0 { blk::Cache::Unsafe } else { blk::Cache::Writeback },
-            bw: limiter.bytes(),
-            iops: limiter.operations(),
+            bw: rates.bytes,
+            iops: rates.operations,
             ..blk::Spec::new(&self.path_on_host)
         }
     }
@@ -170,28 +171,27 @@ impl NetworkInterface {
 
     /// The view of one that was described otherwise.
     pub fn of(index: usize, spec: &net::Spec) -> Self {
-        let limiter = Limiter::of(spec.bw, spec.pps);
+        let limiter = |of: fn(Directions) -> Option<Limit>| Limiter::of(spec.bw.and_then(of), spec.pps.and_then(of));
         Self {
             iface_id: format!("eth{index}"),
             host_dev_name: spec.tap.clone().unwrap_or_default(),
             guest_mac: spec.mac,
             mtu: spec.mtu,
-            rx_rate_limiter: limiter.clone(),
-            tx_rate_limiter: limiter,
+            rx_rate_limiter: limiter(|limits| limits.rx),
+            tx_rate_limiter: limiter(|limits| limits.tx),
         }
     }
 
     /// The network card of a [`Config`](crate::config::Config).
     pub fn spec(&self) -> net::Spec {
-        // One limit holds for both directions: the lower one.
-        let limiters = [&self.rx_rate_limiter, &self.tx_rate_limiter];
-        let limiters = || limiters.iter().filter_map(|limiter| limiter.as_ref());
+        let rates = |limiter: &Option<Limiter>| limiter.as_ref().map(Limiter::rates).unwrap_or_default();
+        let (rx, tx) = (rates(&self.rx_rate_limiter), rates(&self.tx_rate_limiter));
         net::Spec {
             tap: Some(self.host_dev_name.clone()),
             mac: self.guest_mac,
             mtu: self.mtu,
-            bw: limiters().filter_map(Limiter::bytes).min(),
-            pps: limiters().filter_map(Limiter::operations).min(),
+            bw: Directions::new(rx.bytes, tx.bytes),
+            pps: Directions::new(rx.operations, tx.operations),
             ..net::Spec::default()
         }
     }
@@ -233,7 +233,8 @@ pub fn read_entropy(node: &Node) -> Result<Option<Limiter>, Error> {
 pub struct Serial {
     /// The file that the guest's output goes to; else it is standard output.
     pub serial_out_path: Option<String>,
-    rate_limiter: Option<Bucket>,
+    /// How much of it there may be.
+    pub rate_limiter: Option<Bucket>,
 }
 
 impl Serial {

@@ -1,11 +1,13 @@
 //! Rate limiters: token buckets for bytes and operations.
 
-use std::num::NonZeroU32;
+use std::num::NonZeroU64;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::config::Size;
+use crate::config::Limit;
 use crate::config::tree::{Error, Node};
+use crate::virtio::change::Rates;
 
 /// A token bucket.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,10 +32,19 @@ impl Bucket {
         })
     }
 
-    /// Tokens in a second; without a limit if it holds none or needs no time.
-    fn rate(&self) -> Option<u64> {
-        let rate = u128::from(self.size) * 1000 / u128::from(self.refill_time).max(1);
-        (self.size != 0 && self.refill_time != 0).then(|| u64::try_from(rate).unwrap_or(u64::MAX).max(1))
+    /// The limit that it is; there is none if it holds nothing or needs no time.
+    pub fn limit(&self) -> Option<Limit> {
+        let size = NonZeroU64::new(self.size).filter(|_| self.refill_time > 0)?;
+        Some(Limit { size, refill: Duration::from_millis(self.refill_time), burst: self.one_time_burst.unwrap_or(0) })
+    }
+
+    /// The view of a limit that was described otherwise.
+    pub fn of(limit: Limit) -> Self {
+        Self {
+            size: limit.size.get(),
+            one_time_burst: Some(limit.burst).filter(|burst| *burst > 0),
+            refill_time: u64::try_from(limit.refill.as_millis()).unwrap_or(u64::MAX),
+        }
     }
 
     fn to_json(&self) -> Value {
@@ -61,25 +72,16 @@ impl Limiter {
         Ok(Self { bandwidth: table.read("bandwidth", Bucket::read)?, ops: table.read("ops", Bucket::read)? })
     }
 
-    /// One of bytes and operations in a second; `None` if neither is limited.
-    pub fn of(bytes: Option<Size>, operations: Option<NonZeroU32>) -> Option<Self> {
-        let bucket = |size: u64| Bucket { size, one_time_burst: None, refill_time: 1000 };
-        let limiter = Self {
-            bandwidth: bytes.map(|size| bucket(size.get())),
-            ops: operations.map(|operations| bucket(operations.get().into())),
-        };
+    /// The view of limits that were described otherwise; `None` if there are none.
+    pub fn of(bytes: Option<Limit>, operations: Option<Limit>) -> Option<Self> {
+        let limiter = Self { bandwidth: bytes.map(Bucket::of), ops: operations.map(Bucket::of) };
         Some(limiter).filter(|limiter| *limiter != Self::default())
     }
 
-    /// Bytes in a second.
-    pub fn bytes(&self) -> Option<Size> {
-        self.bandwidth.as_ref().and_then(Bucket::rate).map(Size::bytes)
-    }
-
-    /// Operations in a second.
-    pub fn operations(&self) -> Option<NonZeroU32> {
-        let rate = self.ops.as_ref().and_then(Bucket::rate)?;
-        NonZeroU32::new(u32::try_from(rate).unwrap_or(u32::MAX))
+    /// The limits that they are.
+    pub fn rates(&self) -> Rates {
+        let [bytes, operations] = [&self.bandwidth, &self.ops].map(|bucket| bucket.as_ref().and_then(Bucket::limit));
+        Rates { bytes, operations }
     }
 
     /// The limiter with what `update` says in place of its own.
@@ -103,19 +105,20 @@ mod tests {
     use crate::config::json;
 
     #[test]
-    fn a_bucket_is_a_rate() {
+    fn a_bucket_is_a_limit() {
         let read = |text| Limiter::read(&json::parse(text).unwrap());
         let limiter = read(
             r#"{"bandwidth": {"size": 1000, "refill_time": 100}, "ops": {"size": 5, "one_time_burst": 9, "refill_time": 2000}}"#,
         )
         .unwrap();
-        assert_eq!((limiter.bytes(), limiter.operations().unwrap().get()), (Some(Size::bytes(10_000)), 2));
+        let rates = limiter.rates();
+        let text = |limit: Option<Limit>| limit.unwrap().to_string();
+        assert_eq!((text(rates.bytes), text(rates.operations)), ("1000/100ms".to_owned(), "5/2s+9".to_owned()));
         assert_eq!(limiter.to_json()["ops"], serde_json::json!({"size": 5, "one_time_burst": 9, "refill_time": 2000}));
+        assert_eq!(Limiter::of(rates.bytes, rates.operations), Some(limiter));
         let off =
             read(r#"{"bandwidth": {"size": 0, "refill_time": 100}, "ops": {"size": 5, "refill_time": 0}}"#).unwrap();
-        assert_eq!((off.bytes(), off.operations()), (None, None));
-        let most = read(r#"{"ops": {"size": 18446744073709551615, "refill_time": 1}}"#).unwrap();
-        assert_eq!(most.operations().unwrap().get(), u32::MAX);
+        assert_eq!(off.rates(), Rates::default());
         for wrong in [r#"{"ops": {"size": 1}}"#, r#"{"ops": {"size": -1, "refill_time": 1}}"#, r#"{"oops": {}}"#, "[]"]
         {
             assert!(read(wrong).is_err(), "{wrong}");

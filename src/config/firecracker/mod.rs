@@ -138,7 +138,7 @@ impl Settings {
             drives: config.all_disks().enumerate().map(|(index, disk)| Drive::of(index, &disk)).collect(),
             interfaces: config.nets.iter().enumerate().map(|(index, net)| NetworkInterface::of(index, net)).collect(),
             vsock: config.vsock.clone(),
-            entropy: config.rng.then_some(None),
+            entropy: config.rng.then(|| Limiter::of(config.rng_bw, config.rng_iops)),
             balloon: config.balloon.as_ref().map(Balloon::of),
             ..Self::default()
         }
@@ -203,6 +203,8 @@ impl Settings {
         let boot = self.boot_source.as_ref();
         let arguments = boot.and_then(|boot| boot.boot_args.as_deref()).unwrap_or(BOOT_ARGS).trim();
         let root = self.drives.iter().find(|drive| drive.is_root_device).map(Drive::root_parameter);
+        let random = self.entropy.iter().flatten().map(Limiter::rates).next().unwrap_or_default();
+        let serial = self.serial.clone().unwrap_or_default();
         Config {
             kernel: boot.map(|boot| boot.kernel_image_path.clone().into()),
             initrd: boot.and_then(|boot| boot.initrd_path.clone()).map(Into::into),
@@ -215,9 +217,12 @@ impl Settings {
             nets: self.interfaces.iter().map(NetworkInterface::spec).collect(),
             vsock: self.vsock.clone(),
             rng: self.entropy.is_some(),
+            rng_bw: random.bytes,
+            rng_iops: random.operations,
             balloon: self.balloon.as_ref().map(Balloon::spec),
             keyboard: true,
-            serial: self.serial.clone().unwrap_or_default().spec(),
+            serial: serial.spec(),
+            serial_bw: serial.rate_limiter.and_then(|bucket| bucket.limit()),
             ..Config::default()
         }
     }
@@ -278,10 +283,12 @@ mod tests {
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false,
                            "huge_pages": "None"},
         "cpu-config": {"kvm_capabilities": ["!121"], "vcpu_features": []}, "balloon": null, "pmem": [],
-        "network-interfaces": [{"iface_id": "eth0", "guest_mac": "06:00:AC:10:00:02", "host_dev_name": "tap0"}],
+        "network-interfaces": [{"iface_id": "eth0", "guest_mac": "06:00:AC:10:00:02", "host_dev_name": "tap0",
+                                "rx_rate_limiter": {"ops": {"size": 7, "refill_time": 50}}}],
         "vsock": {"guest_cid": 3, "uds_path": "./v.sock"},
         "logger": {"log_path": "vm.log", "level": "Debug"},
-        "metrics": null, "mmds-config": null, "entropy": {"rate_limiter": null}
+        "metrics": null, "mmds-config": null, "entropy": {"rate_limiter": {"bandwidth": {"size": 5, "refill_time": 1000}}},
+        "serial": {"rate_limiter": {"size": 9, "one_time_burst": 8, "refill_time": 100}}
     }"#;
 
     fn read(text: &str) -> Result<Document, String> {
@@ -295,17 +302,26 @@ mod tests {
         let Document { config, run, .. } = document(&node).unwrap();
         assert_eq!((config.cpus, config.memory, config.rng), (2, Size::gib(1), true));
         assert_eq!(config.cmdline, "console=ttyS0 panic=1 root=/dev/vda ro");
-        assert!(!config.cpu_template.unwrap().kvm_capabilities[0].needed);
+        assert!(!config.cpu_template.as_ref().unwrap().kvm_capabilities[0].needed);
         assert_eq!(config.disks[0].path.to_str(), Some("a.img"));
-        assert_eq!((config.disks[0].readonly, config.disks[0].iops.unwrap().get()), (true, 100));
+        assert_eq!((config.disks[0].readonly, config.disks[0].iops.unwrap().size.get()), (true, 100));
         assert_eq!(config.disks[1].cache, crate::virtio::blk::Cache::Unsafe);
         assert_eq!(config.nets[0].tap.as_deref(), Some("tap0"));
+        let limits = [config.rng_bw, config.serial_bw].map(|limit| limit.unwrap().to_string());
+        assert_eq!(
+            (limits, config.nets[0].pps.unwrap().to_string()),
+            (["5", "9/100ms+8"].map(String::from), "7/50ms:".into())
+        );
+        assert_eq!(Settings::of(&config).entropy.unwrap().unwrap().rates().bytes, config.rng_bw);
+        assert_eq!(NetworkInterface::of(0, &config.nets[0]).spec().pps, config.nets[0].pps);
         assert_eq!(config.vsock.as_ref().unwrap().cid, 3);
         assert_eq!((run.log_file, run.verbose), (Some("vm.log".into()), 2));
         assert!(!is_file(&json::parse(r#"{"kernel": "k", "vsock": null, "serial": "none"}"#).unwrap()));
         // What it prints is the same again.
         let settings = Settings::read(&node).unwrap();
         let again = Settings::read(&json::parse(&settings.to_json().to_string()).unwrap()).unwrap();
+        // It does not print the console.
+        let again = Settings { serial: settings.serial.clone(), ..again };
         assert_eq!(again.config(), settings.config());
     }
 

@@ -8,12 +8,10 @@ mod ioctl;
 mod layout;
 
 use std::io;
-use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
@@ -27,9 +25,9 @@ use super::device::{self, Io, VirtioDevice};
 use super::iovec::Iovecs;
 use super::queue::Chain;
 use super::rate_limiter::RateLimiter;
+use crate::limit::Limit;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics};
-use crate::size::Size;
 
 /// Bytes in a sector, the unit of all that the driver asks for.
 const SECTOR: u64 = 512;
@@ -76,12 +74,12 @@ pub struct Spec {
     /// When what the guest wrote is safe.
     #[serde(default)]
     pub cache: Cache,
-    /// How many bytes may be read and written in a second.
+    /// How many bytes may be read and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bw: Option<Size>,
-    /// How many requests may be done in a second.
+    pub bw: Option<Limit>,
+    /// How many requests may be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub iops: Option<NonZeroU32>,
+    pub iops: Option<Limit>,
 }
 
 impl Spec {
@@ -180,7 +178,7 @@ impl Blk {
             iovecs: None,
             written: 0,
             host_errors: 0,
-            limit: RateLimiter::new(spec.bw, spec.iops).map_err(Error::Timer)?,
+            limit: RateLimiter::new(Rates { bytes: spec.bw, operations: spec.iops }).map_err(Error::Timer)?,
             moved: 0,
         })
     }
@@ -197,19 +195,12 @@ impl Blk {
         Ok(())
     }
 
-    fn set_rates(&mut self, rates: Rates, io: Option<&mut Io>) -> io::Result<()> {
-        let limit = RateLimiter::new(rates.bytes, rates.operations)?;
-        if let Some(io) = io {
-            limit.as_ref().map_or(Ok(()), |limit| io.watch(LIMIT, limit, EventFlags::IN))?;
-            if let Some(before) = &self.limit {
-                io.unwatch(before)?;
-            }
-            // What waited for the last limit.
-            if let Some((_, queue)) = io.queue(0) {
-                queue.kick_again();
-            }
+    fn set_rates(&mut self, rates: Rates, mut io: Option<&mut Io>) -> io::Result<()> {
+        RateLimiter::change(&mut self.limit, rates, LIMIT, io.as_deref_mut())?;
+        // What waited for the last limit.
+        if let Some((_, queue)) = io.and_then(|io| io.queue(0)) {
+            queue.kick_again();
         }
-        self.limit = limit;
         Ok(())
     }
 
@@ -489,11 +480,7 @@ impl VirtioDevice for Blk {
     fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
         self.features = features;
         self.iovecs.get_or_insert_with(|| Iovecs::new(&io.ram));
-        if let Some(limit) = &self.limit {
-            let watched = io.watch(LIMIT, limit, EventFlags::IN);
-            watched.map_err(|source| device::Error::Host { what: "cannot watch a timer".into(), source })?;
-        }
-        Ok(())
+        self.limit.as_ref().map_or(Ok(()), |limit| limit.watch(LIMIT, io))
     }
 
     fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
@@ -510,9 +497,7 @@ impl VirtioDevice for Blk {
     }
 
     fn stop(&mut self, io: &mut Io) {
-        if let Some(Err(error)) = self.limit.as_ref().map(|limit| io.unwatch(limit)) {
-            log::error!("cannot stop watching a timer: {error}");
-        }
+        self.limit.iter().for_each(|limit| limit.unwatch(io));
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {

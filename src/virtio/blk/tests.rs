@@ -443,7 +443,7 @@ fn a_request_may_lie_over_its_own_ring() {
 #[test]
 fn a_limit_has_requests_wait_and_none_is_lost() {
     // The first one owes more than the bucket holds.
-    let mut disk = Disk::with(|spec| spec.bw = Some(Size::bytes(900 << 10)));
+    let mut disk = Disk::with(|spec| spec.bw = Some("900K".parse().unwrap()));
     let all = [(DATA, 1 << 20, true)];
     let start = Instant::now();
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 0, &all), (OK, (1 << 20) + 1));
@@ -452,7 +452,7 @@ fn a_limit_has_requests_wait_and_none_is_lost() {
     assert_eq!((disk.count("throttled"), disk.driver.get(DATA, 512)), (1, sector(1).to_vec()));
     assert!(start.elapsed() >= std::time::Duration::from_millis(100));
 
-    let mut disk = Disk::with(|spec| spec.iops = NonZeroU32::new(20));
+    let mut disk = Disk::with(|spec| spec.iops = Some("20".parse().unwrap()));
     let start = Instant::now();
     for number in 0..24 {
         assert_eq!(disk.request(VIRTIO_BLK_T_IN, number, &[(DATA, 512, true)]), (OK, 513));
@@ -506,13 +506,13 @@ fn another_image_takes_the_place_of_the_first() {
 #[test]
 fn a_limit_that_is_taken_away_lets_what_waits_go_on() {
     // Otherwise it would take a minute.
-    let mut disk = Disk::with(|spec| spec.iops = NonZeroU32::new(1));
+    let mut disk = Disk::with(|spec| spec.iops = Some("1".parse().unwrap()));
     disk.header(VIRTIO_BLK_T_IN, 0);
     for _ in 0..60 {
         disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
     }
     let mut used = disk.driver.finish(0, 1).len();
-    let rates = Rates { bytes: Some(Size::mib(64)), operations: None };
+    let rates = Rates { bytes: Some("64M".parse().unwrap()), operations: None };
     disk.driver.mmio.change(Change::Rates(rates)).recv().unwrap().unwrap();
     while used < 60 {
         disk.driver.wait();

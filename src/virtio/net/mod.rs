@@ -17,7 +17,6 @@ mod tests;
 mod tx;
 
 use std::io;
-use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -40,8 +39,8 @@ use super::device::{self, Io, VirtioDevice};
 use super::iovec::{self, Iovecs};
 use super::queue::Chain;
 use super::rate_limiter::RateLimiter;
+use crate::limit::{Directions, Limit};
 use crate::metrics::{Counter, Metrics};
-use crate::size::Size;
 
 /// Index of the queue of receive buffers.
 const RX: usize = 0;
@@ -90,10 +89,10 @@ pub struct Spec {
     /// The most bytes in a frame that the guest is told to send, and that a tap created here takes: 68 to 65521, with
     /// `user` 65520 at most, which it also is without a wish.
     pub mtu: Option<u16>,
-    /// How many bytes of frames may go in each direction in a second.
-    pub bw: Option<Size>,
-    /// How many frames may go in each direction in a second.
-    pub pps: Option<NonZeroU32>,
+    /// How many bytes of frames may go in each direction.
+    pub bw: Option<Directions>,
+    /// How many frames may go in each direction.
+    pub pps: Option<Directions>,
 }
 
 /// Why there is no network device.
@@ -146,8 +145,11 @@ impl Spec {
     /// [is ready](Net::wait_until_ready).
     pub fn open(&self) -> Result<Net, Error> {
         self.validate()?;
-        let limit = || RateLimiter::new(self.bw, self.pps).map_err(Error::Timer);
-        let limits = [limit()?, limit()?];
+        let limit = |of: fn(Directions) -> Option<Limit>| {
+            let rates = Rates { bytes: self.bw.and_then(of), operations: self.pps.and_then(of) };
+            RateLimiter::new(rates).map_err(Error::Timer)
+        };
+        let limits = [limit(|limits| limits.rx)?, limit(|limits| limits.tx)?];
         Ok(Net { limits, ..self.open_unlimited()? })
     }
 
@@ -302,8 +304,7 @@ impl Net {
     }
 
     fn set_rates(&mut self, rates: [Option<Rates>; 2], io: Option<&mut Io>) -> io::Result<()> {
-        let make = |rates: Rates| RateLimiter::new(rates.bytes, rates.operations);
-        let [rx, tx] = rates.map(|rates| rates.map(make).transpose());
+        let [rx, tx] = rates.map(|rates| rates.map(RateLimiter::new).transpose());
         let mut limits = [rx?, tx?];
         if let Some(io) = io {
             for (limit, token) in limits.iter().zip(LIMITS) {
@@ -415,8 +416,7 @@ impl VirtioDevice for Net {
             watched: EventFlags::empty(),
         });
         for (limit, token) in self.limits.iter().zip(LIMITS) {
-            let watched = limit.as_ref().map_or(Ok(()), |limit| io.watch(token, limit, EventFlags::IN));
-            watched.map_err(|source| device::Error::Host { what: "cannot watch a timer".into(), source })?;
+            limit.as_ref().map_or(Ok(()), |limit| limit.watch(token, io))?;
         }
         self.watch(io)
     }
@@ -461,11 +461,7 @@ impl VirtioDevice for Net {
 
     fn stop(&mut self, io: &mut Io) {
         let Some(mut running) = self.running.take() else { return };
-        for limit in self.limits.iter().flatten() {
-            if let Err(error) = io.unwatch(limit) {
-                log::error!("cannot stop watching a timer: {error}");
-            }
-        }
+        self.limits.iter().flatten().for_each(|limit| limit.unwatch(io));
         if !running.watched.is_empty()
             && let Err(error) = io.unwatch(&self.host)
         {

@@ -470,7 +470,7 @@ proptest! {
 
 #[test]
 fn a_limit_holds_packets_up_in_both_directions() {
-    let limit = || RateLimiter::new(Some(Size::bytes(1000)), None).unwrap();
+    let limit = || RateLimiter::new(Rates { bytes: Some("1000".parse().unwrap()), operations: None }).unwrap();
     let wait = |limit: &mut Option<RateLimiter>| {
         let limit = limit.as_mut().unwrap();
         rustix::event::poll(&mut [PollFd::new(limit, PollFlags::IN)], None).unwrap();
@@ -939,7 +939,7 @@ fn limits_that_are_taken_away_let_what_waits_go_on() {
     }
     let (mut net, _host) = on_tap(None);
     // Otherwise it would take a minute.
-    let slow = Rates { operations: NonZeroU32::new(1), ..Default::default() };
+    let slow = Rates { operations: Some("1".parse().unwrap()), ..Default::default() };
     net.change(&Change::NetRates { rx: Some(slow), tx: Some(slow) }, None).unwrap();
     let mut driver = testing::Driver::new(Box::new(net));
     driver.start();
