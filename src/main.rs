@@ -196,8 +196,9 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let has_command = has_command || image.is_some();
     let mut named = run.name.as_ref().map(|name| Server::bind(name, &config, started)).transpose()?;
     let mut warm = None;
+    let may_be_again = run.retries() > 0 || run.warm.is_some();
     let (ended, machine) = attempts.run(has_command, started, &mut warm, |begin, wanted, warm| {
-        let config = if run.retries() > 0 { config.clone() } else { std::mem::take(&mut config) };
+        let config = if may_be_again { config.clone() } else { std::mem::take(&mut config) };
         let built = std::mem::replace(&mut opened, Ok(()));
         let built = built.and_then(|()| {
             if let (Some(key), None) = (&run.warm, &warm) {
@@ -206,7 +207,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
             build(&run, config, begin, wanted, &mut named, warm)
         });
         // Kernel and modules are in the guest's memory, unless they are needed again.
-        in_use = in_use.take().filter(|_| run.retries() > 0);
+        in_use = in_use.take().filter(|_| may_be_again);
         built
     });
     warm.iter_mut().for_each(Starts::finish);

@@ -389,6 +389,8 @@ commands() {
     vmms=(bantam qemu runc)
     in_turn 7 2 command_once
     in_turn 3 1 command_memory
+    vmms=(bantam)
+    in_turn 7 2 command_warm
     vmms=(bantam qemu)
 }
 
@@ -411,6 +413,16 @@ command_once() {
     { read -r _ first && read -r _ exit; } <"$built/times"
     figure "$1" "exec to the command's first byte, s" "$first"
     figure "$1" "exec to exit, s" "$exit"
+}
+
+command_warm() {
+    local first
+    command=("$bantam" run --warm bench --memory 128M --kernel "$tiny" "$built/commands" -- echo bench-first)
+    # The first run makes the snapshot.
+    "$bantam" warm ls | grep -q '^bench ' || "${command[@]}" >/dev/null
+    measured 60 bench-first >"$built/times" || return 1
+    read -r _ first <"$built/times"
+    figure "$1" "exec to the command's first byte, from a warm snapshot, s" "$first"
 }
 
 # What all processes of an instance have, of what they share with others their part.

@@ -162,7 +162,13 @@ impl Attempts {
         let wanted = self.are_wanted();
         loop {
             let (group, mut machine) = (self.group(), None);
-            let ended = build(begin, wanted, warm).and_then(|built| Ok(machine.insert(built).run()?));
+            let ended = loop {
+                let ended = build(begin, wanted, warm).and_then(|built| Ok(machine.insert(built).run()?));
+                if !warm.as_mut().is_some_and(|warm| warm.is_lost(machine.as_ref(), &ended)) {
+                    break ended;
+                }
+                machine = None;
+            };
             group.into_iter().for_each(github::Group::end);
             let result = ended.as_ref().map_err(|error| chain(&**error));
             let mut attempt = Attempt::new(machine.as_ref(), result, has_command, begin.elapsed(), wanted);

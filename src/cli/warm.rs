@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use bantam::config::Config;
 use bantam::kvm;
 use bantam::machine::{self, Builder, Machine};
+use bantam::outcome::Outcome;
 use bantam::warm::{self, Basis, Making, Miss, Place, Store, Unfit};
 use clap::Subcommand;
 use serde::Serialize;
@@ -79,13 +80,15 @@ pub struct Starts {
     making: Option<JoinHandle<Result<(), Box<dyn Error + Send + Sync>>>>,
     /// How the last one was started.
     pub last: Option<Start>,
+    /// What became of a machine of the snapshot that is there.
+    broken: Option<String>,
 }
 
 impl Starts {
     /// Those of the machine that `config` makes, with the snapshot of this key.
     pub fn new(key: &str, config: &Config) -> Result<Self, Refused> {
         let place = Store::of_user()?.at(key)?;
-        Ok(Self { place, basis: Basis::of(config)?, making: None, last: None })
+        Ok(Self { place, basis: Basis::of(config)?, making: None, last: None, broken: None })
     }
 
     /// Builds a machine by `build`, from the snapshot if that can be used; else one that boots, of which one is made.
@@ -96,7 +99,10 @@ impl Starts {
     ) -> Result<Machine, Box<dyn Error>> {
         // That of an earlier attempt is of use to this one.
         self.finish();
-        let found = self.place.open(&self.basis);
+        let found = match self.broken.take() {
+            Some(why) => Err(Miss::Other(why)),
+            None => self.place.open(&self.basis),
+        };
         let why = match found {
             Ok(mut snapshot) => {
                 snapshot.config = config.clone();
@@ -144,6 +150,19 @@ impl Starts {
         }
         self.last = Some(Start { key: self.place.key().into(), start, why });
         Ok(machine)
+    }
+
+    /// Whether the last machine, which ended so, was of a snapshot that is no good: its guest did not get as far as its command,
+    /// nor to read any input. The next one boots.
+    pub fn is_lost(&mut self, machine: Option<&Machine>, ended: &Result<Outcome, Box<dyn Error>>) -> bool {
+        use Outcome::{BootTimedOut, Crashed, Halted, Panicked, PoweredOff, Rebooted};
+        let is_warm = self.last.as_ref().is_some_and(|last| last.why.is_none());
+        let (Some(machine), Ok(outcome), true) = (machine, ended, is_warm) else { return false };
+        let by_itself =
+            matches!(outcome, Panicked(_) | Crashed(_) | PoweredOff | Rebooted | Halted | BootTimedOut { .. });
+        let is_lost = by_itself && machine.report().durations.command.is_none();
+        self.broken = is_lost.then(|| format!("its command had not begun when {outcome}"));
+        is_lost
     }
 
     /// Waits until the snapshot of the last machine, which has ended, is where it is found.

@@ -108,7 +108,6 @@ pub enum Report {
 }
 
 /// A command's session.
-#[derive(Debug)]
 pub struct Session {
     control: UnixStream,
     /// Until it starts.
@@ -124,6 +123,14 @@ pub struct Session {
     signals: u32,
     /// Has the guest that waits be given the command.
     give: Option<SyncSender<()>>,
+    /// Carries the input, which is left alone until the command begins: another guest may get it.
+    late_input: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("running", &self.running).finish_non_exhaustive()
+    }
 }
 
 /// How the guest comes to know of its command.
@@ -197,6 +204,7 @@ impl Session {
             resized: false,
             signals: 0,
             give,
+            late_input: None,
         };
         Ok((session, ends))
     }
@@ -234,12 +242,18 @@ impl Session {
         let Streams { stdin: input, stdout, stderr } = streams;
         let escapes = self.has_terminal.then(Escapes::default);
         let quit = report.clone();
-        // It may wait for its input for ever, and is not waited for.
-        thread::Builder::new().name("bantam-stdin".into()).spawn(move || {
+        let is_late = !self.has_terminal && given.as_ref().is_some_and(|given| given.when.is_none());
+        let carry = move || {
             if carry_input(&File::from(input), &stdin, escapes) {
                 quit(Report::Quit);
             }
-        })?;
+        };
+        if is_late {
+            self.late_input = Some(Box::new(carry));
+        } else {
+            // It may wait for its input for ever, and is not waited for.
+            thread::Builder::new().name("bantam-stdin".into()).spawn(carry)?;
+        }
         let mut writers = vec![];
         let [kept_stdout, kept_stderr] = kept.map_or([None, None], |kept| [Some(kept.stdout), Some(kept.stderr)]);
         let ends = [("bantam-stdout", stdout, kept_stdout), ("bantam-stderr", stderr, kept_stderr)];
@@ -260,6 +274,11 @@ impl Session {
     /// The guest said that the command is about to run.
     pub fn started(&mut self) {
         self.running = true;
+        if let Some(carry) = self.late_input.take()
+            && let Err(error) = thread::Builder::new().name("bantam-stdin".into()).spawn(carry)
+        {
+            log::error!("cannot start the thread that carries standard input: {error}");
+        }
         if std::mem::take(&mut self.resized) {
             self.resize();
         }

@@ -228,3 +228,19 @@ fn passt_and_bantam_end_with_each_other_as_they_should() {
         thread::sleep(Duration::from_millis(50));
     }
 }
+
+#[test]
+fn a_guest_that_was_saved_has_the_network_of_the_run_that_goes_on_with_it() {
+    let (network, root, cache) = (Network::new("192.0.2.1"), roots::Root::new(), tempfile::TempDir::new().unwrap());
+    for start in ["cold", "warm"] {
+        let words = ["sh", "-c", "busybox nslookup -type=a example.test; cat /etc/resolv.conf; ifconfig eth0"];
+        let guest = Guest::running(Kernel::Tiny.vmlinux(), &words).root(&root.image());
+        let mut guest = guest.net("user").option("--warm", "net").inside(network.name());
+        guest.command().env("XDG_CACHE_HOME", cache.path());
+        let ended = guest.run();
+        assert_eq!(ended.report["warm"]["start"], start);
+        for word in ["198.51.100.7", "nameserver 10.0.2.3", "inet addr:10.0.2.15"] {
+            ended.require(ended.status == 0 && ended.stdout.contains(word), word);
+        }
+    }
+}

@@ -149,12 +149,30 @@ fn what_does_not_fit_is_told_and_made_anew() {
     let state = lab.file("snapshot/state");
     let bytes = fs::read(&state).unwrap();
     fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
-    check(run().memory("192M"), "it is damaged");
+    check(run().memory("192M"), "it is damaged: it has");
     File::options().write(true).open(lab.file("snapshot/memory")).unwrap().set_len(4096).unwrap();
     check(run().memory("192M"), "it has 4096");
     File::options().write(true).open(lab.file("snapshot/memory")).unwrap().write_all_at(&[1], 1 << 20).unwrap();
     check(run().memory("192M"), "it has changed since it was made");
     require_warm(&run().memory("192M").run());
+
+    // Memory that is no guest's, which nobody sees.
+    let memory = File::options().write(true).open(lab.file("snapshot/memory")).unwrap();
+    memory.set_len(0).unwrap();
+    memory.set_len(192 << 20).unwrap();
+    let it = memory.metadata().unwrap();
+    let stamp = [it.ino() as i64, it.size() as i64, it.mtime(), it.mtime_nsec(), it.ctime(), it.ctime_nsec()];
+    let mut about: serde_json::Value = serde_json::from_slice(&fs::read(lab.file("about.json")).unwrap()).unwrap();
+    about["memory"] = serde_json::json!(stamp);
+    fs::write(lab.file("about.json"), about.to_string()).unwrap();
+    let mut running = lab.shell("cat; exit 7").memory("192M").spawn();
+    running.write("input");
+    drop(running.stdin().take());
+    let ended = running.wait();
+    ended.require(ended.status == 7 && ended.stdout == "input", "it boots, and has all of its input");
+    // The guest's devices have something to say, too.
+    ended.require(ended.stderr.contains("so the guest boots: its command had not begun when the guest "), "it says so");
+    assert_eq!((&ended.report["warm"]["start"], lab.others()), (&"cold".into(), 0));
 
     // Another CPU, with a right checksum.
     let bytes = fs::read(&state).unwrap();
