@@ -141,11 +141,8 @@ impl Running {
         if !self.is_paused {
             return Err("Cannot take a snapshot of a microVM that is not paused.".into());
         }
-        if create.diff {
-            return Err("bantam has no snapshots of what has changed by this request: make a full one.".into());
-        }
-        let (state, memory) = (create.snapshot_path.into(), create.mem_file_path.into());
-        self.handle.snapshot(Destination::Files { state, memory }).map_err(|error| chain(&error))?;
+        let (state, memory, diff) = (create.snapshot_path.into(), create.mem_file_path.into(), create.diff);
+        self.handle.snapshot(Destination::Files { state, memory, diff }).map_err(|error| chain(&error))?;
         done()
     }
 

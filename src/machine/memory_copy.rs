@@ -33,6 +33,8 @@ const OF_A_FILE: u64 = 1 << 61;
 pub enum Pages {
     /// Those that are not all zeros.
     Used,
+    /// Those that were ever used, also when they are all zeros.
+    Touched,
     /// Those that are other than in the files which guest memory was mapped from.
     Changed,
 }
@@ -80,7 +82,7 @@ impl Source {
 
     /// Knows that pages come from another process when they are first used, which a child could not wait for.
     pub fn served(mut self) -> Self {
-        if self.pages == Pages::Used {
+        if self.pages != Pages::Changed {
             (self.mapped, self.is_private) = (vec![0..u64::MAX], false);
         }
         self
@@ -142,7 +144,7 @@ impl Source {
             // SAFETY: it is the parent's, which was open at the fork, and was not closed since.
             let file = unsafe { BorrowedFd::borrow_raw(file) };
             self.write(file, &mut |first, count| {
-                if self.pages == Pages::Used {
+                if self.pages != Pages::Changed {
                     return Ok(());
                 }
                 let run = first.to_ne_bytes().into_iter().chain(count.to_ne_bytes());
@@ -200,6 +202,7 @@ impl Source {
                     let entry = known.ok().and(entry.try_into().ok()).map_or(u64::MAX, u64::from_ne_bytes);
                     let is_wanted = match self.pages {
                         Pages::Used => (is_mapped || entry & PRESENT_OR_SWAPPED != 0) && !is_zero(page),
+                        Pages::Touched => is_mapped || entry & PRESENT_OR_SWAPPED != 0,
                         Pages::Changed => entry & PRESENT_OR_SWAPPED != 0 && entry & (SWAPPED | OF_A_FILE) != OF_A_FILE,
                     };
                     if is_wanted && run.end == page {
@@ -385,6 +388,19 @@ mod tests {
         let pid = pid.lines().find_map(|line| line.strip_prefix("Pid:")).unwrap().trim().to_owned();
         drop(child);
         assert!(!fs::exists(format!("/proc/{pid}")).unwrap());
+    }
+
+    #[test]
+    fn zeros_count_where_they_may_replace_something() {
+        let ram = memory::reserve(&[0..4 << 20]).unwrap();
+        ram.write_obj(1u8, GuestAddress(0)).unwrap();
+        ram.write_obj(0u8, GuestAddress(2 << 20)).unwrap();
+        let blocks = |pages| {
+            let file = tempfile::tempfile().unwrap();
+            Source::new(&ram, pages).copy(&file).unwrap();
+            std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap())
+        };
+        assert!(blocks(Pages::Touched) >= blocks(Pages::Used) + PAGE / 512);
     }
 
     #[test]

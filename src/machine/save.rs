@@ -37,9 +37,16 @@ impl Machine {
         };
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
         let (asker, is_served) = (answer.clone(), self.memory_handler.is_some());
+        let pages = match &destination {
+            Destination::Diff(_) => Pages::Changed,
+            // It was restored.
+            Destination::Files { diff: true, .. } if self.generation.is_some() => Pages::Changed,
+            Destination::Files { diff: true, .. } => Pages::Touched,
+            Destination::Folder(_) | Destination::Files { .. } => Pages::Used,
+        };
         let write = move || {
             signal::block_all();
-            let memory = Source::new(&ram, if is_diff { Pages::Changed } else { Pages::Used });
+            let memory = Source::new(&ram, pages);
             let memory = if is_served { memory.served() } else { memory };
             let writing = Writing::begin(destination, &memory, goes_on);
             drop((memory, ram));

@@ -131,6 +131,10 @@ pub enum Destination {
         state: PathBuf,
         /// Guest memory.
         memory: PathBuf,
+        /// Whether the file of memory has only the pages that are other than in the one that the machine was restored from, or,
+        /// of one that was booted, those that were ever used; the others are holes. It is of use when it has been merged into an
+        /// earlier one, as Firecracker's `snapshot-editor` does: the state does not say what it stands on.
+        diff: bool,
     },
 }
 
@@ -506,7 +510,7 @@ impl Writing {
                 folder::give_name(&self.folder, target, may_replace)?;
                 File::open(folder::parent(target))?.sync_all()
             }
-            Destination::Files { state, memory } => {
+            Destination::Files { state, memory, .. } => {
                 // The state last: it says how long the memory is.
                 for (name, target) in [(MEMORY, memory), (STATE, state)] {
                     let from = self.folder.join(name);

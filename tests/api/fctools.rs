@@ -1,6 +1,7 @@
 //! fctools, a client that others wrote, has bantam as its Firecracker.
 
-use std::os::unix::fs::symlink;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
@@ -25,6 +26,7 @@ use fctools::vmm::resource::system::ResourceSystem;
 use fctools::vmm::resource::{MovedResourceType, ResourceType};
 
 use crate::support::Kernel;
+use rustix::fs::{SeekFrom, seek};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -182,7 +184,22 @@ fn fctools_runs_a_whole_life() {
             snapshot: file("state"),
             mem_file: file("memory"),
         };
+        vm.create_snapshot(create).await.unwrap();
+        vm.resume().await.unwrap();
+        pipes.stdin.write_all(b"echo further $((40 + 2))\n").await.unwrap();
+        wait_for(&mut pipes.stdout, "further 42").await;
+        vm.pause().await.unwrap();
+        let mut file = |name: &str| {
+            let resources = vm.get_resource_system_mut();
+            resources.create_resource(folder.path().join(name), ResourceType::Produced).unwrap()
+        };
+        let create = CreateSnapshot {
+            snapshot_type: Some(SnapshotType::Diff),
+            snapshot: file("later-state"),
+            mem_file: file("later-memory"),
+        };
         let snapshot = vm.create_snapshot(create).await.unwrap();
+        merge(&folder.path().join("later-memory"), &folder.path().join("memory"));
         let kill = VmShutdownAction { method: VmShutdownMethod::Kill, timeout: Some(LIMIT), graceful: false };
         vm.shutdown([kill]).await.unwrap();
         let options = PrepareVmFromSnapshotOptions {
@@ -208,6 +225,20 @@ fn fctools_runs_a_whole_life() {
         vm.cleanup().await.unwrap();
         assert!(!folder.path().join("other.sock").exists());
     });
+}
+
+/// Fills the holes of a diff's memory with what is in an earlier one.
+fn merge(diff: &Path, base: &Path) {
+    let (later, memory) = (File::open(diff).unwrap(), File::options().write(true).open(base).unwrap());
+    let mut end = 0;
+    while let Ok(start) = seek(&later, SeekFrom::Data(end)) {
+        end = seek(&later, SeekFrom::Hole(start)).unwrap();
+        let mut data = vec![0; usize::try_from(end - start).unwrap()];
+        later.read_exact_at(&mut data, start).unwrap();
+        memory.write_all_at(&data, start).unwrap();
+    }
+    assert!(end > 0, "something was used");
+    fs::copy(base, diff).unwrap();
 }
 
 async fn installation_is_what_it_expects(folder: &Path) {
