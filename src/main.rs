@@ -116,6 +116,7 @@ fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Er
     let mut program = cli::api::Machines::new(flags, started)?;
     let mut unserved = flags.api();
     let api = server.as_mut().map_or(&mut unserved, bantam::control::Server::api);
+    program.count(api.counts());
     api.set_startup(flags.startup(started));
     if let Some(metrics) = flags.metrics() {
         api.set_metrics(metrics)?;

@@ -56,6 +56,8 @@ pub struct Metrics {
     mmio_writes: Counter,
     /// Kicks and signals.
     interruptions: Counter,
+    /// Exits that it could not go on from.
+    failures: Counter,
     /// How often it had to wait for CPU time, of a quota without a control group.
     throttled: Counter,
 }
@@ -313,6 +315,7 @@ fn run(
                 }
             }
             Ok(exit) => {
+                metrics.failures.inc_alone();
                 let (rip, cpl) = vcpu.position();
                 return report(Report::Ended { exit, rip, cpl });
             }

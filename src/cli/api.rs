@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use ::log::LevelFilter;
 use bantam::config::file;
 use bantam::config::firecracker::{Logger, Metrics, Settings, host};
 use bantam::control::{Api, Program, Server, Stop, VERSION};
+use bantam::machine::firecracker::Counts;
 use bantam::machine::{Builder, Handle, Machine, Snapshot};
 use bantam::signal::{self, SignalFd};
 use clap::{Args, FromArgMatches};
@@ -219,6 +221,11 @@ impl Machines {
         let log = log::start(0, None)?;
         flags.logger().map_or(Ok(()), |logger| log.change(&logger))?;
         Ok(Self { log, signals: signals()?, started, machine: None })
+    }
+
+    /// Counts what happens to the log.
+    pub fn count(&self, counts: Arc<Counts>) {
+        self.log.count(counts);
     }
 
     /// Starts the machine of a file.

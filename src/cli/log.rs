@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bantam::config::firecracker;
+use bantam::machine::firecracker::Counts;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
@@ -51,6 +52,8 @@ impl Style {
 struct State {
     target: Target,
     style: Style,
+    /// Where lines are counted that could not be written.
+    counts: Option<Arc<Counts>>,
 }
 
 /// The log, which lasts for the rest of the process.
@@ -73,7 +76,7 @@ pub fn start(verbose: u8, file: Option<&Path>) -> Result<Started, Error> {
         }
         None => Target::StandardError,
     };
-    let state = Arc::new(Mutex::new(State { target, style: Style::new(level) }));
+    let state = Arc::new(Mutex::new(State { target, style: Style::new(level), counts: None }));
     if log::set_boxed_logger(Box::new(Logger(Arc::clone(&state)))).is_ok() {
         log::set_max_level(level);
     }
@@ -107,6 +110,11 @@ impl Started {
             state.target = Target::File(file);
         }
         Ok(())
+    }
+
+    /// Counts lines that cannot be written.
+    pub fn count(&self, counts: Arc<Counts>) {
+        lock(&self.0).counts = Some(counts);
     }
 
     /// Logs as Firecracker's clients ask for, from now on. What they leave out is as before.
@@ -172,14 +180,18 @@ impl Log for Logger {
     /// Writes a line at once, so that those of several threads, or processes, do not mix. If it cannot be written
     /// there is nobody to tell.
     fn log(&self, record: &Record<'_>) {
-        let State { target, style } = &mut *lock(&self.0);
+        let State { target, style, counts } = &mut *lock(&self.0);
         if style.hears(record.metadata()) {
             let line = style.line(record);
-            let _ = match target {
+            let written = match target {
                 Target::StandardError => say(line.as_bytes()),
                 Target::Later(_, lines) => lines.write_all(line.as_bytes()),
                 Target::File(file) => file.write_all(line.as_bytes()),
             };
+            if let (Err(error), Some(counts)) = (written, counts) {
+                let missed = error.kind() == ErrorKind::WouldBlock;
+                counts.count("logger", if missed { "missed_log_count" } else { "log_fails" });
+            }
         }
     }
 
@@ -246,8 +258,13 @@ mod tests {
         check(&path).unwrap();
         assert!(check(folder.path()).is_err() && check(&path.join("log")).is_err());
         let target = || Target::Later(path.clone(), b"early\n".to_vec());
-        let started =
-            || Started(Arc::new(Mutex::new(State { target: target(), style: Style::new(LevelFilter::Warn) })));
+        let started = || {
+            Started(Arc::new(Mutex::new(State {
+                target: target(),
+                style: Style::new(LevelFilter::Warn),
+                counts: None,
+            })))
+        };
         drop(started());
         assert!(!path.exists());
         started().create().unwrap();

@@ -1,16 +1,20 @@
 //! Firecracker's API: what each request means, before the machine has started and afterwards.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 use serde_json::{Map, Value as Json, json};
 
 use super::http::{Request, Response};
 use super::running::Running;
+use super::snapshot::{Create, Load};
 use crate::config::firecracker::{
     self, Balloon, BootSource, Drive, Logger, Machine, Metrics, NetworkInterface, Serial, Settings, devices,
 };
 use crate::config::json;
 use crate::config::tree::{Error, Node, Table};
+use crate::machine::firecracker::Counts;
 use crate::machine::{self, Handle, Lines, Snapshot};
 use crate::signal::SignalFd;
 
@@ -19,6 +23,23 @@ pub const VERSION: &str = "1.17.0";
 
 const NOT_BEFORE: &str = "The requested operation is not supported before starting the microVM.";
 const NOT_AFTER: &str = "The requested operation is not supported after starting the microVM.";
+
+/// Requests that are counted, by the first part of their path: what they are called in the sections for `GET`, `PUT` and
+/// `PATCH`.
+const COUNTED: &[(&str, &str)] = &[
+    ("", "instance_info"),
+    ("version", "vmm_version"),
+    ("machine-config", "machine_cfg"),
+    ("mmds", "mmds"),
+    ("actions", "actions"),
+    ("boot-source", "boot_source"),
+    ("cpu-config", "cpu_cfg"),
+    ("drives", "drive"),
+    ("logger", "logger"),
+    ("metrics", "metrics"),
+    ("network-interfaces", "network"),
+    ("vsock", "vsock"),
+];
 
 /// What the API needs of the program that it is part of.
 pub trait Program {
@@ -51,6 +72,7 @@ pub struct Api {
     /// Where metrics go, until there is a machine that writes them.
     metrics: Option<Lines>,
     startup: [u64; 2],
+    counts: Arc<Counts>,
     running: Option<Running>,
 }
 
@@ -64,7 +86,12 @@ fn done() -> Answer {
 impl Api {
     /// The API of a machine of this name, with what is known of it already.
     pub fn new(id: impl Into<String>, settings: Settings) -> Self {
-        Self { id: id.into(), settings, metrics: None, startup: [0; 2], running: None }
+        Self { id: id.into(), settings, metrics: None, startup: [0; 2], counts: Arc::default(), running: None }
+    }
+
+    /// What is told with the machine's metrics.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.counts.clone()
     }
 
     /// How long the process took until it was ready, in microseconds: by the clock, and of CPU time. Metrics tell.
@@ -92,6 +119,7 @@ impl Api {
             let drives = drives.map(|(index, id)| (format!("blk{index}"), id.clone()));
             let ids = drives.chain(cards.map(|(index, id)| (format!("net{index}"), id.clone()))).collect();
             let metrics = machine::firecracker::Metrics::new(ids).more(more).startup(self.startup);
+            let metrics = metrics.counts(self.counts());
             running.tell_metrics(lines, metrics);
         }
         self.running = Some(running);
@@ -131,12 +159,31 @@ impl Api {
 
     /// Does what a request asks for. Only with a `program` can a machine be started.
     pub fn respond(&mut self, request: &Request, program: Option<&mut dyn Program>) -> Response {
-        let response = self.route(request, program).unwrap_or_else(Response::refused);
+        let begin = Instant::now();
+        let answer = self.route(request, program, begin);
+        self.count(request, answer.is_err());
+        let response = answer.unwrap_or_else(Response::refused);
         log::debug!("{} {}: {}", request.method, request.target, response.status);
         response
     }
 
-    fn route(&mut self, request: &Request, program: Option<&mut dyn Program>) -> Answer {
+    fn count(&self, request: &Request, failed: bool) {
+        let first = path(&request.target).split('/').nth(1).unwrap_or_default();
+        let Some((_, name)) = COUNTED.iter().find(|(path, _)| *path == first) else { return };
+        let section = format!("{}_api_requests", request.method.to_lowercase());
+        if failed {
+            self.counts.count(&*section, format!("{name}_fails"));
+        }
+        self.counts.count(section, format!("{name}_count"));
+    }
+
+    /// What a request that began then asked for was done, which began a little later.
+    fn took(&self, what: &str, request: Instant, began: Instant) {
+        self.counts.took(what, request.elapsed());
+        self.counts.took(format!("vmm_{what}"), began.elapsed());
+    }
+
+    fn route(&mut self, request: &Request, program: Option<&mut dyn Program>, begin: Instant) -> Answer {
         let method = request.method.as_str();
         let path = path(&request.target);
         let segments: Vec<_> = path.split('/').skip(1).collect();
@@ -163,12 +210,12 @@ impl Api {
             ("GET", ["mmds"]) => Err(firecracker::NO_MMDS.into()),
             ("GET", ["hotplug", "memory"]) => Err(firecracker::NO_HOTPLUG.into()),
             ("PUT", ["actions"]) => self.action(node, program),
-            ("PATCH", ["vm"]) => self.set_state(node),
+            ("PATCH", ["vm"]) => self.set_state(node, begin),
             ("GET" | "PUT" | "PATCH", ["balloon", rest @ ..]) => self.balloon(method, rest, node),
             ("PATCH", ["drives", id]) => self.patch_drive(id, node),
             ("PATCH", ["network-interfaces", id]) => self.patch_interface(id, node),
-            ("PUT", ["snapshot", "create"]) => self.running()?.snapshot(node),
-            ("PUT", ["snapshot", "load"]) => self.load_snapshot(node, program),
+            ("PUT", ["snapshot", "create"]) => self.create_snapshot(node, begin),
+            ("PUT", ["snapshot", "load"]) => self.load_snapshot(node, program, begin),
             ("PUT" | "PATCH", _) => self.set_up(method, &segments, node, program),
             _ => invalid(),
         }
@@ -259,11 +306,23 @@ impl Api {
         done()
     }
 
-    fn set_state(&mut self, node: &Node) -> Answer {
+    fn set_state(&mut self, node: &Node, begin: Instant) -> Answer {
         const STATES: &[&str] = &["Paused", "Resumed"];
         let table = text(node.table(&["state"]))?;
         let state = text(table.choice("state", STATES).and_then(|it| it.ok_or_else(|| table.missing("state"))))?;
-        self.running()?.set_paused(state == 0)
+        let began = Instant::now();
+        let answer = self.running()?.set_paused(state == 0)?;
+        self.took(if state == 0 { "pause_vm" } else { "resume_vm" }, begin, began);
+        Ok(answer)
+    }
+
+    fn create_snapshot(&mut self, node: &Node, begin: Instant) -> Answer {
+        let began = Instant::now();
+        let create = text(Create::read(node))?;
+        let what = if create.diff { "diff_create_snapshot" } else { "full_create_snapshot" };
+        let answer = self.running()?.snapshot(create)?;
+        self.took(what, begin, began);
+        Ok(answer)
     }
 
     fn balloon(&mut self, method: &str, rest: &[&str], node: &Node) -> Answer {
@@ -324,18 +383,20 @@ impl Api {
         running.change_interface(index, card, limiters)
     }
 
-    fn load_snapshot(&mut self, node: &Node, program: Option<&mut dyn Program>) -> Answer {
-        let load = text(super::snapshot::Load::read(node))?;
+    fn load_snapshot(&mut self, node: &Node, program: Option<&mut dyn Program>, begin: Instant) -> Answer {
+        let load = text(Load::read(node))?;
         let Some(program) = program.filter(|_| self.running.is_none()) else { return Err(NOT_AFTER.into()) };
         let is_fresh = Settings { logger: None, metrics: None, ..self.settings.clone() } == Settings::default();
         if !is_fresh {
             return Err("Loading a microVM snapshot not allowed after configuring boot-specific resources.".into());
         }
+        let began = Instant::now();
         let snapshot = load.open()?;
         let settings = Settings::of(&snapshot.config);
         let handle = program.restore(snapshot, !load.resume)?;
         self.settings =
             Settings { logger: self.settings.logger.take(), metrics: self.settings.metrics.take(), ..settings };
+        self.took("load_snapshot", begin, began);
         self.run(Running::restored(handle, !load.resume));
         done()
     }

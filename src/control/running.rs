@@ -6,7 +6,6 @@ use super::api::chain;
 use super::http::Response;
 use super::snapshot::Create;
 use crate::config::firecracker::{Balloon, Drive, Limiter, NetworkInterface};
-use crate::config::tree::Node;
 use crate::machine::{Destination, Handle, Lines, firecracker};
 use crate::size::Size;
 use crate::virtio::balloon::PAGE;
@@ -136,8 +135,7 @@ impl Running {
         Ok(Response::found(&json))
     }
 
-    pub fn snapshot(&mut self, node: &Node) -> Answer {
-        let create = Create::read(node).map_err(|error| error.to_string())?;
+    pub fn snapshot(&mut self, create: Create) -> Answer {
         if !self.is_paused {
             return Err("Cannot take a snapshot of a microVM that is not paused.".into());
         }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
+use crate::metrics::Counter;
 use crate::snapshot;
 
 /// Commands to the controller.
@@ -76,6 +77,14 @@ enum Next {
     Nothing,
 }
 
+/// What the guest did with the controller.
+#[derive(Debug, Default, Serialize)]
+pub struct Counts {
+    reads: Counter,
+    writes: Counter,
+    resets: Counter,
+}
+
 /// The controller at ports 0x60 to 0x64.
 pub struct I8042<F> {
     on_reset: F,
@@ -84,6 +93,7 @@ pub struct I8042<F> {
     command_byte: u8,
     next: Next,
     output: VecDeque<u8>,
+    counts: Arc<Counts>,
 }
 
 impl<F: Fn() + Send> I8042<F> {
@@ -91,7 +101,13 @@ impl<F: Fn() + Send> I8042<F> {
     /// for it.
     pub fn new(on_reset: F, keyboard: Option<Arc<dyn Interrupt>>) -> Self {
         let command_byte = if keyboard.is_some() { TRANSLATES } else { 0 };
-        Self { on_reset, keyboard, command_byte, next: Next::Command, output: VecDeque::new() }
+        let (next, output, counts) = (Next::Command, VecDeque::new(), Arc::default());
+        Self { on_reset, keyboard, command_byte, next, output, counts }
+    }
+
+    /// What it counts.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.counts.clone()
     }
 
     /// Presses Ctrl, Alt and Delete, and lets them go. Without effect if there is no keyboard, or the guest has not read
@@ -122,7 +138,10 @@ impl<F: Fn() + Send> I8042<F> {
     fn control(&mut self, command: u8) {
         self.next = Next::Command;
         match command {
-            command::PULSE_RESET => (self.on_reset)(),
+            command::PULSE_RESET => {
+                self.counts.resets.inc();
+                (self.on_reset)();
+            }
             command::READ_COMMAND_BYTE => self.put(&[self.command_byte]),
             command::WRITE_COMMAND_BYTE => self.next = Next::CommandByte,
             command::SELF_TEST => self.put(&[0x55]),
@@ -155,6 +174,7 @@ impl<F: Fn() + Send> I8042<F> {
 impl<F: Fn() + Send> BusDevice for I8042<F> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
+        self.counts.reads.inc();
         match offset {
             DATA => {
                 data[0] = self.output.pop_front().unwrap_or(0);
@@ -167,6 +187,7 @@ impl<F: Fn() + Send> BusDevice for I8042<F> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        self.counts.writes.inc();
         match (offset, data[0]) {
             (STATUS, command) => self.control(command),
             (DATA, byte) => match std::mem::replace(&mut self.next, Next::Command) {
@@ -247,6 +268,7 @@ mod tests {
         assert_eq!(read(&mut i8042, STATUS), 0);
         i8042.write(STATUS, &[command::PULSE_RESET]);
         assert_eq!(resets.load(Ordering::SeqCst), 1);
+        assert_eq!(serde_json::to_value(&*i8042.counts()).unwrap(), json!({"reads": 4, "writes": 5, "resets": 1}));
     }
 
     #[test]

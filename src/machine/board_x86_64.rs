@@ -42,6 +42,8 @@ pub(super) struct Board<'a> {
     pub buses: Buses,
     /// The virtio devices.
     pub attached: Vec<Attached>,
+    /// What other devices count, by what they are called.
+    pub counts: Vec<(&'static str, Arc<dyn Metrics>)>,
     /// What keys are pressed on, if there is a keyboard.
     pub keyboard: Option<Arc<Mutex<Keyboard>>>,
 }
@@ -62,7 +64,7 @@ fn event_fd(what: &'static str) -> Result<EventFd, Error> {
 
 impl<'a> Board<'a> {
     pub fn new(vm: &'a Vm) -> Self {
-        Board { vm, buses: Buses::default(), attached: Vec::new(), keyboard: None }
+        Board { vm, buses: Buses::default(), attached: Vec::new(), counts: Vec::new(), keyboard: None }
     }
 
     /// Attaches what every machine has: serial port, keyboard controller (with a keyboard or without), clock, power
@@ -82,6 +84,7 @@ impl<'a> Board<'a> {
         let on_room: Box<dyn Fn() + Send> = Box::new(send(|| Event::InputRoom));
         let mut serial = Serial::new(line, output, on_room);
         config.serial_bw.into_iter().for_each(|limit| serial.limit(limit));
+        self.counts.push(("serial", serial.counts()));
         let serial = Arc::new(Mutex::new(serial));
         self.attach_port(layout::COM1, 8, serial.clone())?;
 
@@ -89,7 +92,9 @@ impl<'a> Board<'a> {
         line.iter().try_for_each(|line| self.vm.attach_irqfd(line, layout::KEYBOARD_IRQ))?;
         let line = line.map(|line| Arc::new(line) as Arc<dyn Interrupt>);
         let on_reset: Box<dyn Fn() + Send> = Box::new(send(|| Event::Reset));
-        let i8042 = Arc::new(Mutex::new(I8042::new(on_reset, line)));
+        let i8042 = I8042::new(on_reset, line);
+        self.counts.push(("keyboard", i8042.counts()));
+        let i8042 = Arc::new(Mutex::new(i8042));
         self.attach_port(layout::I8042[0], 5, i8042.clone())?;
         self.keyboard = Some(i8042).filter(|_| config.keyboard);
         let power =

@@ -187,6 +187,7 @@ impl Builder {
             (None, Some(_)) => command::Told::WhenGiven,
             (None, None) => command::Told::AtBoot,
         };
+        let kernel_loaded = snapshot.is_none().then(|| started.elapsed());
         let (mut session, ends) = open_session(&config, told_command, streams).map_err(Error::Streams)?.unzip();
         let kept = session.as_mut().zip(keep).map(|(session, bytes)| session.keep(bytes));
 
@@ -207,7 +208,7 @@ impl Builder {
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
-        let Board { buses, attached, keyboard, .. } = board;
+        let Board { buses, attached, counts, keyboard, .. } = board;
         let (mut origin, mut working_set) = (None, Default::default());
         if let Some(snapshot) = snapshot {
             working_set = snapshot.working_set();
@@ -243,6 +244,7 @@ impl Builder {
             vcpu_metrics: Vec::new(),
             writer: None,
             attached,
+            counts,
             balloon: balloon_state,
             told,
             watch: Default::default(),
@@ -252,7 +254,7 @@ impl Builder {
             recorder: None,
             savers: vec![],
             started,
-            times: Durations::default(),
+            times: Durations { kernel_loaded, ..Durations::default() },
             when_running,
             outcome: None,
             start_paused: paused,

@@ -1,15 +1,12 @@
 //! What happens to a machine, and what it counts, told to whoever reads along. Nobody is waited for.
 
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
 use super::{Error, Lines, Machine, firecracker};
 use crate::outcome::Outcome;
-
-/// From one line of metrics to the next.
-const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Where it is told.
 #[derive(Debug, Default)]
@@ -77,9 +74,10 @@ impl Machine {
             return;
         }
         let report = self.report();
-        self.told.next = now.checked_add(INTERVAL);
         if let Some((lines, metrics)) = &mut self.told.metrics {
-            lines.add(&metrics.line(&report));
+            self.told.next = now.checked_add(metrics.interval());
+            let missed = lines.take_missed();
+            lines.add(&metrics.line(&report, missed));
         }
     }
 }

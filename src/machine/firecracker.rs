@@ -3,7 +3,8 @@
 //! What bantam does not count is 0. As there, a line has what came since the line before it.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
@@ -53,7 +54,11 @@ const SECTIONS: &[(&str, &str)] = &[
     ),
     ("seccomp", "num_faults"),
     ("signals", "sigbus sigsegv sigxfsz sigxcpu sigpipe sighup sigill"),
-    ("uart", "error_count flush_count missed_read_count missed_write_count read_count write_count"),
+    (
+        "uart",
+        "error_count flush_count missed_read_count missed_write_count read_count write_count \
+         rate_limiter_dropped_bytes",
+    ),
     (
         "vcpu",
         "exit_io_in exit_io_out exit_mmio_read exit_mmio_write failures exit_io_in_agg exit_io_out_agg \
@@ -111,15 +116,78 @@ const NAMES: &[(&str, &str, &str, &str)] = &[
     ("rng", "requests", "entropy", "entropy_event_count"),
     ("rng", "bytes", "entropy", "entropy_bytes"),
     ("rng", "errors", "entropy", "host_rng_fails"),
+    ("rng", "throttled", "entropy", "entropy_rate_limiter_throttled"),
+    ("vsock", "rx-packets", "vsock", "rx_packets_count"),
+    ("vsock", "rx-bytes", "vsock", "rx_bytes_count"),
+    ("vsock", "tx-packets", "vsock", "tx_packets_count"),
+    ("vsock", "tx-bytes", "vsock", "tx_bytes_count"),
+    ("vsock", "connections-from-guest", "vsock", "conns_added"),
+    ("vsock", "connections-to-guest", "vsock", "conns_added"),
+    ("vsock", "resets", "vsock", "conns_killed"),
+    ("serial", "read-bytes", "uart", "read_count"),
+    ("serial", "written-bytes", "uart", "write_count"),
+    ("serial", "dropped-bytes", "uart", "rate_limiter_dropped_bytes"),
+    ("serial", "errors", "uart", "error_count"),
+    ("keyboard", "reads", "i8042", "read_count"),
+    ("keyboard", "writes", "i8042", "write_count"),
+    ("keyboard", "resets", "i8042", "reset_count"),
     ("vcpu", "port-reads", "vcpu", "exit_io_in"),
     ("vcpu", "port-writes", "vcpu", "exit_io_out"),
     ("vcpu", "mmio-reads", "vcpu", "exit_mmio_read"),
     ("vcpu", "mmio-writes", "vcpu", "exit_mmio_write"),
+    ("vcpu", "failures", "vcpu", "failures"),
 ];
 
-/// Makes lines of reports.
+/// From one line to the next, unless somebody says otherwise.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// What happens outside of the machine, and is told with its counters: requests, and how long they took.
 #[derive(Debug, Default)]
+pub struct Counts(Mutex<Counted>);
+
+#[derive(Debug, Default)]
+struct Counted {
+    /// What came since the last line, by section and name.
+    events: BTreeMap<(String, String), u64>,
+    /// The last latencies, in microseconds.
+    latencies: BTreeMap<String, u64>,
+}
+
+impl Counts {
+    fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something happened. What has no name in the section is not told.
+    pub fn count(&self, section: impl Into<String>, name: impl Into<String>) {
+        *self.counted().events.entry((section.into(), name.into())).or_default() += 1;
+    }
+
+    /// Something took so long.
+    pub fn took(&self, what: impl Into<String>, time: Duration) {
+        self.counted().latencies.insert(what.into(), u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// Puts them into a line.
+    fn tell(&self, line: &mut Map<String, Value>) {
+        let mut counted = self.counted();
+        let events = std::mem::take(&mut counted.events).into_iter();
+        let latencies = counted.latencies.iter().map(|(what, time)| (("latencies_us".into(), what.clone()), *time));
+        for ((section, name), number) in events.chain(latencies) {
+            if let Some(place) = line.get_mut(&section).and_then(|section| section.get_mut(&name)) {
+                *place = number.into();
+            }
+        }
+    }
+}
+
+/// Makes lines of reports.
+#[derive(Debug)]
 pub struct Metrics {
+    /// From one line to the next.
+    interval: Duration,
+    /// What happens outside of the machine.
+    counts: Arc<Counts>,
     /// What devices are called there, by their names in the report.
     ids: BTreeMap<String, String>,
     /// What each line has beside the counters.
@@ -130,10 +198,40 @@ pub struct Metrics {
     before: BTreeMap<String, Value>,
 }
 
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            interval: INTERVAL,
+            counts: Arc::default(),
+            ids: BTreeMap::new(),
+            more: Map::new(),
+            startup: [0; 2],
+            before: BTreeMap::new(),
+        }
+    }
+}
+
 impl Metrics {
     /// For a machine whose devices have these ids, by their names in the report; others keep those.
     pub fn new(ids: BTreeMap<String, String>) -> Self {
         Self { ids, ..Self::default() }
+    }
+
+    /// Has lines come this often, in place of each minute.
+    pub fn every(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// From one line to the next.
+    pub fn interval(&self) -> Duration {
+        self.interval
+    }
+
+    /// Has each line tell what happens outside of the machine.
+    pub fn counts(mut self, counts: Arc<Counts>) -> Self {
+        self.counts = counts;
+        self
     }
 
     /// Has each line say more than counters, under these names.
@@ -148,8 +246,8 @@ impl Metrics {
         self
     }
 
-    /// The next line.
-    pub fn line(&mut self, report: &Report) -> Value {
+    /// The next line; so many of those before it found no room.
+    pub fn line(&mut self, report: &Report, missed: u64) -> Value {
         let mut line = self.more.clone();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         line.insert("utc_timestamp_ms".into(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX).into());
@@ -181,6 +279,8 @@ impl Metrics {
                 }
             }
         }
+        self.counts.tell(&mut line);
+        line["logger"]["missed_metrics_count"] = missed.into();
         self.before.clone_from(&report.statistics);
         Value::Object(line)
     }
@@ -210,10 +310,10 @@ mod tests {
     fn lines_have_what_came_since_the_last_one() {
         let more = Map::from_iter([("id".to_owned(), "one".into())]);
         let mut metrics = Metrics::new([("blk0".into(), "rootfs".into())].into()).more(more).startup([9, 5]);
-        let first = metrics.line(&report(7));
+        let first = metrics.line(&report(7), 0);
         assert_eq!((&first["block"]["read_count"], &first["block_rootfs"]["read_count"]), (&12.into(), &7.into()));
         assert_eq!((&first["block_blk1"]["read_count"], &first["vcpu"]["exit_io_out"]), (&5.into(), &5.into()));
-        let second = metrics.line(&report(10));
+        let second = metrics.line(&report(10), 2);
         assert_eq!((&second["block"]["read_count"], &second["block_rootfs"]["read_count"]), (&3.into(), &3.into()));
         assert_eq!(second["block"]["write_agg"]["sum_us"], 0);
         // No counters: they are said each time.
@@ -221,6 +321,28 @@ mod tests {
             ["process_startup_time_us", "process_startup_time_cpu_us"].map(|name| &second["api_server"][name]);
         assert_eq!((&second["id"], startup), (&"one".into(), [&9.into(), &5.into()]));
         assert!(second["utc_timestamp_ms"].as_u64() > Some(1 << 40));
+        assert_eq!((&first["logger"]["missed_metrics_count"], metrics.interval()), (&0.into(), INTERVAL));
+        assert_eq!(second["logger"]["missed_metrics_count"], 2);
+    }
+
+    #[test]
+    fn what_happens_outside_is_told_once_and_latencies_stay() {
+        let counts = Arc::new(Counts::default());
+        let mut metrics = Metrics::default().counts(counts.clone());
+        counts.count("put_api_requests", "drive_count");
+        counts.count("put_api_requests", "drive_count");
+        counts.count("get_api_requests", "drive_count");
+        counts.took("pause_vm", Duration::from_millis(3));
+        let [first, second] = [(); 2].map(|()| metrics.line(&report(0), 0));
+        assert_eq!(
+            (&first["put_api_requests"]["drive_count"], &second["put_api_requests"]["drive_count"]),
+            (&2.into(), &0.into())
+        );
+        assert!(first["get_api_requests"].get("drive_count").is_none());
+        assert_eq!(
+            (&first["latencies_us"]["pause_vm"], &second["latencies_us"]["pause_vm"]),
+            (&3000.into(), &3000.into())
+        );
     }
 
     #[test]

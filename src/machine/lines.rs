@@ -19,6 +19,8 @@ pub struct Lines {
     /// `None` when nobody can read any more.
     file: Option<File>,
     waiting: Vec<u8>,
+    /// Lines that found no room.
+    missed: u64,
 }
 
 impl Lines {
@@ -30,7 +32,7 @@ impl Lines {
         let is_pipe = fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo());
         let mut options = OpenOptions::new();
         options.append(true).read(is_pipe).create(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        Ok(Self { file: Some(options.open(path)?), waiting: Vec::new() })
+        Ok(Self { file: Some(options.open(path)?), waiting: Vec::new(), missed: 0 })
     }
 
     /// Whether somebody can read what is added.
@@ -43,8 +45,15 @@ impl Lines {
         let line = format!("{line}\n");
         if self.file.is_some() && self.waiting.len() + line.len() <= ROOM {
             self.waiting.extend_from_slice(line.as_bytes());
+        } else {
+            self.missed += 1;
         }
         self.write();
+    }
+
+    /// How many lines found no room, since this was last asked.
+    pub(super) fn take_missed(&mut self) -> u64 {
+        std::mem::take(&mut self.missed)
     }
 
     /// What to poll for room, if something waits for it.
@@ -101,6 +110,7 @@ mod tests {
             lines.add(&line);
         }
         assert!(lines.wanting().is_some() && lines.waiting.len() <= ROOM);
+        assert!(lines.take_missed() > 800 && lines.take_missed() == 0);
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         let mut text = Vec::new();
         let mut buffer = [0; 4096];

@@ -175,6 +175,8 @@ pub struct Machine {
     /// Writes the console.
     writer: Option<JoinHandle<()>>,
     attached: Vec<Attached>,
+    /// What other devices count.
+    counts: Vec<(&'static str, Arc<dyn Metrics>)>,
     balloon: Option<Arc<balloon::Shared>>,
     told: Told,
     watch: run::Watch,
@@ -247,6 +249,7 @@ impl Machine {
         let ended = self.vcpu_metrics.iter().map(|(name, metrics)| (name.clone(), metrics.to_json()));
         let running = self.threads.iter().enumerate();
         let running = running.map(|(index, thread)| (format!("vcpu{index}"), thread.metrics.to_json()));
-        devices.chain(ended).chain(running).collect()
+        let others = self.counts.iter().map(|(name, metrics)| ((*name).to_owned(), metrics.to_json()));
+        devices.chain(ended).chain(running).chain(others).collect()
     }
 }

@@ -25,6 +25,7 @@ impl Report {
             }
         }
         let reached = [
+            ("kernel-loaded", self.durations.kernel_loaded),
             ("first-kvm-run", self.durations.first_kvm_run),
             ("first-console-byte", self.durations.first_console_byte),
             ("user-space", self.durations.user_space),

@@ -40,6 +40,9 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Durations {
+    /// To when the kernel was in the guest's memory, and all else that it starts with.
+    #[serde(serialize_with = "milliseconds")]
+    pub kernel_loaded: Option<Duration>,
     /// To the first time that a vCPU entered the guest.
     #[serde(serialize_with = "milliseconds")]
     pub first_kvm_run: Option<Duration>,

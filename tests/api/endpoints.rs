@@ -205,6 +205,12 @@ fn every_endpoint_before_and_after_the_start() {
     let metrics = std::fs::read_to_string(api.path("metrics")).unwrap();
     let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(lines.len() >= 3 && lines.iter().all(|line| line["block_data"].is_object()), "{metrics}");
+    let sum = |section: &str, name: &str| lines.iter().map(|line| line[section][name].as_u64().unwrap()).sum::<u64>();
+    assert_eq!((sum("put_api_requests", "vsock_count"), sum("put_api_requests", "vsock_fails")), (4, 3));
+    assert!(sum("get_api_requests", "vmm_version_count") == 2 && sum("patch_api_requests", "drive_fails") == 3);
+    let last = &lines[lines.len() - 1]["latencies_us"];
+    assert!(["pause_vm", "resume_vm"].iter().all(|what| last[what].as_u64() > Some(0)), "{last}");
+    assert!(last["pause_vm"].as_u64() >= last["vmm_pause_vm"].as_u64() && last["load_snapshot"] == 0, "{last}");
 }
 
 #[test]

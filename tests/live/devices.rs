@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bantam::config::{Config, Size};
 use bantam::devices::console::Console;
-use bantam::machine::{Builder, Handle};
+use bantam::machine::firecracker::Metrics;
+use bantam::machine::{Builder, Handle, Lines};
 use bantam::outcome::Outcome;
 use bantam::virtio::change::{Change, Rates};
 use bantam::virtio::{balloon, balloon::Statistics, blk};
@@ -84,7 +85,11 @@ fn a_balloon_and_a_disk_are_changed_while_the_guest_runs() {
     let config = config.cmdline("quiet").memory(Size::mib(256)).timeout(LIMIT).balloon(balloon);
     let config = config.disk(blk::Spec::new(&first));
     let screen = Screen::default();
-    let mut machine = Builder::new(config).console(Console::to(screen.clone())).build().unwrap();
+    let machine = Builder::new(config).console(Console::to(screen.clone()));
+    // Each minute, but for this.
+    let metrics = guest.folder().join("metrics");
+    let often = Metrics::default().every(Duration::from_millis(50));
+    let mut machine = machine.metrics(Lines::open(&metrics).unwrap(), often).build().unwrap();
     let handle = machine.handle();
     let running = thread::spawn(move || {
         let outcome = machine.run().unwrap();
@@ -125,6 +130,11 @@ fn a_balloon_and_a_disk_are_changed_while_the_guest_runs() {
     screen.wait_for("again=3");
     let (outcome, report) = running.join().unwrap();
     assert_eq!(outcome, Outcome::PoweredOff);
+    let told = fs::read_to_string(&metrics).unwrap();
+    let told: Vec<serde_json::Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(told.len() > 5, "{} lines", told.len());
+    let written = told.iter().map(|line| line["uart"]["write_count"].as_u64().unwrap());
+    assert_eq!(written.sum::<u64>(), report.statistics["serial"]["written-bytes"].as_u64().unwrap());
     let count = |name: &str| report.statistics["balloon"][name].as_u64().unwrap();
     assert_eq!((count("inflated"), count("deflated"), count("errors")), (32768, 32768, 0));
     assert!(count("statistics") > 0);
