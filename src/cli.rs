@@ -17,6 +17,7 @@ pub mod progress;
 pub mod restore;
 pub mod rootfs;
 pub mod test;
+pub mod told;
 pub mod warm;
 
 use std::io;
@@ -124,7 +125,7 @@ pub enum Command {
     /// Ask a guest to end, and after a time end the machine.
     ///
     /// The machine's command gets SIGTERM. A machine without a command, but with a keyboard ("keyboard": true in its --config
-    /// file), gets Ctrl-Alt-Del; one with neither is ended at once.
+    /// file), gets Ctrl-Alt-Del; one with neither is ended at once. A guest that is paused goes on for it.
     Stop(named::Stop),
     /// Have a machine stand still.
     Pause(named::Named),
@@ -390,6 +391,7 @@ impl Run {
         let document = self.config.as_deref().map(file::read).transpose()?.unwrap_or_default();
         let run = &document.run;
         self.kernel = self.kernel.take().or_else(|| document.config.kernel.clone());
+        self.name = self.name.take().or_else(|| run.name.clone());
         self.report = self.report.take().or_else(|| run.report.clone());
         self.junit = self.junit.take().or_else(|| run.junit.clone());
         self.log_file = self.log_file.take().or_else(|| run.log_file.clone());
@@ -454,6 +456,7 @@ impl Run {
     /// The machine as a file for --config, and how its run is told.
     pub fn print(&self, config: &Config) -> serde_json::Result<String> {
         let run = file::Run {
+            name: self.name.clone(),
             report: self.report.clone(),
             junit: self.junit.clone(),
             warm: self.warm.clone(),
@@ -517,10 +520,30 @@ impl Run {
     }
 }
 
+/// Has bash complete names of machines that run.
+const NAMES: &[u8] = b"
+_bantam_named() {
+    local word=${COMP_WORDS[COMP_CWORD]}
+    case ${COMP_WORDS[1]} in
+        stop|pause|resume|snapshot|metrics|console) ;;
+        *) _bantam \"$@\"; return ;;
+    esac
+    if [[ $COMP_CWORD -eq 1 || $word == -* || ( ${COMP_WORDS[1]} != stop && $COMP_CWORD -ne 2 ) ]]; then
+        _bantam \"$@\"
+    else
+        COMPREPLY=($(compgen -W \"$(bantam ps -q 2>/dev/null)\" -- \"$word\"))
+    fi
+}
+complete -F _bantam_named -o bashdefault -o default bantam
+";
+
 /// The completion script of a shell.
 pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
     let mut script = vec![];
     clap_complete::generate(shell, &mut Cli::command(), "bantam", &mut script);
+    if shell == clap_complete::Shell::Bash {
+        script.extend_from_slice(NAMES);
+    }
     script
 }
 
@@ -582,8 +605,8 @@ mod tests {
 
     #[test]
     fn every_flag_has_its_key() {
-        // What says where to look, what one run of many is called, and what is not for people.
-        let without = ["config", "name", "print-config", "supervised", "help", "version"];
+        // What says where to look, and what is not for people.
+        let without = ["config", "print-config", "supervised", "help", "version"];
         let keys = file::keys();
         let mut seen = 0;
         let mut bantam = Cli::command();

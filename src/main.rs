@@ -14,8 +14,7 @@ use std::time::Instant;
 use bantam::config::Config;
 use bantam::control::Served;
 use bantam::devices::console;
-use bantam::machine::firecracker::Metrics;
-use bantam::machine::{Builder, Lines, Machine, Snapshot};
+use bantam::machine::{Builder, Machine, Snapshot};
 use bantam::named::{Request, Server};
 use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
@@ -26,6 +25,7 @@ use cli::message::{chain, say};
 use cli::output_file::OutputFile;
 use cli::restore::Restore;
 use cli::test::{Test, Verdict};
+use cli::told::{named_console, telling};
 use cli::warm::Starts;
 use cli::{Cli, Command, ending};
 use process::ExitCode;
@@ -248,16 +248,17 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
 /// Has a saved machine go on, to its end.
 fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
     let snapshot = restore.snapshot()?;
-    let outputs = [("report", &restore.report), ("log", &restore.log_file)];
-    let [report, log] = outputs.map(|(what, path)| (what, path.as_deref()));
-    cli::outputs::check(&snapshot.config, &[report, log])?;
+    let Restore { report, log_file, events, metrics, .. } = restore;
+    let outputs = [("report", report), ("log", log_file), ("events", events), ("metrics", metrics)];
+    cli::outputs::check(&snapshot.config, &outputs.map(|(what, path)| (what, path.as_deref())))?;
     let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
     let signals = signals(false)?;
     let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
     cli::descriptors::allow(&snapshot.config);
-    let mut machine = named_console(Builder::restore(snapshot), &named).started(started).signals(signals).build()?;
+    let builder = named_console(Builder::restore(snapshot), &named).started(started).signals(signals);
+    let mut machine = telling(builder, events.as_deref(), metrics.as_deref())?.build()?;
     if let Some(named) = &mut named {
         named.serve(machine.handle())?;
     }
@@ -327,20 +328,12 @@ fn build(
     );
     cli::descriptors::allow(&config);
     let terminal = config.command.as_ref().is_some_and(|command| command.tty);
-    let lines = |what, path: &Path| {
-        Lines::open(path).map_err(|error| format!("cannot write the {what} to {}: {error}", path.display()))
-    };
     let build = |builder: Builder| {
         let mut builder = builder.started(started).signals(signals(terminal)?).when_running(process::give_back);
         if keep {
             builder = builder.keep_output(ending::KEPT);
         }
-        if let Some(path) = &run.events {
-            builder = builder.events(lines("events", path)?);
-        }
-        if let Some(path) = &run.metrics {
-            builder = builder.metrics(lines("metrics", path)?, Metrics::default());
-        }
+        let builder = telling(builder, run.events.as_deref(), run.metrics.as_deref())?;
         Ok::<_, Box<dyn Error>>(named_console(builder, named).build()?)
     };
     let machine = match warm {
@@ -359,12 +352,6 @@ fn build(
         );
     }
     Ok(machine)
-}
-
-/// Shows the console of a machine with a name to those who watch it.
-fn named_console(builder: Builder, named: &Option<Server>) -> Builder {
-    let Some(watchers) = named.as_ref().map(Server::watchers) else { return builder };
-    builder.tee_console(move |output| watchers.tee(output))
 }
 
 /// Runs tests.

@@ -655,6 +655,22 @@ fn a_user_network_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn bash_completes_names_of_machines() {
+    let script = r#"
+        source <("$0" completions bash)
+        bantam() { [[ "$*" == "ps -q" ]] && printf '%s\n' one other two; }
+        complete() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _bantam_named bantam "${@: -1}" "${@: -2:1}"; echo "${COMPREPLY[*]}"; }
+        complete bantam stop one o
+        complete bantam metrics ''
+        complete bantam console one ''
+        complete bantam stop --ti
+        complete bantam resu
+    "#;
+    let output = Command::new("bash").args(["-c", script, env!("CARGO_BIN_EXE_bantam")]).output().unwrap();
+    assert_eq!(text(&output.stdout), "one other\none other two\n\n--time\nresume\n", "{output:?}");
+}
+
+#[test]
 fn limits_that_are_none_are_refused() {
     let folder = Folder::new();
     folder.refuses(&["--disk", "disk,bw=0"], &["bw=0", "zero"]);

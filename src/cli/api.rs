@@ -7,16 +7,17 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::log::LevelFilter;
-use bantam::config::file;
 use bantam::config::firecracker::{Logger, Metrics, Settings, host};
+use bantam::config::{Config, Name, file};
 use bantam::control::{Api, Program, Server, Stop, VERSION};
 use bantam::machine::firecracker::Counts;
 use bantam::machine::{Builder, Handle, Machine, Snapshot};
+use bantam::named;
 use bantam::signal::{self, SignalFd};
 use clap::{Args, FromArgMatches};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::{log, message};
+use super::{log, message, told};
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -65,6 +66,12 @@ pub struct Flags {
     /// Write metrics to the end of this file or pipe.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     metrics_path: Option<String>,
+    /// Let `bantam ps`, stop, pause, resume, snapshot, console and metrics reach the machine by this name.
+    #[arg(long, value_name = "NAME", help_heading = "Output")]
+    name: Option<Name>,
+    /// Add a line of JSON to FILE, or a pipe, for each thing that happens, as bantam run does.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    events: Option<PathBuf>,
     /// Log how long the guest took to reach user space.
     #[arg(long, help_heading = "Output")]
     pub boot_timer: bool,
@@ -211,6 +218,10 @@ pub struct Machines {
     log: log::Started,
     signals: SignalFd,
     started: Instant,
+    name: Option<Name>,
+    events: Option<PathBuf>,
+    /// Where the machine is reached by its name.
+    named: Option<named::Server>,
     /// The one that was started, to be run.
     pub machine: Option<Machine>,
 }
@@ -220,7 +231,8 @@ impl Machines {
     pub fn new(flags: &Flags, started: Instant) -> Result<Self, Error> {
         let log = log::start(0, None)?;
         flags.logger().map_or(Ok(()), |logger| log.change(&logger))?;
-        Ok(Self { log, signals: signals()?, started, machine: None })
+        let (name, events) = (flags.name.clone(), flags.events.clone());
+        Ok(Self { log, signals: signals()?, started, name, events, named: None, machine: None })
     }
 
     /// Counts what happens to the log.
@@ -242,11 +254,20 @@ impl Machines {
 }
 
 impl Machines {
-    fn build(&mut self, builder: Builder) -> Result<Handle, String> {
+    fn build(&mut self, builder: Builder, config: &Config) -> Result<Handle, String> {
+        super::descriptors::allow(config);
         let signals = signals().map_err(|error| message::chain(&error))?;
         let builder = builder.started(self.started).signals(signals).when_running(crate::process::give_back);
-        let built = builder.build();
-        Ok(self.machine.insert(built.map_err(|error| message::chain(&error))?).handle())
+        let builder = told::telling(builder, self.events.as_deref(), None)?;
+        let bind = |name| named::Server::bind(name, config, self.started);
+        let mut named = self.name.as_ref().map(bind).transpose().map_err(|error| message::chain(&error))?;
+        let machine = told::named_console(builder, &named).build().map_err(|error| message::chain(&error))?;
+        let handle = machine.handle();
+        if let Some(named) = &mut named {
+            named.serve(handle.clone()).map_err(|error| message::chain(&error))?;
+        }
+        (self.machine, self.named) = (Some(machine), named);
+        Ok(handle)
     }
 }
 
@@ -263,13 +284,12 @@ impl Program for Machines {
 
     fn start(&mut self, settings: &Settings) -> Result<Handle, String> {
         let config = settings.config();
-        super::descriptors::allow(&config);
-        self.build(Builder::new(config))
+        self.build(Builder::new(config.clone()), &config)
     }
 
     fn restore(&mut self, snapshot: Snapshot, paused: bool) -> Result<Handle, String> {
-        super::descriptors::allow(&snapshot.config);
-        self.build(Builder::restore(snapshot).paused(paused))
+        let config = snapshot.config.clone();
+        self.build(Builder::restore(snapshot).paused(paused), &config)
     }
 
     fn signals(&self) -> Option<&SignalFd> {

@@ -74,6 +74,12 @@ pub struct Restore {
     /// Log to the end of FILE instead of to standard error.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub log_file: Option<PathBuf>,
+    /// Add a line of JSON to FILE, or a pipe, for each thing that happens, as bantam run does.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub events: Option<PathBuf>,
+    /// Add a line of JSON with the counters to FILE, or a pipe, as bantam run does.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub metrics: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

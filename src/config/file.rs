@@ -8,7 +8,7 @@ use serde::de::{self, Deserialize, Visitor};
 use serde::{Serialize, forward_to_deserialize_any};
 
 use super::tree::{self, Node, Value};
-use super::{Config, firecracker, json, toml};
+use super::{Config, Name, firecracker, json, toml};
 
 /// The most bytes in a file.
 const MAX: u64 = 4 << 20;
@@ -18,6 +18,9 @@ const MAX: u64 = 4 << 20;
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Run {
+    /// The name that others reach the machine by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
     /// Where the outcome, durations and counters are written, as JSON; `-` is standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub report: Option<PathBuf>,

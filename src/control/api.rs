@@ -397,7 +397,7 @@ impl Api {
         self.settings =
             Settings { logger: self.settings.logger.take(), metrics: self.settings.metrics.take(), ..settings };
         self.took("load_snapshot", begin, began);
-        self.run(Running::restored(handle, !load.resume));
+        self.run(Running::new(handle));
         done()
     }
 

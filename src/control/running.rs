@@ -14,7 +14,6 @@ use crate::virtio::change::Change;
 /// A machine that has started.
 pub(super) struct Running {
     handle: Handle,
-    is_paused: bool,
 }
 
 type Answer = Result<Response, String>;
@@ -26,22 +25,16 @@ fn done() -> Answer {
 impl Running {
     /// The machine of this handle.
     pub fn new(handle: Handle) -> Self {
-        Self { handle, is_paused: false }
-    }
-
-    /// One that was restored.
-    pub fn restored(handle: Handle, is_paused: bool) -> Self {
-        Self { handle, is_paused }
+        Self { handle }
     }
 
     pub fn is_paused(&self) -> bool {
-        self.is_paused
+        self.handle.is_paused()
     }
 
     pub fn set_paused(&mut self, paused: bool) -> Answer {
         let changed = if paused { self.handle.pause() } else { self.handle.resume() };
         changed.map_err(|error| chain(&error))?;
-        self.is_paused = paused;
         done()
     }
 
@@ -136,7 +129,7 @@ impl Running {
     }
 
     pub fn snapshot(&mut self, create: Create) -> Answer {
-        if !self.is_paused {
+        if !self.is_paused() {
             return Err("Cannot take a snapshot of a microVM that is not paused.".into());
         }
         let (state, memory, diff) = (create.snapshot_path.into(), create.mem_file_path.into(), create.diff);

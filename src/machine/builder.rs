@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::events::Told;
 use super::inbox::Inbox;
+use super::pause::Pause;
 use super::pause::Save;
 use super::quota::Quota;
 use super::snapshot::{self, Destination, Snapshot};
@@ -248,7 +249,7 @@ impl Builder {
             balloon: balloon_state,
             told,
             watch: Default::default(),
-            pause: Default::default(),
+            pause: Pause::of_start(paused),
             memory_handler,
             working_set,
             recorder: None,

@@ -1,6 +1,7 @@
 //! What reaches a machine that runs from other threads.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError};
 
 use super::board_x86_64::Attached;
@@ -17,6 +18,7 @@ pub struct Handle {
     pub(super) sender: Sender,
     devices: Arc<[Attached]>,
     balloon: Option<Arc<balloon::Shared>>,
+    pub(super) paused: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Handle {
@@ -26,8 +28,13 @@ impl fmt::Debug for Handle {
 }
 
 impl Handle {
-    pub(super) fn new(sender: Sender, devices: &[Attached], balloon: Option<Arc<balloon::Shared>>) -> Self {
-        Self { sender, devices: devices.into(), balloon }
+    pub(super) fn new(
+        sender: Sender,
+        devices: &[Attached],
+        balloon: Option<Arc<balloon::Shared>>,
+        paused: Arc<AtomicBool>,
+    ) -> Self {
+        Self { sender, devices: devices.into(), balloon, paused }
     }
 
     /// Ends the machine: [`Machine::run`](super::Machine::run) returns

@@ -209,7 +209,7 @@ pub struct Machine {
 impl Machine {
     /// What reaches the machine from other threads.
     pub fn handle(&self) -> Handle {
-        Handle::new(self.sender.clone(), &self.attached, self.balloon.clone())
+        Handle::new(self.sender.clone(), &self.attached, self.balloon.clone(), self.pause.paused())
     }
 
     /// The last lines of the console.

@@ -11,6 +11,7 @@
 //! The latter are waited for by a thread, as a disk may be slow: signals and limits end a machine meanwhile as ever.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -72,6 +73,11 @@ impl Handle {
     pub fn resume(&self) -> Result<(), Refusal> {
         ask(&self.sender, "resume", Event::Resume)
     }
+
+    /// Whether the machine stands still until somebody has it go on.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
 }
 
 /// How far a machine is from standing still, and what for.
@@ -82,6 +88,8 @@ pub(super) struct Pause {
     since: Option<Instant>,
     /// It does not go on until somebody says so.
     held: bool,
+    /// The same, for others, once it stands still.
+    paused: Arc<AtomicBool>,
     /// Who waits for it to stand still, and then for it to go on.
     pausing: Vec<Answer<()>>,
     resuming: Vec<Answer<()>>,
@@ -107,12 +115,23 @@ impl Pause {
     pub fn is_running(&self) -> bool {
         self.phase == Phase::Running
     }
+
+    /// Of a machine that may be `paused` when it starts.
+    pub fn of_start(paused: bool) -> Self {
+        Self { paused: Arc::new(AtomicBool::new(paused)), ..Self::default() }
+    }
+
+    /// Whether it stands still until somebody has it go on, for others.
+    pub fn paused(&self) -> Arc<AtomicBool> {
+        self.paused.clone()
+    }
 }
 
 impl Machine {
     pub(super) fn pause(&mut self, answer: Answer<()>) {
         self.pause.held = true;
         if self.pause.phase == Phase::Paused {
+            self.pause.paused.store(true, Ordering::SeqCst);
             tell(answer);
         } else {
             self.pause.pausing.push(answer);
@@ -179,6 +198,7 @@ impl Machine {
     /// No device does anything any more.
     pub(super) fn devices_paused(&mut self) {
         self.pause.phase = Phase::Paused;
+        self.pause.paused.store(self.pause.held, Ordering::SeqCst);
         self.tell("paused", serde_json::Value::Null);
         self.pause.pausing.drain(..).for_each(tell);
         self.stands_still();
@@ -186,6 +206,7 @@ impl Machine {
 
     pub(super) fn resume(&mut self, answer: Answer<()>) {
         self.pause.held = false;
+        self.pause.paused.store(false, Ordering::SeqCst);
         self.pause.resuming.push(answer);
         match self.pause.phase {
             Phase::Running => self.pause.resuming.drain(..).for_each(tell),

@@ -12,7 +12,6 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
@@ -21,8 +20,7 @@ pub use client::{Client, list};
 pub use console::Watchers;
 pub use server::Server;
 
-/// The most bytes in a name.
-const NAME_MAX: usize = 64;
+pub use crate::config::Name;
 
 /// Why there is no machine of a name, or nothing could be asked of it.
 #[derive(Debug, thiserror::Error)]
@@ -68,50 +66,6 @@ pub enum Error {
     /// It would not.
     #[error("{0}")]
     Refused(String),
-}
-
-/// The name of a machine: letters, digits, `-`, `_` and `.`, beginning with a letter or digit.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Name(String);
-
-/// Text that is no [`Name`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{0}` is no name for a machine: write 1 to {NAME_MAX} letters, digits, `-`, `_` and `.`, first a letter or digit"
-)]
-pub struct BadName(String);
-
-impl FromStr for Name {
-    type Err = BadName;
-
-    fn from_str(text: &str) -> Result<Self, BadName> {
-        let proper = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        let begins = text.starts_with(|c: char| c.is_ascii_alphanumeric());
-        match begins && text.chars().all(proper) && text.len() <= NAME_MAX {
-            true => Ok(Self(text.to_owned())),
-            false => Err(BadName(text.to_owned())),
-        }
-    }
-}
-
-impl TryFrom<String> for Name {
-    type Error = BadName;
-    fn try_from(text: String) -> Result<Self, BadName> {
-        text.parse()
-    }
-}
-
-impl From<Name> for String {
-    fn from(name: Name) -> Self {
-        name.0
-    }
-}
-
-impl std::fmt::Display for Name {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
 }
 
 /// What a client asks.

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -32,8 +32,9 @@ struct Shared {
     about: About,
     /// Whether the guest is asked to end by its keyboard: it has one, and no command.
     keyboard: bool,
+    /// Whether it has a command, which is.
+    command: bool,
     started: Instant,
-    paused: AtomicBool,
     handle: Mutex<Option<Handle>>,
     watchers: Watchers,
     clients: AtomicUsize,
@@ -60,10 +61,11 @@ impl Server {
             memory: config.memory.get(),
             kernel: config.kernel.clone().unwrap_or_default(),
         };
-        let (paused, handle) = (AtomicBool::new(false), Mutex::default());
+        let handle = Mutex::default();
         let (watchers, clients) = (Watchers::default(), AtomicUsize::new(0));
-        let keyboard = config.keyboard && config.command.is_none();
-        let shared = Arc::new(Shared { about, keyboard, started, paused, handle, watchers, clients });
+        let command = config.command.is_some();
+        let keyboard = config.keyboard && !command;
+        let shared = Arc::new(Shared { about, keyboard, command, started, handle, watchers, clients });
         Ok(Self { listener, shared, serving: false })
     }
 
@@ -79,7 +81,6 @@ impl Server {
     pub fn serve(&mut self, handle: Handle) -> Result<(), Error> {
         let bind = |source| Error::Bind { name: self.shared.about.name.clone(), source };
         *self.shared.handle() = Some(handle);
-        self.shared.paused.store(false, Ordering::Relaxed);
         if self.serving {
             return Ok(());
         }
@@ -142,23 +143,26 @@ impl Shared {
 
     fn answer(&self, request: &Request) -> Result<Value, String> {
         let handle = self.handle().clone().ok_or("the machine is being built")?;
-        let set_paused = |paused| {
-            self.paused.store(paused, Ordering::Relaxed);
-            json!({})
-        };
+        let done = |()| json!({});
         match request {
             Request::About => {
-                let (paused, uptime_seconds) = (self.paused.load(Ordering::Relaxed), self.started.elapsed().as_secs());
+                let (paused, uptime_seconds) = (handle.is_paused(), self.started.elapsed().as_secs());
                 let about = About { paused, uptime_seconds, ..self.about.clone() };
                 serde_json::to_value(about).map_err(|error| error.to_string())
             }
-            Request::Pause => handle.pause().map(|()| set_paused(true)).map_err(|error| chain(&error)),
-            Request::Resume => handle.resume().map(|()| set_paused(false)).map_err(|error| chain(&error)),
-            Request::Terminate if self.keyboard => {
-                handle.ctrl_alt_del();
-                Ok(json!({"asked": true}))
+            Request::Pause => handle.pause().map(done).map_err(|error| chain(&error)),
+            Request::Resume => handle.resume().map(done).map_err(|error| chain(&error)),
+            Request::Terminate => {
+                // One that stands still does not end by itself.
+                if handle.is_paused() && (self.keyboard || self.command) {
+                    handle.resume().map_err(|error| chain(&error))?;
+                }
+                if self.keyboard {
+                    handle.ctrl_alt_del();
+                    return Ok(json!({"asked": true}));
+                }
+                Ok(json!({"asked": handle.terminate().map_err(|error| chain(&error))?}))
             }
-            Request::Terminate => Ok(json!({"asked": handle.terminate().map_err(|error| chain(&error))?})),
             Request::End => {
                 handle.stop();
                 Ok(json!({}))

@@ -131,6 +131,7 @@ fn a_named_machine_is_saved_and_restored() {
     let mut printed = before;
     let mut restore = |from: &str, flag: &str, then: &dyn Fn()| {
         let mut restored = command(folder, &["restore", flag, "--name", "two"]);
+        restored.arg("--events").arg(folder.join("events")).arg("--metrics").arg(folder.join("metrics"));
         let restored = restored.arg(folder.join(from)).stdin(Stdio::null()).stderr(Stdio::piped());
         let mut restored = restored.stdout(Stdio::piped()).spawn().unwrap();
         let (output, last) = (restored.stdout.as_mut().unwrap(), counts(&printed).len() + 3);
@@ -164,6 +165,12 @@ fn a_named_machine_is_saved_and_restored() {
     refuses(folder, &["merge", &saved("later"), &saved("again")], "saved/state of a snapshot");
     let told = restore("whole", "-v", &|| ());
     assert!(told.contains("working-set says: it is about another snapshot"), "{told}");
+    // Both told of themselves.
+    let told = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    for event in ["\"event\":\"started\"", "\"outcome\":\"stopped\""] {
+        assert_eq!(told("events").matches(event).count(), 2, "{}", told("events"));
+    }
+    assert_eq!(told("metrics").lines().count(), 4, "{}", told("metrics"));
 }
 
 #[test]
@@ -177,6 +184,8 @@ fn a_guest_with_a_keyboard_is_asked_before_it_is_stopped() {
     guest.command().env("XDG_RUNTIME_DIR", folder);
     let running = guest.start();
     running.wait_for("ready");
+    // It stands still, and goes on for that.
+    says(folder, &["pause", "one"]);
     says(folder, &["stop", "one", "--time", "100s"]);
     // Nobody has told Linux to do something else.
     assert_eq!(running.wait().report["outcome"], "rebooted");
