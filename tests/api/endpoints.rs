@@ -39,6 +39,9 @@ const CPU: &str = r#"{
     "msr_modifiers": [{"addr": "0x8b", "bitmap": "0b1"}]
 }"#;
 
+const CARD: &str = r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "02:00:00:00:00:01",
+    "tx_rate_limiter": {"bandwidth": {"size": 1000, "one_time_burst": 5, "refill_time": 100}}}"#;
+
 /// Method, path, body, what becomes of it before the start, and after it.
 const TABLE: &[(&str, &str, &str, Expected, Expected)] = &[
     ("GET", "/", "", INSTANCE, INSTANCE),
@@ -178,6 +181,7 @@ fn every_endpoint_before_and_after_the_start() {
         check(&api, (method, path, body), *after);
     }
     check(&api, ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#), NOT_AFTER);
+    check(&api, ("PUT", "/network-interfaces/eth0", CARD), NOT_AFTER);
     let instance = api.done("GET", "/", "");
     assert_eq!(instance, json!({"id": "one", "state": "Running", "vmm_version": "1.17.0", "app_name": "Firecracker"}));
 
@@ -228,6 +232,20 @@ fn a_cpu_that_the_host_cannot_have_is_told_at_the_start() {
     check(&api, start, Done);
     let config = api.done("GET", "/vm/config", "");
     assert_eq!(config["cpu-config"]["cpuid_modifiers"][0]["leaf"], "0x1");
+}
+
+#[test]
+fn network_interfaces_are_described_before_the_start() {
+    let api = Api::start(&[]);
+    check(&api, ("PUT", "/network-interfaces/eth0", CARD), Done);
+    check(&api, ("PUT", "/network-interfaces/eth0", CARD), Done);
+    let config = api.done("GET", "/vm/config", "");
+    assert_eq!(config["network-interfaces"], json!([serde_json::from_str::<Value>(CARD).unwrap()]));
+    let other = CARD.replace("eth0", "eth1");
+    check(&api, ("PUT", "/network-interfaces/eth1", &other), Refused("MAC address is already in use"));
+    let other = other.replace("02:00", "02:01");
+    check(&api, ("PUT", "/network-interfaces/eth1", &other), Refused("tap0 has a network interface already"));
+    check(&api, ("PUT", "/network-interfaces/eth1", CARD), Refused("does not match the id from the body"));
 }
 
 #[test]
