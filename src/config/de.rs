@@ -19,14 +19,22 @@ impl Node {
     }
 }
 
-/// Reads numbers of each width.
+/// Reads numbers of each width, by a method `number` of any of them.
 macro_rules! numbers {
+    () => {
+        numbers! {
+            deserialize_i8 visit_i8 deserialize_i16 visit_i16 deserialize_i32 visit_i32 deserialize_i64 visit_i64
+            deserialize_u8 visit_u8 deserialize_u16 visit_u16 deserialize_u32 visit_u32 deserialize_u64 visit_u64
+        }
+    };
     ($($deserialize:ident $visit:ident)*) => {
-        $(fn $deserialize<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        $(fn $deserialize<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
             visitor.$visit(self.number()?)
         })*
     };
 }
+
+pub(super) use numbers;
 
 impl<'de> de::Deserializer<'de> for &'de Node {
     type Error = Error;
@@ -50,10 +58,7 @@ impl<'de> de::Deserializer<'de> for &'de Node {
         }
     }
 
-    numbers! {
-        deserialize_i8 visit_i8 deserialize_i16 visit_i16 deserialize_i32 visit_i32 deserialize_i64 visit_i64
-        deserialize_u8 visit_u8 deserialize_u16 visit_u16 deserialize_u32 visit_u32 deserialize_u64 visit_u64
-    }
+    numbers! {}
 
     /// A whole number is a text, too: sizes and durations may be without a unit.
     fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {

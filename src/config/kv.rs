@@ -8,6 +8,8 @@ use serde::de::value::{SeqDeserializer, StrDeserializer};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, Visitor};
 use serde::forward_to_deserialize_any;
 
+use super::de::numbers;
+
 /// Why the text fills in no struct.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -210,15 +212,6 @@ impl Value<'_> {
     }
 }
 
-/// Reads numbers of each width.
-macro_rules! numbers {
-    ($($deserialize:ident $visit:ident)*) => {
-        $(fn $deserialize<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
-            visitor.$visit(self.number()?)
-        })*
-    };
-}
-
 impl<'de> de::Deserializer<'de> for Value<'_> {
     type Error = Error;
 
@@ -234,10 +227,7 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
         }
     }
 
-    numbers! {
-        deserialize_i8 visit_i8 deserialize_i16 visit_i16 deserialize_i32 visit_i32 deserialize_i64 visit_i64
-        deserialize_u8 visit_u8 deserialize_u16 visit_u16 deserialize_u32 visit_u32 deserialize_u64 visit_u64
-    }
+    numbers! {}
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         visitor.visit_some(self)
