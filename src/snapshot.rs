@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 /// Version of the format that this program writes, and the only one that it reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Version of this program.
 pub const BANTAM: &str = env!("CARGO_PKG_VERSION");
 
@@ -215,7 +215,7 @@ mod tests {
         let error = change(BANTAM, "99.1.2");
         assert!(error.to_string().contains("99.1.2") && error.to_string().contains(BANTAM), "{error}");
         assert!(matches!(change(MAGIC, "ELF"), Error::Magic));
-        assert!(matches!(decode::<Value>(b"bantam-state 2\n"), Err(Error::Format { .. })));
+        assert!(matches!(decode::<Value>(b"bantam-state 1\n"), Err(Error::Format { .. })));
     }
 
     #[test]

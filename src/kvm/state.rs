@@ -2,16 +2,16 @@
 //!
 //! The orders are those that KVM's code asks for; where one matters, it is said.
 
-#![expect(unsafe_code, reason = "KVM_SET_XSAVE takes as much as the host's features need")]
+#![expect(unsafe_code, reason = "KVM_GET_XSAVE2 and KVM_SET_XSAVE move as much as the host's features need")]
 
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES,
-    Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_mp_state, kvm_msr_entry,
+    Msrs, Xsave, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_mp_state, kvm_msr_entry, kvm_xsave,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, KvmNestedStateBuffer};
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -27,8 +27,26 @@ const TSC_TOLERANCE: u64 = 250;
 
 /// KVM's interrupt controllers.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+/// Words of `struct kvm_xsave` without what comes after it.
+const REGION: usize = size_of::<kvm_xsave>() / 4;
 /// More MSRs than any KVM lists.
 const MAX_MSRS: usize = 4096;
+
+/// MSRs that KVM has and does not list (`KVM_GET_MSR_INDEX_LIST`): memory types, and the banks of machine checks.
+fn unlisted_msrs() -> impl Iterator<Item = u32> {
+    // Physical ranges, fixed ranges of 64, 16 and 4 KiB, and the default; four registers for each of 32 banks.
+    (0x200..0x210).chain([0x250, 0x258, 0x259]).chain(0x268..0x270).chain([0x2ff]).chain(0x400..0x480)
+}
+
+/// What KVM has of a vCPU's state on this host.
+pub struct Extent {
+    /// Numbers.
+    msrs: Vec<u32>,
+    /// Of the extended registers, in bytes.
+    xsave: usize,
+    /// The vCPU may have a guest of its own.
+    nested: bool,
+}
 
 /// The state of a vCPU, in KVM's structs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -45,6 +63,8 @@ pub struct VcpuState {
     tsc_khz: u32,
     /// Numbers and values.
     msrs: Vec<(u32, u64)>,
+    /// That of a guest of the guest, on hosts that can have one.
+    nested: Option<Hex>,
     events: Hex,
 }
 
@@ -58,6 +78,13 @@ pub struct VmState {
     /// KVM's clock, in nanoseconds.
     clock: u64,
     /// The host's time then, in nanoseconds since 1970.
+    time: u64,
+}
+
+/// A moment, by KVM's clock and by the host's.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    clock: u64,
     time: u64,
 }
 
@@ -149,8 +176,8 @@ fn now() -> u64 {
 impl Vcpu {
     /// The vCPU's state. It is outside of the guest, and has finished the access it was there for.
     ///
-    /// `msrs` are the numbers that [`Vm::msrs`] gives.
-    pub fn save(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
+    /// `extent` is what [`Vm::extent`] gives.
+    pub fn save(&self, extent: &Extent) -> Result<VcpuState, Error> {
         let fail = |what: &str| Error::ioctl(format!("read the {what} of vCPU {}", self.index));
         let fd = &self.fd;
         // First: it lets pending INITs and SIPIs take effect, which changes the others.
@@ -161,12 +188,13 @@ impl Vcpu {
             mp_state,
             regs: hex(&fd.get_regs().map_err(fail("registers (KVM_GET_REGS)"))?),
             sregs: hex(&fd.get_sregs().map_err(fail("special registers (KVM_GET_SREGS)"))?),
-            xsave: hex(&fd.get_xsave().map_err(fail("extended registers (KVM_GET_XSAVE)"))?),
+            xsave: self.save_xsave(extent.xsave)?,
             xcrs: hex(&fd.get_xcrs().map_err(fail("extended control registers (KVM_GET_XCRS)"))?),
             debug_regs: hex(&fd.get_debug_regs().map_err(fail("debug registers (KVM_GET_DEBUGREGS)"))?),
             lapic: hex(&fd.get_lapic().map_err(fail("local APIC (KVM_GET_LAPIC)"))?),
             tsc_khz: fd.get_tsc_khz().unwrap_or(0),
-            msrs: self.save_msrs(msrs)?,
+            msrs: self.save_msrs(&extent.msrs)?,
+            nested: extent.nested.then(|| self.save_nested()).transpose()?,
             // Last: what is pending depends on the rest.
             events: hex(&fd.get_vcpu_events().map_err(fail("pending events (KVM_GET_VCPU_EVENTS)"))?),
         };
@@ -178,6 +206,56 @@ impl Vcpu {
             *deadline = tsc;
         }
         Ok(state)
+    }
+
+    fn save_xsave(&self, size: usize) -> Result<Hex, Error> {
+        let fail = |how: &str| Error::ioctl(format!("read the extended registers ({how}) of vCPU {}", self.index));
+        let Some(more) = size.checked_sub(size_of::<kvm_xsave>()).filter(|more| *more > 0) else {
+            return Ok(hex(&self.fd.get_xsave().map_err(fail("KVM_GET_XSAVE"))?));
+        };
+        let mut xsave = Xsave::new(more.div_ceil(4)).expect("KVM's size is within bounds");
+        // SAFETY: it has as many bytes as KVM says that it writes.
+        unsafe { self.fd.get_xsave2(&mut xsave) }.map_err(fail("KVM_GET_XSAVE2"))?;
+        let region = xsave.as_fam_struct_ref().xsave.region;
+        Ok(Hex([region.as_bytes(), xsave.as_slice().as_bytes()].concat()))
+    }
+
+    fn restore_xsave(&self, saved: &Hex, size: usize) -> Result<(), Error> {
+        let (words, rest) = saved.0.as_chunks::<4>();
+        let words: Vec<_> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let (region, more) = words.split_at(words.len().min(REGION));
+        if !rest.is_empty() || saved.0.len() != size.max(size_of::<kvm_xsave>()).next_multiple_of(4) {
+            let why = format_args!("{} bytes are not as many as KVM takes", saved.0.len());
+            return Err(Error::State(snapshot::Error::part("the extended registers", why)));
+        }
+        let mut xsave = Xsave::from_entries(more).expect("KVM's size is within bounds");
+        // SAFETY: how many entries there are stays as it is.
+        unsafe { xsave.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
+        // SAFETY: it has as many bytes as KVM says that it reads.
+        let set = unsafe { self.fd.set_xsave2(&xsave) };
+        set.map_err(Error::ioctl(format!("set the extended registers (KVM_SET_XSAVE) of vCPU {}", self.index)))
+    }
+
+    fn save_nested(&self) -> Result<Hex, Error> {
+        let mut nested = Box::new(KvmNestedStateBuffer::empty());
+        let what = format!("read the nested state (KVM_GET_NESTED_STATE) of vCPU {}", self.index);
+        self.fd.nested_state(&mut nested).map_err(Error::ioctl(what))?;
+        let bytes = nested.as_bytes();
+        Ok(Hex(bytes[..bytes.len().min(nested.size as usize)].to_vec()))
+    }
+
+    fn restore_nested(&self, saved: &Hex) -> Result<(), Error> {
+        let mut nested = Box::new(KvmNestedStateBuffer::empty());
+        let len = saved.0.len();
+        if let Some(bytes) = nested.as_mut_bytes().get_mut(..len) {
+            bytes.copy_from_slice(&saved.0);
+        }
+        if nested.size as usize != len {
+            let why = format_args!("{len} bytes are not as many as it says");
+            return Err(Error::State(snapshot::Error::part("the nested state", why)));
+        }
+        let what = format!("set the nested state (KVM_SET_NESTED_STATE) of vCPU {}", self.index);
+        self.fd.set_nested_state(&nested).map_err(Error::ioctl(what))
     }
 
     fn save_msrs(&self, numbers: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
@@ -200,20 +278,17 @@ impl Vcpu {
     }
 
     /// Puts the vCPU where one was when it was saved. `elapsed` is how many nanoseconds the counters have to be ahead of
-    /// that.
-    pub fn restore(&self, state: &VcpuState, elapsed: u64) -> Result<(), Error> {
+    /// that, and `extent` what [`Vm::extent`] gives.
+    pub fn restore(&self, state: &VcpuState, elapsed: u64, extent: &Extent) -> Result<(), Error> {
         let fail = |what: &str| Error::ioctl(format!("set the {what} of vCPU {}", self.index));
         let fd = &self.fd;
         self.restore_frequency(state.tsc_khz)?;
         // It may wait to be started: what else is set must not start it.
         fd.set_mp_state(kvm_mp_state { mp_state: state.mp_state }).map_err(fail("state (KVM_SET_MP_STATE)"))?;
-        fd.set_regs(&value(&state.regs, "the registers")?).map_err(fail("registers (KVM_SET_REGS)"))?;
         // Its APIC base says how the local APIC is to be read.
         fd.set_sregs(&value(&state.sregs, "the special registers")?)
             .map_err(fail("special registers (KVM_SET_SREGS)"))?;
-        let xsave = value(&state.xsave, "the extended registers")?;
-        // SAFETY: features whose state is larger than the struct have to be asked for by arch_prctl, which nobody here does.
-        unsafe { fd.set_xsave(&xsave) }.map_err(fail("extended registers (KVM_SET_XSAVE)"))?;
+        self.restore_xsave(&state.xsave, extent.xsave)?;
         let xcrs: kvm_bindings::kvm_xcrs = value(&state.xcrs, "the extended control registers")?;
         if xcrs.nr_xcrs > 0 {
             fd.set_xcrs(&xcrs).map_err(fail("extended control registers (KVM_SET_XCRS)"))?;
@@ -228,6 +303,9 @@ impl Vcpu {
         let (tsc, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(number, _)| *number == IA32_TSC);
         let tsc = tsc.into_iter().map(|(number, value)| (number, value.wrapping_add(ahead)));
         self.restore_msrs(tsc.chain(others).chain(deadline).collect())?;
+        // It takes the control registers, and what the MSRs allow it, for those of the guest's guest, if that runs.
+        state.nested.as_ref().map_or(Ok(()), |nested| self.restore_nested(nested))?;
+        fd.set_regs(&value(&state.regs, "the registers")?).map_err(fail("registers (KVM_SET_REGS)"))?;
         // After the registers, whose setting takes back what is pending.
         fd.set_vcpu_events(&value(&state.events, "the pending events")?)
             .map_err(fail("pending events (KVM_SET_VCPU_EVENTS)"))?;
@@ -290,15 +368,25 @@ impl Vm {
         Cpu::of(self.cpuid.as_slice())
     }
 
-    /// The numbers of the MSRs that a vCPU can have (`KVM_GET_MSR_INDEX_LIST`).
-    pub fn msrs() -> Result<Vec<u32>, Error> {
-        let kvm = Kvm::new().map_err(|error| Error::Open(io::Error::from_raw_os_error(error.errno())))?;
-        let list = kvm.get_msr_index_list().map_err(Error::ioctl("list the MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
-        Ok(list.as_slice().to_vec())
+    /// What KVM has of the state of a vCPU on this host, with `more` MSRs than it lists.
+    pub fn extent(&self, more: impl Iterator<Item = u32>) -> Result<Extent, Error> {
+        let list = self.kvm.get_msr_index_list().map_err(Error::ioctl("list the MSRs (KVM_GET_MSR_INDEX_LIST)"))?;
+        let mut msrs = list.as_slice().to_vec();
+        msrs.extend(unlisted_msrs().chain(more).filter(|number| !list.as_slice().contains(number)));
+        let number = |cap| usize::try_from(self.fd.check_extension_int(cap)).unwrap_or(0);
+        // Without the capability it is the struct's.
+        Ok(Extent { msrs, xsave: number(Cap::Xsave2), nested: number(Cap::NestedState) > 0 })
     }
 
-    /// The state of interrupt controllers, timer and clock. No vCPU runs.
-    pub fn save(&self) -> Result<VmState, Error> {
+    /// KVM's clock, in nanoseconds, and the host's.
+    pub fn clock(&self) -> Result<Clock, Error> {
+        let clock = self.fd.get_clock().map_err(Error::ioctl("read the clock (KVM_GET_CLOCK)"))?.clock;
+        Ok(Clock { clock, time: now() })
+    }
+
+    /// The state of interrupt controllers and timer, with what [`clock`](Self::clock) gave before the vCPUs were saved, so that
+    /// none of their time-stamp counters ever goes back. No vCPU runs.
+    pub fn save(&self, Clock { clock, time }: Clock) -> Result<VmState, Error> {
         let mut chips = Vec::new();
         let mut pit = None;
         if !self.x2apic {
@@ -311,12 +399,11 @@ impl Vm {
             }
             pit = Some(hex(&self.fd.get_pit2().map_err(Error::ioctl("read the timer (KVM_GET_PIT2)"))?));
         }
-        let clock = self.fd.get_clock().map_err(Error::ioctl("read the clock (KVM_GET_CLOCK)"))?.clock;
-        Ok(VmState { chips, pit, clock, time: now() })
+        Ok(VmState { chips, pit, clock, time })
     }
 
-    /// Puts interrupt controllers, timer and clock where they were, but for the time that has passed since.
-    pub fn restore(&self, state: &VmState) -> Result<(), Error> {
+    /// Puts interrupt controllers and timer where they were, and the clock `elapsed` nanoseconds ahead.
+    pub fn restore(&self, state: &VmState, elapsed: u64) -> Result<(), Error> {
         let (chips, timers) = if self.x2apic { (&[][..], 0) } else { (&CHIPS[..], 1) };
         let (saved_chips, saved_timers) = (state.chips.len(), usize::from(state.pit.is_some()));
         if (saved_chips, saved_timers) != (chips.len(), timers) {
@@ -338,7 +425,7 @@ impl Vm {
             let pit = value(pit, "the timer")?;
             self.fd.set_pit2(&pit).map_err(Error::ioctl("set the timer (KVM_SET_PIT2)"))?;
         }
-        let clock = kvm_clock_data { clock: state.clock.saturating_add(state.elapsed()), ..Default::default() };
+        let clock = kvm_clock_data { clock: state.clock.saturating_add(elapsed), ..Default::default() };
         self.fd.set_clock(&clock).map_err(Error::ioctl("set the clock (KVM_SET_CLOCK)"))
     }
 

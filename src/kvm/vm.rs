@@ -66,6 +66,8 @@ impl Error {
 /// A virtual machine with in-kernel interrupt controllers, and the guest memory that its slots refer to.
 pub struct Vm {
     pub(super) fd: Arc<VmFd>,
+    /// Stays open: a process that has shut itself in could not open it again.
+    pub(super) kvm: Kvm,
     pub(super) x2apic: bool,
     /// Keeps the mapped pages alive for as long as the slots point at them.
     ram: GuestRam,
@@ -96,7 +98,7 @@ impl Vm {
                 other => break other.map_err(Error::ioctl("create a virtual machine (KVM_CREATE_VM)"))?,
             }
         };
-        let vm = Vm { fd: Arc::new(fd), x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline };
+        let vm = Vm { fd: Arc::new(fd), kvm, x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline };
         // First: it waits for an SRCU grace period, which takes a timer tick once the others have begun one.
         vm.map_memory()?;
         vm.fd

@@ -294,9 +294,9 @@ fn restore(vm: &Vm, snapshot: &Snapshot) -> Result<Vec<Vcpu>, Error> {
     state.cpu.check_on(&vm.cpu()).map_err(snapshot::Error::from)?;
     let create = |(index, state)| vm.create_saved_vcpu(index, state);
     let vcpus = (0..).zip(&state.vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
-    vm.restore(&state.vm)?;
-    let elapsed = state.vm.elapsed();
-    vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, elapsed))?;
+    let (elapsed, extent) = (state.vm.elapsed(), vm.extent(std::iter::empty())?);
+    vm.restore(&state.vm, elapsed)?;
+    vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, elapsed, &extent))?;
     Ok(vcpus)
 }
 

@@ -7,7 +7,6 @@ use super::memory_copy::{Pages, Source};
 use super::pause::{Answer, Refusal, ask};
 use super::snapshot::{self, Destination, State, Writing, portable};
 use super::{Error, Handle, Machine};
-use crate::kvm::Vm;
 use crate::{signal, vcpu};
 
 impl Handle {
@@ -69,12 +68,11 @@ impl Machine {
     /// The state, of the whole machine or of one whose memory is told by what has `changed`.
     fn state(&self, changed: bool) -> Result<State, Error> {
         let base = if changed { Some(self.origin.clone().ok_or(snapshot::Error::NoBase)?) } else { None };
-        let mut msrs = Vm::msrs()?;
         // Those that a template changes are not all in KVM's list.
         let template = self.config.cpu_template.iter().flat_map(|template| &template.msr_modifiers);
-        msrs.extend(template.map(|modifier| modifier.addr.0));
+        let (extent, clock) = (self.vm.extent(template.map(|modifier| modifier.addr.0))?, self.vm.clock()?);
         let save = |thread: &vcpu::Thread| {
-            let saved = thread.with_paused(|vcpu| vcpu.save(&msrs));
+            let saved = thread.with_paused(|vcpu| vcpu.save(&extent));
             saved.expect("each vCPU has said that it is paused").map_err(Error::from)
         };
         // The vCPUs first: it lets what they have pending reach the interrupt controllers.
@@ -85,7 +83,7 @@ impl Machine {
             memory: self.config.memory.get(),
             vcpus,
             devices: self.buses.save(),
-            vm: self.vm.save()?,
+            vm: self.vm.save(clock)?,
             base,
         };
         Ok(state)
