@@ -95,6 +95,9 @@ impl Handle {
             // No part of the machine is kept while waiting.
             drop(transport);
             if let Ok(result) = answer.recv() {
+                if result.is_ok() {
+                    self.sender.send(Event::Changed(device.into(), change));
+                }
                 return result;
             }
             // The device was stopped before its thread came to it.

@@ -11,6 +11,7 @@ use super::pause::Answer;
 use super::snapshot::Destination;
 use super::{Lines, firecracker};
 use crate::devices::transcript::Sight;
+use crate::virtio::change::Change;
 use crate::{command, vcpu};
 
 /// Something that happened to the machine, or that somebody wants of it.
@@ -40,6 +41,8 @@ pub enum Event {
     CtrlAltDel,
     /// Somebody has it pause.
     Pause(Answer<()>),
+    /// The device of this name was changed.
+    Changed(String, Change),
     /// Somebody has it go on.
     Resume(Answer<()>),
     /// Somebody has it saved.

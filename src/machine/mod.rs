@@ -2,6 +2,7 @@
 
 mod board_x86_64;
 mod builder;
+mod changed;
 mod events;
 pub mod firecracker;
 mod folder;

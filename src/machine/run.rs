@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::inbox::Event;
 use super::quota::Quota;
-use super::{Error, Machine, snapshot};
+use super::{Error, Machine, changed, snapshot};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
@@ -266,6 +266,7 @@ impl Machine {
                 let keyboard = self.keyboard.as_ref().map(|it| it.lock().unwrap_or_else(PoisonError::into_inner));
                 keyboard.into_iter().for_each(|mut keyboard| keyboard.ctrl_alt_del());
             }
+            Event::Changed(device, change) => changed::apply(&mut self.config, &device, change),
             Event::Pause(answer) => self.pause(answer),
             Event::Resume(answer) => self.resume(answer),
             Event::Terminate(answer) => {
