@@ -553,6 +553,42 @@ impl From<io::Error> for Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::env;
+
+    /// A state as this version of the format has it. Only its second line is of importance.
+    fn golden() -> (PathBuf, String) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshot/golden/state");
+        let body = fs::read_to_string(&path).unwrap().split_once('\n').unwrap().1.to_owned();
+        (path, body)
+    }
+
+    #[test]
+    fn the_format_is_as_it_was() {
+        let (path, body) = golden();
+        let state: State = serde_json::from_str(&body).expect("see docs/TESTING.md, The format of snapshots");
+        let encoded = snapshot::encode(&state).unwrap();
+        if env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&path, &encoded).unwrap();
+        }
+        let read: State = snapshot::decode(&encoded).unwrap();
+        assert!(encoded == snapshot::encode(&read).unwrap());
+        let file = fs::read(&path).unwrap();
+        let is_so = encoded == file
+            || snapshot::version(&file).unwrap() == snapshot::FORMAT && encoded.ends_with(body.as_bytes());
+        assert!(is_so, "the format has changed: it takes another FORMAT (docs/TESTING.md, The format of snapshots)");
+    }
+
+    #[test]
+    fn every_byte_of_a_state_counts() {
+        let (_, body) = golden();
+        let whole = snapshot::encode(&serde_json::from_str::<State>(&body).unwrap()).unwrap();
+        for at in 0..whole.len() {
+            assert!(snapshot::decode::<State>(&whole[..at]).is_err(), "cut at {at}");
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << (at % 8);
+            assert!(snapshot::decode::<State>(&damaged).is_err(), "changed at {at}");
+        }
+    }
 
     #[test]
     fn pages_that_have_changed_are_of_memory_and_in_order() {

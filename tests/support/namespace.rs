@@ -21,6 +21,7 @@ impl Namespace {
         Self { name }
     }
 
+    #[allow(dead_code, reason = "no test program uses all of it")]
     pub fn name(&self) -> &str {
         &self.name
     }
