@@ -229,8 +229,8 @@ save() {
         done
         [[ -e $to ]] || { cat "$built/refused" >&2 && status=1; }
     else
-        # The last word comes when the memory is written.
-        printf 'stop\nmigrate "exec:cat >%s"\nquit\n' "$to" | socat -t 120 - "UNIX-CONNECT:$built/monitor" >/dev/null
+        # A machine that is stopped first would be stopped when it is restored. The last word comes when the memory is written.
+        printf 'migrate "exec:cat >%s"\nquit\n' "$to" | socat -t 120 - "UNIX-CONNECT:$built/monitor" >/dev/null
     fi
     kill "$pid" 2>/dev/null || true
     wait "$pid" || true
