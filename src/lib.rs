@@ -49,7 +49,7 @@
 //! | 3, what runs | [`boot`]: kernel, initrd, command line; [`vcpu`]: the thread of a vCPU; [`command`]: one command in the guest |
 //! | 2, what it runs on | [`kvm`]: all of KVM's ioctls; [`devices`]: serial port, clock, power; [`virtio`]: disks, network, randomness |
 //! | 1, the architecture as data | [`arch`]: addresses, registers, tables |
-//! | 0, the vocabulary | [`outcome`], [`memory`], [`bus`], [`cgroup`], [`duration`], [`interrupt`], [`metrics`], [`signal`], [`size`], [`terminal`] |
+//! | 0, the vocabulary | [`outcome`], [`memory`], [`bus`], [`cgroup`], [`duration`], [`interrupt`], [`metrics`], [`sandbox`], [`signal`], [`size`], [`terminal`] |
 //! | beside them | [`image`]: root file systems of images, archives and directories |
 
 // For the parts of the guest's init, which has no `std`, that are tested here.
@@ -76,6 +76,7 @@ pub mod memory;
 pub mod metrics;
 pub mod named;
 pub mod outcome;
+pub mod sandbox;
 pub mod signal;
 pub mod size;
 pub mod snapshot;

@@ -24,6 +24,13 @@ pub fn restore() {
     }
 }
 
+/// The same for a signal handler: it waits for nobody who has the settings.
+pub fn restore_if_free() {
+    if let Ok(Some(saved)) = SAVED.try_lock().as_deref() {
+        let _ = set(&saved.before);
+    }
+}
+
 /// Makes standard input's terminal raw once more, if it was to be. For a process that was stopped and goes on: a shell has
 /// used the terminal meanwhile.
 pub fn resume() {

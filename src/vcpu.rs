@@ -16,6 +16,7 @@ use vmm_sys_util::signal::{Killable, unblock_signal};
 use crate::bus::{Bus, BusDevice};
 use crate::kvm::{self, Access, Exit, Kicker, Vcpu};
 use crate::metrics::Counter;
+use crate::sandbox::{Role, Sandbox};
 use crate::{signal, snapshot};
 pub use throttle::Budget;
 use throttle::Throttle;
@@ -38,6 +39,8 @@ pub enum Report {
     Failed(kvm::Error),
     /// It cannot be kept within its CPU time.
     Throttle(io::Error),
+    /// Its thread cannot be restricted.
+    Sandbox(io::Error),
     /// The answer to [`Thread::ask_stopped`].
     Stopped(bool),
     /// The answer to [`Thread::pause`]: it is outside the guest, and stays there.
@@ -134,13 +137,14 @@ impl Shared {
 impl Thread {
     /// Runs `vcpu`, number `index`, on a thread of its own that serves its accesses from the buses and tells `report`
     /// what happens. With a `budget` it takes no more CPU time than that has. One that is to be `paused` does not enter the
-    /// guest before it is resumed.
+    /// guest before it is resumed. The thread is in the `sandbox`.
     pub fn spawn(
         vcpu: Vcpu,
         index: u32,
         buses: Arc<Buses>,
         budget: Option<Arc<Budget>>,
         paused: bool,
+        sandbox: Sandbox,
         report: impl Fn(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let signal = signal::kick_signal()?;
@@ -157,6 +161,9 @@ impl Thread {
                 // The thread that started this one may have blocked it, as programs do that take all signals in one.
                 if let Err(error) = unblock_signal(signal) {
                     log::error!("vCPU {index}: cannot unblock the signal that kicks it: {error:?}");
+                }
+                if let Err(source) = sandbox.enter(Role::Vcpu) {
+                    return report(Report::Sandbox(source));
                 }
                 match budget.map(|budget| Throttle::new(budget, signal)).transpose() {
                     Ok(throttle) => run(vcpu, &buses, &shared, &metrics, throttle, report),

@@ -20,6 +20,7 @@ const FLOORS: &[&[&str]] = &[
         "memory",
         "metrics",
         "outcome",
+        "sandbox",
         "signal",
         "size",
         "snapshot",

@@ -20,6 +20,7 @@ use rustix::termios::{isatty, tcgetwinsize};
 use super::protocol::{self, message};
 use super::tail::{Kept, Tail};
 use super::{Spec, initramfs};
+use crate::sandbox::{Role, Sandbox};
 use crate::terminal::{self, Escapes, Raw, Request};
 
 /// Bytes that are on their way in each direction, at most, here.
@@ -230,11 +231,11 @@ impl Session {
         size.map_or(0, |size| u32::from(size.ws_row) << 16 | u32::from(size.ws_col))
     }
 
-    /// Starts to carry streams. `report` is called on other threads.
+    /// Starts to carry streams, on threads in `sandbox`, which call `report`.
     ///
     /// # Errors
     /// When a thread cannot be started, or the terminal not be set.
-    pub fn start(&mut self, report: impl Fn(Report) + Clone + Send + 'static) -> io::Result<()> {
+    pub fn start(&mut self, sandbox: &Sandbox, report: impl Fn(Report) + Clone + Send + 'static) -> io::Result<()> {
         let Some(Idle { streams, stdin, outputs, kept, given }) = self.idle.take() else { return Ok(()) };
         if self.has_terminal {
             self.raw = Raw::enter_whole()?;
@@ -242,9 +243,17 @@ impl Session {
         let Streams { stdin: input, stdout, stderr } = streams;
         let escapes = self.has_terminal.then(Escapes::default);
         let quit = report.clone();
+        let enter = {
+            let sandbox = sandbox.clone();
+            move || {
+                let entered = sandbox.enter(Role::Stream);
+                entered.inspect_err(|error| log::error!("cannot restrict a thread of the command's: {error}")).is_ok()
+            }
+        };
+        let entered = enter.clone();
         let is_late = !self.has_terminal && given.as_ref().is_some_and(|given| given.when.is_none());
         let carry = move || {
-            if carry_input(&File::from(input), &stdin, escapes) {
+            if entered() && carry_input(&File::from(input), &stdin, escapes) {
                 quit(Report::Quit);
             }
         };
@@ -258,13 +267,20 @@ impl Session {
         let [kept_stdout, kept_stderr] = kept.map_or([None, None], |kept| [Some(kept.stdout), Some(kept.stderr)]);
         let ends = [("bantam-stdout", stdout, kept_stdout), ("bantam-stderr", stderr, kept_stderr)];
         for (from, (name, to, tail)) in outputs.into_iter().zip(ends) {
-            let carry = move || carry_output(name, &from, &File::from(to), tail.as_deref());
+            let entered = enter.clone();
+            let carry = move || {
+                if entered() {
+                    carry_output(name, &from, &File::from(to), tail.as_deref());
+                }
+            };
             writers.push(thread::Builder::new().name(name.into()).spawn(carry)?);
         }
         let control = self.control.try_clone()?;
         let (done, is_done) = mpsc::channel();
         thread::Builder::new().name("bantam-command".into()).spawn(move || {
-            listen(control, given, writers, &report);
+            if enter() {
+                listen(control, given, writers, &report);
+            }
             let _ = done.send(());
         })?;
         self.done = Some(is_done);

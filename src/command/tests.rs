@@ -161,7 +161,7 @@ impl Fixture {
         let ports = [protocol::CONTROL, protocol::STDIN, protocol::STDOUT, protocol::STDERR];
         let guest = ports.map(|port| ends.remove(&port)).into();
         let (sender, reports) = mpsc::channel();
-        session.start(move |report| sender.send(report).unwrap()).unwrap();
+        session.start(&crate::sandbox::Sandbox::default(), move |report| sender.send(report).unwrap()).unwrap();
         Self { session, reports, guest, stdin: Some(stdin), stdout }
     }
 

@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::transcript::{Sight, Transcript};
+use crate::sandbox::{Role, Sandbox};
 
 /// Bytes that may wait for the writer.
 const CAPACITY: usize = 16 << 10;
@@ -51,14 +52,20 @@ pub struct Output(Arc<Shared>);
 impl Output {
     /// Starts the thread that writes to `host`. It tells `on_sight` what it recognises, and calls `on_end` when, after
     /// [`Output::close`], all is written, or when `host` panicked.
+    /// The thread is in `sandbox`.
     pub fn start(
         &self,
         host: Box<dyn Write + Send>,
+        sandbox: &Sandbox,
         on_sight: impl Fn(Sight) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
         let end = End { output: self.clone(), on_end: Some(on_end) };
-        thread::Builder::new().name("bantam-console".into()).spawn(move || end.output.0.pump(host, on_sight))
+        let sandbox = sandbox.clone();
+        thread::Builder::new().name("bantam-console".into()).spawn(move || match sandbox.enter(Role::Stream) {
+            Ok(()) => end.output.0.pump(host, on_sight),
+            Err(error) => log::error!("cannot restrict the console's thread: {error}"),
+        })
     }
 
     /// Nothing more will come: once all is written the thread ends.
@@ -168,7 +175,7 @@ mod tests {
 
     fn start(output: &Output, host: impl Write + Send + 'static) -> mpsc::Receiver<()> {
         let (ended, end) = mpsc::channel();
-        output.start(Box::new(host), |_| (), move || ended.send(()).unwrap()).unwrap();
+        output.start(Box::new(host), &Sandbox::default(), |_| (), move || ended.send(()).unwrap()).unwrap();
         end
     }
 

@@ -23,6 +23,7 @@ use crate::interrupt::Interrupt;
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
+use crate::sandbox::Sandbox;
 use crate::vcpu::Buses;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
@@ -136,13 +137,14 @@ impl<'a> Board<'a> {
 
     /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order. There are no
     /// more of them than [`virtio_windows`].
-    pub fn attach_virtio(&mut self, ram: &GuestRam, devices: Vec<NamedDevice>) -> Result<(), Error> {
+    pub fn attach_virtio(&mut self, ram: &GuestRam, devices: Vec<NamedDevice>, sandbox: &Sandbox) -> Result<(), Error> {
         for (VirtioWindow { base, gsi }, (name, device)) in virtio_windows().zip(devices) {
             let line = event_fd("a virtio device")?;
             self.vm.attach_irqfd(&line, gsi)?;
             let line: Arc<dyn Interrupt> = Arc::new(line);
             let mmio = Mmio::new(ram.clone(), device, line, name.as_str())
-                .map_err(|source| Error::EventFd { what: "a virtqueue", source })?;
+                .map_err(|source| Error::EventFd { what: "a virtqueue", source })?
+                .sandboxed(sandbox.clone());
             for (queue, kick) in mmio.kicks() {
                 self.vm.attach_ioeventfd(kick, base + QUEUE_NOTIFY, queue.into())?;
             }

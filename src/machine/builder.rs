@@ -25,6 +25,7 @@ use crate::devices::console::{self, Console};
 use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::{self, GuestRam};
+use crate::sandbox::Sandbox;
 use crate::signal::SignalFd;
 use crate::virtio::change::Rates;
 use crate::virtio::{balloon, blk, fs, net, rng, vsock};
@@ -44,6 +45,7 @@ pub struct Builder {
     snapshot: Option<Snapshot>,
     save: Option<Save>,
     paused: bool,
+    sandbox: Sandbox,
 }
 
 /// What a console's output goes through.
@@ -55,8 +57,21 @@ impl Builder {
         let started = Instant::now();
         let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
         let (told, tee, snapshot, save) = (Told::default(), None, None, None);
-        let paused = false;
-        Builder { config, console, signals, streams, keep, when_running, told, tee, started, snapshot, save, paused }
+        Builder {
+            config,
+            console,
+            signals,
+            streams,
+            keep,
+            when_running,
+            told,
+            tee,
+            started,
+            snapshot,
+            save,
+            paused: false,
+            sandbox: Sandbox::default(),
+        }
     }
 
     /// A builder for the machine that `snapshot` has saved, with the configuration that it has now. It goes on where that
@@ -78,6 +93,13 @@ impl Builder {
     /// Has the machine stand still when it starts, until [`Handle::resume`](super::Handle::resume).
     pub fn paused(mut self, paused: bool) -> Self {
         self.paused = paused;
+        self
+    }
+
+    /// Has the threads that are made for the machine be in `sandbox`. The thread that [runs](Machine::run) it is not, nor is
+    /// the process: a caller that wants that restricts them before it runs the machine.
+    pub fn sandbox(mut self, sandbox: Sandbox) -> Self {
+        self.sandbox = sandbox;
         self
     }
 
@@ -156,6 +178,7 @@ impl Builder {
             snapshot,
             save,
             paused,
+            sandbox,
         } = self;
         config.validate()?;
         match &snapshot {
@@ -202,12 +225,12 @@ impl Builder {
         board.attach_ioapic()?;
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
-        let nets = open_nets(&config, first_nets)?;
+        let nets = open_nets(&config, first_nets, &sandbox)?;
         let vsock = open_vsock(&config, ends)?;
         let (balloon, balloon_state) = open_balloon(&config)?.unzip();
         let last = vsock.into_iter().chain(rng(&config)?).chain(balloon);
         let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
-        board.attach_virtio(&ram, devices)?;
+        board.attach_virtio(&ram, devices, &sandbox)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, counts, keyboard, .. } = board;
         let (mut origin, mut working_set) = (None, Default::default());
@@ -259,6 +282,7 @@ impl Builder {
             when_running,
             outcome: None,
             start_paused: paused,
+            sandbox,
             generation,
             origin,
             save,
@@ -340,10 +364,10 @@ fn open_overlay(config: &Config) -> Result<Option<NamedDevice>, Error> {
 }
 
 /// Opens the other network cards.
-fn open_nets(config: &Config, first: Vec<Option<net::Net>>) -> Result<Vec<NamedDevice>, net::Error> {
+fn open_nets(config: &Config, first: Vec<Option<net::Net>>, sandbox: &Sandbox) -> Result<Vec<NamedDevice>, net::Error> {
     let open = |(i, (spec, card)): (usize, (&net::Spec, Option<net::Net>))| {
         let mut card = card.map_or_else(|| spec.open(), Ok)?;
-        card.wait_until_ready()?;
+        card.wait_until_ready(sandbox)?;
         Ok((format!("net{i}"), Box::new(card) as _))
     };
     config.nets.iter().zip(first).enumerate().map(open).collect()

@@ -48,6 +48,7 @@ use crate::devices::console::Input;
 use crate::devices::output::Output;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
+use crate::sandbox::Sandbox;
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
 use crate::virtio::balloon;
@@ -133,6 +134,15 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A thread could not be restricted.
+    #[error("cannot restrict the {what} thread (--sandbox)")]
+    Sandbox {
+        /// Which one.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// A thread could not be started.
     #[error("cannot start the {what} thread")]
     Thread {
@@ -191,6 +201,7 @@ pub struct Machine {
     savers: Vec<JoinHandle<()>>,
     /// Whether it stands still when it starts.
     start_paused: bool,
+    sandbox: Sandbox,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
     generation: Option<EventFd>,
     /// The snapshot that its memory is mapped from.

@@ -129,13 +129,18 @@ impl Machine {
         let (sights, end) = (self.sender.clone(), self.sender.clone());
         let writer = self
             .output
-            .start(output, move |sight| sights.send(Event::Sight(sight)), move || end.send(Event::OutputEnd))
+            .start(
+                output,
+                &self.sandbox,
+                move |sight| sights.send(Event::Sight(sight)),
+                move || end.send(Event::OutputEnd),
+            )
             .map_err(|source| Error::Thread { what: "console", source })?;
         self.writer = Some(writer);
         if let Some(session) = &mut self.command {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Command(report));
-            session.start(report).map_err(|source| Error::Thread { what: "command", source })?;
+            session.start(&self.sandbox, report).map_err(|source| Error::Thread { what: "command", source })?;
         }
         if let Some(generation) = &self.generation {
             // It had booted before. One that waits for a command has still to show that it lives.
@@ -165,8 +170,8 @@ impl Machine {
         for (index, vcpu) in (0u32..).zip(idle) {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Vcpu(index, report));
-            let thread =
-                vcpu::Thread::spawn(vcpu, index, self.buses.clone(), budget.cloned(), self.start_paused, report)?;
+            let (buses, sandbox) = (self.buses.clone(), self.sandbox.clone());
+            let thread = vcpu::Thread::spawn(vcpu, index, buses, budget.cloned(), self.start_paused, sandbox, report)?;
             self.threads.push(thread);
         }
         Ok(())
@@ -245,6 +250,9 @@ impl Machine {
             Event::Vcpu(_, vcpu::Report::Failed(error)) => return Some(Err(Error::Kvm(error))),
             Event::Vcpu(_, vcpu::Report::Throttle(source)) => {
                 return Some(Err(Error::Thread { what: "timer of the CPU quota for the vCPU", source }));
+            }
+            Event::Vcpu(_, vcpu::Report::Sandbox(source)) => {
+                return Some(Err(Error::Sandbox { what: "vCPU", source }));
             }
             Event::Vcpu(vcpu, vcpu::Report::Stopped(stopped)) => {
                 if let Some(halt) = &mut self.watch.halt {

@@ -27,6 +27,7 @@ use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
+use crate::sandbox::Sandbox;
 use crate::snapshot::{self, Hex};
 
 /// Offset of `QueueNotify`, where an ioeventfd for each of [`Mmio::kicks`] belongs.
@@ -53,6 +54,7 @@ pub struct Mmio {
     metrics: Arc<dyn Metrics>,
     kicks: Vec<Arc<EventFd>>,
     owner: Owner,
+    sandbox: Sandbox,
 
     // What the device is; the driver may read it while its thread has the device.
     device_type: u32,
@@ -167,7 +169,14 @@ impl Mmio {
             queue_sel: 0,
             queues: sizes.iter().map(|max| QueueRegisters::new(*max)).collect(),
             owner: Owner::Transport(device),
+            sandbox: Sandbox::default(),
         })
+    }
+
+    /// Has the device's thread be in `sandbox`.
+    pub fn sandboxed(mut self, sandbox: Sandbox) -> Self {
+        self.sandbox = sandbox;
+        self
     }
 
     /// The eventfd of each queue, by index, that a write of the index to [`QUEUE_NOTIFY`] is to signal. One that comes
@@ -300,7 +309,15 @@ impl Mmio {
     }
 
     fn give(&mut self, parts: Parts) {
-        self.owner = match Worker::start(&self.name, parts, self.accepted, &self.ram, &self.kicks, &self.interrupt) {
+        self.owner = match Worker::start(
+            &self.name,
+            parts,
+            self.accepted,
+            &self.ram,
+            &self.kicks,
+            &self.interrupt,
+            &self.sandbox,
+        ) {
             Ok(worker) => Owner::Thread(worker),
             Err((error, (device, _))) => {
                 self.interrupt.fail(&self.name, format_args!("cannot start the device's thread: {error}"));

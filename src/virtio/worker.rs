@@ -20,6 +20,7 @@ use super::change::{self, Change};
 use super::device::{Error, HOST_TOKEN, Io, VirtioDevice};
 use super::queue::{InterruptState, Queue};
 use crate::memory::GuestRam;
+use crate::sandbox::{Role, Sandbox};
 
 /// What moves to the thread and back: a device, and its queues by index (`None` if not set up).
 pub type Parts = (Box<dyn VirtioDevice>, Vec<Option<virtio_queue::Queue>>);
@@ -103,16 +104,25 @@ impl Worker {
         ram: &GuestRam,
         kicks: &[Arc<EventFd>],
         interrupt: &Arc<InterruptState>,
+        sandbox: &Sandbox,
     ) -> Result<Self, (io::Error, Parts)> {
         // The thread comes first and is handed the device when nothing can fail any more.
-        match Self::prepare(name, kicks, &rings) {
+        match Self::prepare(name, kicks, &rings, sandbox) {
             Ok((events, worker)) => {
                 let queues = (rings.into_iter().zip(kicks).enumerate())
                     .map(|(i, (ring, kick))| Some(Queue::new(i, ring?, kick.clone(), interrupt.clone())))
                     .collect();
                 let io = Io { ram: ram.clone(), queues, interrupt: interrupt.clone(), events };
-                let wake = worker.wake.clone();
-                worker.give(Box::new(Loop { name: name.into(), device, io, features, wake, state: State::New }));
+                let (wake, sandbox) = (worker.wake.clone(), sandbox.clone());
+                worker.give(Box::new(Loop {
+                    name: name.into(),
+                    device,
+                    io,
+                    features,
+                    wake,
+                    sandbox,
+                    state: State::New,
+                }));
                 Ok(worker)
             }
             Err(error) => Err((error, (device, rings))),
@@ -123,6 +133,7 @@ impl Worker {
         name: &str,
         kicks: &[Arc<EventFd>],
         rings: &[Option<virtio_queue::Queue>],
+        sandbox: &Sandbox,
     ) -> io::Result<(OwnedFd, Self)> {
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
@@ -133,15 +144,18 @@ impl Worker {
             // Edge-triggered: each kick is an event although nobody reads the counter, which saves a system call.
             epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
         }
-        Ok((events, Self::spawn(name, wake)?))
+        Ok((events, Self::spawn(name, wake, sandbox.clone())?))
     }
 
-    fn spawn(name: &str, wake: Arc<OwnedFd>) -> io::Result<Self> {
+    fn spawn(name: &str, wake: Arc<OwnedFd>, sandbox: Sandbox) -> io::Result<Self> {
         let _blocked = BlockedSignals::new();
         let (messages, inbox) = mpsc::channel();
-        let thread = thread::Builder::new().name(format!("bantam-{name}")).spawn(move || match inbox.recv() {
-            Ok(Message::Take(device)) => Some(device.run(&inbox)),
-            _ => None,
+        let thread = thread::Builder::new().name(format!("bantam-{name}")).spawn(move || {
+            let entered = sandbox.enter(Role::Device);
+            match inbox.recv() {
+                Ok(Message::Take(device)) => Some(device.run(&inbox, entered)),
+                _ => None,
+            }
         })?;
         Ok(Self { name: name.into(), messages, wake, thread: Some(thread) })
     }
@@ -214,7 +228,7 @@ impl Paused {
     /// # Errors
     /// When the host has no thread left: the device stays paused.
     pub fn resume(self) -> Result<Worker, (io::Error, Self)> {
-        match Worker::spawn(&self.0.name, Arc::clone(&self.0.wake)) {
+        match Worker::spawn(&self.0.name, Arc::clone(&self.0.wake), self.0.sandbox.clone()) {
             Ok(worker) => {
                 worker.give(self.0);
                 Ok(worker)
@@ -241,6 +255,7 @@ struct Loop {
     io: Io,
     features: u64,
     wake: Arc<OwnedFd>,
+    sandbox: Sandbox,
     state: State,
 }
 
@@ -255,9 +270,13 @@ enum State {
 }
 
 impl Loop {
-    fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>) -> Left {
+    fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>, entered: io::Result<()>) -> Left {
         let _guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
         let mut end = None;
+        if let Err(error) = entered {
+            self.io.interrupt.fail(&self.name, format_args!("cannot restrict its thread: {error}"));
+            self.state = State::Failed;
+        }
         if self.state != State::Failed {
             match self.serve(messages) {
                 Ok(how) => end = Some(how),
@@ -351,7 +370,7 @@ impl Drop for FailOnPanic {
     }
 }
 
-/// Blocks all signals of this thread while it lives. A thread started meanwhile has them blocked for good: the
+/// Blocks all signals of this thread, but those that it causes, while it lives. A thread started meanwhile has them blocked for good: the
 /// process's signals go to others.
 struct BlockedSignals(libc::sigset_t);
 
@@ -360,6 +379,9 @@ impl BlockedSignals {
         let mut all = MaybeUninit::uninit();
         // SAFETY: sigfillset initializes the set it is given.
         unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        // A violation of the sandbox is told by its handler.
+        // SAFETY: the set is initialized.
+        unsafe { libc::sigdelset(all.as_mut_ptr(), libc::SIGSYS) };
         let mut before = MaybeUninit::uninit();
         // SAFETY: `all` is initialized, and `before` has room for a set.
         unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr()) };

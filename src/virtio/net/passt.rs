@@ -20,6 +20,7 @@ use rustix::io::FdFlags;
 use super::host::Host;
 use super::stream::Stream;
 use super::{MacAddr, Publish};
+use crate::sandbox::{Role, Sandbox};
 
 /// The guest's address.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -131,8 +132,8 @@ impl Passt {
         (Self { child, stream, messages: None, ports: vec![] }, theirs)
     }
 
-    /// Waits until it has its ports and serves the guest.
-    pub fn wait_until_ready(&mut self) -> Result<(), Error> {
+    /// Waits until it has its ports and serves the guest. The thread that passes its messages on is in `sandbox`.
+    pub fn wait_until_ready(&mut self, sandbox: &Sandbox) -> Result<(), Error> {
         let Some(mut messages) = self.messages.take() else { return Ok(()) };
         let deadline = Instant::now() + START_LIMIT;
         loop {
@@ -151,7 +152,11 @@ impl Passt {
                 Err(error) => return Err(Error::Start(error.into())),
             }
         }
-        let log = move || self::log(messages);
+        let sandbox = sandbox.clone();
+        let log = move || match sandbox.enter(Role::Stream) {
+            Ok(()) => self::log(messages),
+            Err(error) => log::error!("cannot restrict the thread of passt's messages: {error}"),
+        };
         thread::Builder::new().name("bantam-passt".into()).spawn(log).map(drop).map_err(Error::Start)
     }
 
