@@ -16,6 +16,7 @@ pub mod outputs;
 pub mod progress;
 pub mod restore;
 pub mod rootfs;
+pub mod sandbox;
 pub mod test;
 pub mod told;
 pub mod warm;
@@ -289,6 +290,12 @@ pub struct Run {
     /// A control group does that if this user may make one; else vCPUs pause, and devices are not counted.
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     cpu_quota: Option<Quota>,
+    /// What bantam may still do when the machine runs [default: off].
+    ///
+    /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
+    /// log: such a system call is told, and made. off: all that the user may do.
+    #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
+    pub sandbox: Option<bantam::sandbox::Mode>,
     /// Let the command have at most N processes and threads.
     #[arg(long, value_name = "N", help_heading = "Limits")]
     pids: Option<u32>,
@@ -398,6 +405,7 @@ impl Run {
         self.events = self.events.take().or_else(|| run.events.clone());
         self.metrics = self.metrics.take().or_else(|| run.metrics.clone());
         self.warm = self.warm.take().or_else(|| run.warm.clone());
+        self.sandbox = self.sandbox.or(run.sandbox);
         self.github |= run.github;
         self.retry.get_or_insert(run.retry);
         if self.verbose == 0 {
@@ -465,6 +473,7 @@ impl Run {
             verbose: self.verbose,
             log_file: self.log_file.clone(),
             events: self.events.clone(),
+            sandbox: self.sandbox,
             metrics: self.metrics.clone(),
         };
         let (config, run) = (serde_json::to_string_pretty(config)?, serde_json::to_string_pretty(&run)?);

@@ -24,6 +24,7 @@ use cli::attempts::Attempts;
 use cli::message::{chain, say};
 use cli::output_file::OutputFile;
 use cli::restore::Restore;
+use cli::sandbox::Process;
 use cli::test::{Test, Verdict};
 use cli::told::{named_console, telling};
 use cli::warm::Starts;
@@ -132,7 +133,8 @@ fn api(flags: &cli::api::Flags, started: Instant) -> Result<ExitCode, Box<dyn Er
         }
     }
     let Some(mut machine) = program.machine.take() else { return Ok(ExitCode::SUCCESS) };
-    let serving = server.map(cli::api::Serving::start).transpose()?;
+    program.process.enter(&machine)?;
+    let serving = server.map(|server| cli::api::Serving::start(server, machine.sandbox())).transpose()?;
     let ended = machine.run();
     drop(serving);
     // The signals do what they usually do.
@@ -160,6 +162,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     }
     let document = run.document()?;
     let run = run;
+    Process::new(cli::sandbox::mode(run.sandbox)).close_others(&document.config);
     if run.github {
         cli::github::guard_words();
     }
@@ -192,6 +195,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
     let mut image = None;
+    let process = process(&run, &attempts);
     let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
@@ -205,7 +209,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
             if let (Some(key), None) = (&run.warm, &warm) {
                 *warm = Some(Starts::new(key, &config)?);
             }
-            build(&run, config, begin, wanted, &mut named, warm)
+            build(&run, config, begin, wanted, &mut named, warm, &process)
         });
         // Kernel and modules are in the guest's memory, unless they are needed again.
         in_use = in_use.take().filter(|_| may_be_again);
@@ -245,8 +249,19 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     Ok(status(&outcome))
 }
 
+/// The sandbox of a run.
+fn process(run: &cli::Run, attempts: &Attempts) -> Process {
+    let mut process = Process::new(cli::sandbox::mode(run.sandbox));
+    process.asked = run.name.is_some();
+    // One that starts warm is saved when it is ready, or booted when that does not work.
+    process.builds_again = run.retries() > 0 || run.warm.is_some();
+    process.later = attempts.opened_later();
+    process
+}
+
 /// Has a saved machine go on, to its end.
 fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
+    Process::new(cli::sandbox::mode(restore.sandbox)).close_others(&Config::new());
     let snapshot = restore.snapshot()?;
     let Restore { report, log_file, events, metrics, .. } = restore;
     let outputs = [("report", report), ("log", log_file), ("events", events), ("metrics", metrics)];
@@ -257,12 +272,18 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let signals = signals(false)?;
     let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
     cli::descriptors::allow(&snapshot.config);
-    let builder = named_console(Builder::restore(snapshot), &named).started(started).signals(signals);
+    let mut process = Process::new(cli::sandbox::mode(restore.sandbox));
+    process.asked = restore.name.is_some();
+    process.later = report.iter().filter_map(OutputFile::opened_later).collect();
+    let threads = process.threads(&snapshot.config)?;
+    let builder = named_console(Builder::restore(snapshot), &named).sandbox(threads);
+    let builder = builder.started(started).signals(signals);
     let mut machine = telling(builder, events.as_deref(), metrics.as_deref())?.build()?;
-    if let Some(named) = &mut named {
-        named.serve(machine.handle())?;
-    }
     log.create()?;
+    process.enter(&machine)?;
+    if let Some(named) = &mut named {
+        named.serve(machine.handle(), machine.sandbox())?;
+    }
     let outcome = machine.run()?;
     let told = machine.report();
     drop(machine);
@@ -318,6 +339,7 @@ fn build(
     keep: bool,
     named: &mut Option<Server>,
     warm: &mut Option<Starts>,
+    process: &Process,
 ) -> Result<Machine, Box<dyn Error>> {
     let log = cli::log::start(run.verbose, run.log_file.as_deref())?;
     let what = format!(
@@ -328,8 +350,10 @@ fn build(
     );
     cli::descriptors::allow(&config);
     let terminal = config.command.as_ref().is_some_and(|command| command.tty);
+    let threads = process.threads(&config)?;
     let build = |builder: Builder| {
-        let mut builder = builder.started(started).signals(signals(terminal)?).when_running(process::give_back);
+        let builder = builder.started(started).signals(signals(terminal)?).sandbox(threads.clone());
+        let mut builder = builder.when_running(process::give_back);
         if keep {
             builder = builder.keep_output(ending::KEPT);
         }
@@ -340,10 +364,11 @@ fn build(
         Some(warm) => warm.build(config, build)?,
         None => build(Builder::new(config))?,
     };
-    if let Some(named) = named {
-        named.serve(machine.handle())?;
-    }
     log.create()?;
+    process.enter(&machine)?;
+    if let Some(named) = named {
+        named.serve(machine.handle(), machine.sandbox())?;
+    }
     log::info!("running {what}");
     if !check::hardware_virtualization() {
         log::warn!(

@@ -1,6 +1,6 @@
 //! The process of the `bantam` command: how it starts and exits, and what it gives back when a machine runs.
 
-#![expect(unsafe_code, reason = "the C library calls main; madvise takes an address; malloc_trim has no safe wrapper")]
+#![expect(unsafe_code, reason = "the C library calls main; memory is given back; close_range has no wrapper")]
 
 use std::ptr::with_exposed_provenance_mut;
 
@@ -54,6 +54,23 @@ fn open_standard_streams() {
         // It gets the lowest number that is free, and is never closed.
         let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
         let _ = null.map(IntoRawFd::into_raw_fd);
+    }
+}
+
+/// Closes all descriptors but the standard streams and those that are `named`.
+pub fn close_all_but(mut named: Vec<std::os::fd::RawFd>) {
+    const FIRST: u32 = 3;
+    named.sort_unstable();
+    let mut first = FIRST;
+    let named = named.into_iter().filter_map(|fd| u32::try_from(fd).ok());
+    for end in named.chain([u32::MAX]) {
+        // The last one is none.
+        let last = if end == u32::MAX { end } else { end.saturating_sub(1) };
+        if first <= last {
+            // SAFETY: nothing that this process has opened is open yet. An old kernel has no such call: they stay open.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+        first = first.max(end.saturating_add(1));
     }
 }
 

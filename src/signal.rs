@@ -97,12 +97,15 @@ pub fn end_with_parent(parent: u32) -> bool {
     true
 }
 
-/// Blocks all signals in this thread, and in the processes that it makes.
+/// Blocks all signals but those that it causes in this thread, and in the processes that it makes.
 pub fn block_all() {
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigfillset initialises the set that it is given.
     unsafe { libc::sigfillset(set.as_mut_ptr()) };
-    // SAFETY: initialised just above, and the one before is not asked for.
+    // A violation of the sandbox is told by its handler.
+    // SAFETY: initialised just above.
+    unsafe { libc::sigdelset(set.as_mut_ptr(), libc::SIGSYS) };
+    // SAFETY: as above, and the one before is not asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) };
 }
 

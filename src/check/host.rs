@@ -9,6 +9,7 @@ use kvm_ioctls::{Cap, Kvm};
 use rustix::process::{getegid, geteuid, getgroups};
 
 use crate::arch::x86_64::cpuid::has_virtualization;
+use crate::sandbox::landlock_version;
 
 use super::{Row, Table, syscall, without_number};
 
@@ -40,7 +41,7 @@ pub fn host() -> Table {
             rows.push(Row::missing(KVM, format!("cannot be opened: {}. {advice}", reason(&error))));
         }
     }
-    rows.extend([tun(), io_uring(), userfaultfd(), landlock()]);
+    rows.extend([tun(), io_uring(), userfaultfd(), seccomp(), landlock(), user_namespaces()]);
     Table(rows)
 }
 
@@ -185,12 +186,49 @@ fn userfaultfd() -> Row {
     }
 }
 
+/// What `--sandbox` is made of.
+fn seccomp() -> Row {
+    let name = "seccomp";
+    match std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
+        Ok(actions) if actions.split_whitespace().any(|action| action == "trap") => {
+            Row::ok(name, "system calls are filtered (--sandbox)")
+        }
+        _ => Row::absent(name, "no filters of system calls (--sandbox): the kernel has none (CONFIG_SECCOMP_FILTER)"),
+    }
+}
+
 fn landlock() -> Row {
     let name = "Landlock";
-    match syscall::landlock_abi() {
-        Ok(version) => Row::ok(name, format!("ABI {version}")),
-        Err(error) => Row::absent(name, format!("not needed yet: {}", reason(&error))),
+    match landlock_version() {
+        Ok(version) => Row::ok(name, format!("version {version}: files are limited to the machine's (--sandbox)")),
+        Err(error) => {
+            let reason = reason(&error);
+            Row::absent(
+                name,
+                format!(
+                    "all of the user's files stay open to bantam (--sandbox): {reason}. Put lsm=landlock,... on the kernel's command line"
+                ),
+            )
+        }
     }
+}
+
+fn user_namespaces() -> Row {
+    let name = "user namespaces";
+    let sysctl = |path: &str| std::fs::read_to_string(Path::new("/proc/sys").join(path)).ok();
+    let is = |path, value: &str| sysctl(path).is_some_and(|text| text.trim() == value);
+    let cure = match () {
+        () if !Path::new("/proc/self/ns/user").exists() => "the kernel has none",
+        () if is("user/max_user_namespaces", "0") => "sysctl user.max_user_namespaces is 0",
+        () if is("kernel/unprivileged_userns_clone", "0") => {
+            "only for root: sysctl kernel.unprivileged_userns_clone is 0"
+        }
+        () if is("kernel/apparmor_restrict_unprivileged_userns", "1") => {
+            "only for root: sysctl kernel.apparmor_restrict_unprivileged_userns is 1"
+        }
+        () => return Row::ok(name, ""),
+    };
+    Row::absent(name, format!("only passt uses them: {cure}"))
 }
 
 /// An error's text without the number.
@@ -217,7 +255,16 @@ mod tests {
     #[test]
     fn every_thing_has_one_row() {
         let table = host();
-        for name in ["VT-x or SVM", "/dev/kvm", "/dev/net/tun", "io_uring", "userfaultfd", "Landlock"] {
+        for name in [
+            "VT-x or SVM",
+            "/dev/kvm",
+            "/dev/net/tun",
+            "io_uring",
+            "userfaultfd",
+            "seccomp",
+            "Landlock",
+            "user namespaces",
+        ] {
             assert_eq!(table.0.iter().filter(|row| row.name == name).count(), 1, "{name}");
         }
     }

@@ -13,10 +13,12 @@ use bantam::control::{Api, Program, Server, Stop, VERSION};
 use bantam::machine::firecracker::Counts;
 use bantam::machine::{Builder, Handle, Machine, Snapshot};
 use bantam::named;
+use bantam::sandbox::{Mode, Role, Sandbox};
 use bantam::signal::{self, SignalFd};
 use clap::{Args, FromArgMatches};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::sandbox::Process;
 use super::{log, message, told};
 
 pub const EXAMPLES: &str = "\
@@ -78,14 +80,20 @@ pub struct Flags {
     /// The most bytes in the body of a request.
     #[arg(long, value_name = "BYTES", default_value_t = 51200, help_heading = "Limits")]
     http_api_max_payload_size: usize,
+    /// What bantam may still do when the machine runs [default: off].
+    ///
+    /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
+    /// log: such a system call is told, and made. off: all that the user may do.
+    #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
+    pub sandbox: Option<bantam::sandbox::Mode>,
     /// The most bytes that the metadata service may hold; there is none, and nothing holds them.
     #[arg(long, value_name = "BYTES", help_heading = "Taken and not used")]
     mmds_size_limit: Option<usize>,
     /// A file of data for the metadata service, which is refused.
     #[arg(long, value_name = "FILE", help_heading = "Taken and not used")]
     metadata: Option<PathBuf>,
-    /// bantam has no filters of system calls.
-    #[arg(long, conflicts_with = "seccomp_filter", help_heading = "Taken and not used")]
+    /// Filter no system calls, whatever --sandbox says.
+    #[arg(long, conflicts_with = "seccomp_filter", help_heading = "Limits")]
     no_seccomp: bool,
     /// A file of filters for system calls, which is refused.
     #[arg(long, value_name = "FILE", help_heading = "Taken and not used")]
@@ -151,7 +159,7 @@ impl Flags {
     /// Refuses what there is not.
     pub fn check(&self) -> Result<(), Error> {
         let refused = [
-            (self.seccomp_filter.is_some(), "--seccomp-filter", "bantam has no filters of system calls"),
+            (self.seccomp_filter.is_some(), "--seccomp-filter", "bantam has filters of its own (--sandbox)"),
             (self.metadata.is_some(), "--metadata", bantam::config::firecracker::NO_MMDS),
             (self.enable_pci, "--enable-pci", "bantam has its devices on MMIO"),
         ];
@@ -218,6 +226,8 @@ pub struct Machines {
     log: log::Started,
     signals: SignalFd,
     started: Instant,
+    /// What becomes of the process when the machine runs.
+    pub process: Process,
     name: Option<Name>,
     events: Option<PathBuf>,
     /// Where the machine is reached by its name.
@@ -231,8 +241,10 @@ impl Machines {
     pub fn new(flags: &Flags, started: Instant) -> Result<Self, Error> {
         let log = log::start(0, None)?;
         flags.logger().map_or(Ok(()), |logger| log.change(&logger))?;
+        let mut process = Process::new(if flags.no_seccomp { Mode::Off } else { super::sandbox::mode(flags.sandbox) });
+        (process.asked, process.changes_disks) = (true, true);
         let (name, events) = (flags.name.clone(), flags.events.clone());
-        Ok(Self { log, signals: signals()?, started, name, events, named: None, machine: None })
+        Ok(Self { log, signals: signals()?, started, process, name, events, named: None, machine: None })
     }
 
     /// Counts what happens to the log.
@@ -256,6 +268,8 @@ impl Machines {
 impl Machines {
     fn build(&mut self, builder: Builder, config: &Config) -> Result<Handle, String> {
         super::descriptors::allow(config);
+        let threads = self.process.threads(config).map_err(|error| message::chain(&*error))?;
+        let builder = builder.sandbox(threads);
         let signals = signals().map_err(|error| message::chain(&error))?;
         let builder = builder.started(self.started).signals(signals).when_running(crate::process::give_back);
         let builder = told::telling(builder, self.events.as_deref(), None)?;
@@ -264,7 +278,7 @@ impl Machines {
         let machine = told::named_console(builder, &named).build().map_err(|error| message::chain(&error))?;
         let handle = machine.handle();
         if let Some(named) = &mut named {
-            named.serve(handle.clone()).map_err(|error| message::chain(&error))?;
+            named.serve(handle.clone(), machine.sandbox()).map_err(|error| message::chain(&error))?;
         }
         (self.machine, self.named) = (Some(machine), named);
         Ok(handle)
@@ -305,9 +319,13 @@ pub struct Serving {
 
 impl Serving {
     /// Serves from now on.
-    pub fn start(mut server: Server) -> Result<Self, Error> {
+    pub fn start(mut server: Server, sandbox: &Sandbox) -> Result<Self, Error> {
         let stop = server.stop();
+        let sandbox = sandbox.clone();
         let serve = move || {
+            if let Err(error) = sandbox.enter(Role::Control) {
+                return ::log::error!("cannot restrict the thread of the API: {error}");
+            }
             if let Err(error) = server.serve(None) {
                 ::log::error!("{}", message::chain(&error));
             }

@@ -1,12 +1,14 @@
 //! The attempts of one run, and all who are told of them: the report, the JUnit file, GitHub.
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bantam::command::Tail;
 use bantam::config::Config;
 use bantam::machine::{Machine, Report};
 use bantam::outcome::Outcome;
+use bantam::sandbox::Access;
 use serde::Serialize;
 
 use super::ending::{self, Ending, Failure, Lines};
@@ -146,6 +148,11 @@ impl Attempts {
     }
 
     /// Whether anybody wants to know what happened, and what the command printed.
+    /// What is opened when all is told.
+    pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
+        [&self.report, &self.junit].into_iter().flatten().filter_map(OutputFile::opened_later).collect()
+    }
+
     fn are_wanted(&self) -> bool {
         self.report.is_some() || self.junit.is_some() || self.github
     }

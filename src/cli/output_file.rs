@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bantam::devices::console::Stdout;
+use bantam::sandbox::Access;
 use rustix::fs::OFlags;
 use rustix::stdio::stdout;
 
@@ -76,6 +77,15 @@ impl OutputFile {
             may_create(&path)?;
         }
         Ok(Self { what, path, kind })
+    }
+
+    /// What is opened when it is written.
+    pub fn opened_later(&self) -> Option<(PathBuf, Access)> {
+        match self.kind {
+            Kind::File => Some((folder(&self.path).to_owned(), Access::Replace)),
+            Kind::Stream => Some((self.path.clone(), Access::Write)),
+            Kind::Stdout => None,
+        }
     }
 
     /// Writes all of it.

@@ -61,6 +61,12 @@ pub struct Restore {
     /// End the machine after this time.
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
+    /// What bantam may still do when the machine runs [default: off].
+    ///
+    /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
+    /// log: such a system call is told, and made. off: all that the user may do.
+    #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
+    pub sandbox: Option<bantam::sandbox::Mode>,
 
     /// Let `bantam ps`, stop, pause, resume, snapshot, console and metrics reach the machine by this name.
     #[arg(long, value_name = "NAME", help_heading = "Output")]

@@ -8,6 +8,7 @@ use bantam::config::Config;
 use bantam::kvm;
 use bantam::machine::{self, Builder, Machine};
 use bantam::outcome::Outcome;
+use bantam::sandbox::Role;
 use bantam::warm::{self, Basis, Making, Miss, Place, Store, Unfit};
 use clap::Subcommand;
 use serde::Serialize;
@@ -132,7 +133,11 @@ impl Starts {
         let machine = build(builder)?;
         if let Some((making, saved)) = making {
             let basis = self.basis.clone();
-            let make = move || make(making, &basis, &saved);
+            let sandbox = machine.sandbox().clone();
+            let make = move || {
+                sandbox.enter_first(Role::Main)?;
+                make(making, &basis, &saved)
+            };
             self.making = Some(thread::Builder::new().name("bantam-warm".into()).spawn(make)?);
         }
         let (Ok(why) | Err(why)) = why;

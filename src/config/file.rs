@@ -45,6 +45,9 @@ pub struct Run {
     /// Where what happens is written, as lines of JSON.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub events: Option<PathBuf>,
+    /// What the process may still do when the machine runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<crate::sandbox::Mode>,
     /// Where the counters are written each minute and at the end, as lines of JSON, under Firecracker's names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics: Option<PathBuf>,

@@ -5,6 +5,7 @@ pub mod file;
 pub mod firecracker;
 pub mod json;
 pub mod kv;
+mod later;
 mod name;
 pub mod nearest;
 mod overlay;

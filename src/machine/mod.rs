@@ -24,6 +24,7 @@ mod working_set;
 use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -48,7 +49,7 @@ use crate::devices::console::Input;
 use crate::devices::output::Output;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Access, Sandbox};
 use crate::signal::SignalFd;
 use crate::vcpu::{self, Buses};
 use crate::virtio::balloon;
@@ -219,6 +220,23 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// What it was built from.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The sandbox of its threads.
+    pub fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
+    }
+
+    /// The files that it opens, makes or removes while it runs: those of the [configuration](Config::opened_later), and those of its
+    /// control group.
+    pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
+        let group = self.quota.as_ref().and_then(Quota::folder).map(|folder| (folder.to_owned(), Access::Change));
+        self.config.opened_later().into_iter().chain(group).collect()
+    }
+
     /// What reaches the machine from other threads.
     pub fn handle(&self) -> Handle {
         Handle::new(self.sender.clone(), &self.attached, self.balloon.clone(), self.pause.paused())

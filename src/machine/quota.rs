@@ -1,6 +1,7 @@
 //! What keeps a machine within its CPU time.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::Group;
@@ -31,6 +32,14 @@ impl Quota {
         };
         log::info!("CPU time is limited to {quota} by {limit}");
         limit
+    }
+
+    /// The folder that the control group is in, if there is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Group(group) => group.path().parent(),
+            Self::Budget(_) => None,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::{About, Error, Name, Request, Watchers, make_folder};
 use crate::config::Config;
 use crate::machine::{Destination, Handle};
+use crate::sandbox::{Role, Sandbox};
 use crate::socket::Listener;
 
 /// The most clients at once.
@@ -78,15 +79,18 @@ impl Server {
     ///
     /// # Errors
     /// When there can be no thread for it.
-    pub fn serve(&mut self, handle: Handle) -> Result<(), Error> {
+    pub fn serve(&mut self, handle: Handle, sandbox: &Sandbox) -> Result<(), Error> {
         let bind = |source| Error::Bind { name: self.shared.about.name.clone(), source };
         *self.shared.handle() = Some(handle);
         if self.serving {
             return Ok(());
         }
         let listener = self.listener.try_clone().map_err(bind)?;
-        let shared = self.shared.clone();
+        let (shared, sandbox) = (self.shared.clone(), sandbox.clone());
         let accept = move || {
+            if let Err(error) = sandbox.enter_first(Role::Control) {
+                return log::error!("cannot restrict the thread for who asks for the machine: {error}");
+            }
             for stream in listener.incoming() {
                 match stream {
                     Ok(stream) => shared.accept(stream),

@@ -66,28 +66,23 @@ pub(super) const BASE: &List = &[
     (SYS_set_robust_list, Any),
     (SYS_membarrier, Any),
     (SYS_prlimit64, Is(0, &[0])),
-    (SYS_prctl, Is(0, &[PR_SET_NAME as u32, PR_GET_NAME as u32, PR_SET_VMA as u32, PR_SET_NO_NEW_PRIVS as u32])),
+    (SYS_prctl, Is(0, PRCTL)),
     (SYS_fstat, Any),
     (SYS_lseek, Any),
     (SYS_fcntl, Is(1, FCNTL)),
     (SYS_ioctl, Is(1, TERMINAL)),
 ];
 
+const PR_GET_AUXV: u32 = 0x4155_5856;
+const PRCTL: &[u32] =
+    &[PR_SET_NAME as u32, PR_GET_NAME as u32, PR_SET_VMA as u32, PR_SET_NO_NEW_PRIVS as u32, PR_GET_AUXV];
+
 const FCNTL: &[u32] = &[F_GETFD as u32, F_SETFD as u32, F_GETFL as u32, F_SETFL as u32, F_DUPFD_CLOEXEC as u32];
 
-/// What a terminal is asked, and made what it was before: `TCGETS2` to `TCSETSF2`, and the same without a number.
-const TERMINAL: &[u32] = &[
-    TCGETS as u32,
-    TCSETS as u32,
-    TCSETSW as u32,
-    TCSETSF as u32,
-    0x802c_542a,
-    0x402c_542b,
-    0x402c_542c,
-    0x402c_542d,
-    TIOCGWINSZ as u32,
-    TIOCGPGRP as u32,
-];
+/// What a terminal is asked, and made what it was before: TCGETS to TCSETSF, the same by their later numbers, TIOCGPGRP,
+/// TIOCGWINSZ.
+const TERMINAL: &[u32] =
+    &[0x5401, 0x5402, 0x5403, 0x5404, 0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d, 0x540f, 0x5413];
 
 /// Sockets that are there, and new ones on this host.
 pub(super) const SOCKETS: &List = &[
@@ -194,7 +189,7 @@ pub(super) const FILES: &List = &[
     (SYS_ftruncate, Any),
 ];
 
-/// Threads, which take a filter first thing. Where clone3 is, whose flags a filter does not see, the C library goes on
+/// Threads, which give up what they can, and take a filter first thing. Where clone3 is, whose flags a filter does not see, the C library goes on
 /// without it.
 pub(super) const THREADS: &List = &[
     (SYS_clone, Is(0, &[THREAD, THREAD_OF_MUSL])),
@@ -202,6 +197,8 @@ pub(super) const THREADS: &List = &[
     (SYS_seccomp, Is(0, &[SECCOMP_SET_MODE_FILTER])),
     (SYS_landlock_restrict_self, Any),
     (SYS_epoll_create1, Any),
+    (SYS_capget, Any),
+    (SYS_capset, Any),
 ];
 
 /// `CLONE_VM | FS | FILES | SIGHAND | THREAD | SYSVSEM | SETTLS | PARENT_SETTID | CHILD_CLEARTID`.
@@ -230,7 +227,9 @@ const VCPU_IOCTLS: &[u32] = &[
 
 /// The run loop, and what it starts: saving, the end.
 pub(super) const MAIN: &List = &[
-    (SYS_clone, Is(0, &[FORK, SIGCHLD as u32])),
+    (SYS_clone, Is(0, &[FORK, SIGCHLD as u32, CLONE_PIDFD as u32])),
+    (SYS_close_range, Any),
+    (SYS_prctl, Is(0, &[PR_SET_PDEATHSIG as u32])),
     (SYS_wait4, Any),
     (SYS_waitid, Any),
     (SYS_kill, Any),
@@ -249,8 +248,12 @@ pub(super) const MAIN: &List = &[
     (SYS_sync_file_range, Any),
     (SYS_memfd_create, Any),
     (SYS_setpriority, Is(0, &[PRIO_PROCESS])),
+    (SYS_rt_sigaction, Is(0, REAL_TIME)),
     (SYS_ioctl, Is(1, MAIN_IOCTLS)),
 ];
+
+/// The signals that the C library has for itself, and SIGRTMIN, which kicks vCPUs: handlers are there with the first thread.
+const REAL_TIME: &[u32] = &[32, 33, 34, 35];
 
 /// `CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD`, which is fork.
 const FORK: u32 = 0x0120_0011;

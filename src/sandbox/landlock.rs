@@ -242,7 +242,7 @@ mod tests {
                     |result: io::Result<()>| result.is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
                 let read = |name: &str| File::open(file(name)).map(drop);
                 let write = |name: &str| File::options().append(true).open(file(name)).map(drop);
-                let make = |name: &str| File::create_new(file(name)).map(drop);
+                let make = |name: &str| File::options().write(true).create_new(true).open(file(name)).map(drop);
                 assert!(denied(read("other/file")) && denied(make("other/new")), "nobody names it");
                 assert!(denied(fs::read_dir(&folder).map(drop)) && open.metadata().is_ok());
                 assert!(read("read/file").is_ok() && denied(write("read/file")) && denied(make("read/new")));

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use filter::List;
 pub use landlock::{Access, Error, Ruleset, version as landlock_version};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 pub use violation::name_violations;
 
 use crate::text::serde_as_text;
@@ -27,7 +28,7 @@ pub enum Mode {
     /// None.
     #[default]
     Off,
-    /// System calls that are not allowed are told, and made; files that are not allowed cannot be opened.
+    /// System calls that are not allowed are told, and made. Nothing else is restricted.
     Log,
     /// A system call that is not allowed ends the process.
     On,
@@ -99,7 +100,9 @@ pub struct Sandbox(Option<Arc<Rules>>);
 struct Rules {
     log: bool,
     files: bool,
-    landlock: Option<Ruleset>,
+    kept: CapabilitySet,
+    /// The process does without: each thread restricts itself.
+    alone: Option<Option<Ruleset>>,
 }
 
 impl Sandbox {
@@ -109,14 +112,25 @@ impl Sandbox {
     /// A violation is a SIGSYS, which kills the process unless somebody handles it ([`name_violations`]); with [`Mode::Log`]
     /// somebody has to.
     pub fn new(mode: Mode, files: bool) -> Self {
-        let rules = Rules { log: mode == Mode::Log, files, landlock: None };
+        let rules = Rules { log: mode == Mode::Log, files, kept: CapabilitySet::empty(), alone: None };
         Self((mode != Mode::Off).then(|| Arc::new(rules)))
     }
 
-    /// The same, and vCPUs and devices can open only the files that `ruleset` allows: for a program whose other threads can
-    /// open more.
-    pub fn with_landlock(self, ruleset: Ruleset) -> Self {
-        Self(self.0.map(|rules| Arc::new(Rules { log: rules.log, files: rules.files, landlock: Some(ruleset) })))
+    /// The same, and of the capabilities no others are kept by threads that give them up.
+    pub fn keeping(mut self, kept: CapabilitySet) -> Self {
+        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+            rules.kept = kept;
+        }
+        self
+    }
+
+    /// The same, for a process that is not in a sandbox: each thread gives up capabilities, and vCPUs and devices can open
+    /// only the files that `ruleset` allows.
+    pub fn by_themselves(mut self, ruleset: Option<Ruleset>) -> Self {
+        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+            rules.alone = Some(ruleset);
+        }
+        self
     }
 
     /// Restricts this thread, and those that it starts, for good. It gives up new privileges if it has not done so.
@@ -125,9 +139,9 @@ impl Sandbox {
     /// When the kernel does not take the rules. One without seccomp is no error.
     pub fn enter(&self, role: Role) -> io::Result<()> {
         let Some(rules) = &self.0 else { return Ok(()) };
-        if let Some(ruleset) = rules.landlock.as_ref().filter(|_| matches!(role, Role::Vcpu | Role::Device)) {
-            rustix::thread::set_no_new_privs(true)?;
-            ruleset.restrict().map_err(io::Error::other)?;
+        if let Some(ruleset) = rules.alone.as_ref().filter(|_| !matches!(role, Role::Main | Role::Control)) {
+            rules.give_up()?;
+            ruleset.as_ref().map_or(Ok(()), Ruleset::restrict).map_err(io::Error::other)?;
         }
         let mut lists = role.lists(rules.files);
         if rules.log {
@@ -153,6 +167,38 @@ impl Sandbox {
         violate(role);
         Ok(())
     }
+
+    /// The same for a thread that is there before the process is restricted.
+    ///
+    /// # Errors
+    /// As [`enter`](Self::enter).
+    pub fn enter_first(&self, role: Role) -> io::Result<()> {
+        self.0.as_ref().filter(|rules| rules.alone.is_none()).map_or(Ok(()), |rules| rules.give_up())?;
+        self.enter(role)
+    }
+}
+
+impl Rules {
+    /// Gives up privileges of this thread.
+    fn give_up(&self) -> io::Result<()> {
+        rustix::thread::set_no_new_privs(true)?;
+        if !self.log {
+            drop_capabilities(self.kept)?;
+        }
+        Ok(())
+    }
+}
+
+/// Gives up this thread's capabilities, and those of threads that it starts, but for what it has of the `kept`.
+///
+/// # Errors
+/// When the kernel does not take them.
+pub fn drop_capabilities(mut kept: CapabilitySet) -> rustix::io::Result<()> {
+    if !kept.is_empty() {
+        kept &= rustix::thread::capabilities(None)?.permitted;
+    }
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets)
 }
 
 /// Makes a system call that no thread may make, in a test.

@@ -53,7 +53,7 @@ extern "C" fn on_sigsys(_signal: i32, info: *mut libc::siginfo_t, context: *mut 
         return;
     }
     // SAFETY: with this code it has these fields at this offset, within its 128 bytes.
-    let call = unsafe { info.cast::<u8>().add(16).cast::<Call>().read() };
+    let call = unsafe { info.wrapping_byte_add(16).cast::<Call>().read() };
     // SAFETY: the kernel gives a handler of this kind the context, which nobody else has.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let register = |index: i32| registers[usize::try_from(index).unwrap_or_default()].cast_unsigned();
@@ -166,7 +166,7 @@ fn caller(stack: u64) -> Option<u64> {
     (0..left.min(STACK_WORDS)).find_map(|index| {
         // SAFETY: the stack of the thread that made the call is mapped to the end of the page that it is in, and this
         // thread is the one.
-        let word = unsafe { words.add(index).read_volatile() };
+        let word = unsafe { words.wrapping_add(index).read_volatile() };
         Some(word).filter(|word| is_in_program(*word))
     })
 }

@@ -9,6 +9,7 @@ mod console;
 mod embedded;
 mod guest;
 mod killed;
+mod sandbox;
 mod stuck;
 mod terminal;
 

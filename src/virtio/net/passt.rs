@@ -153,7 +153,7 @@ impl Passt {
             }
         }
         let sandbox = sandbox.clone();
-        let log = move || match sandbox.enter(Role::Stream) {
+        let log = move || match sandbox.enter_first(Role::Stream) {
             Ok(()) => self::log(messages),
             Err(error) => log::error!("cannot restrict the thread of passt's messages: {error}"),
         };

@@ -1,0 +1,160 @@
+//! `--sandbox`: what the process may still do when its machine runs.
+
+use std::error::Error;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use bantam::config::Config;
+use bantam::machine::Machine;
+use bantam::sandbox::{self, Access, Mode, Role, Ruleset, Sandbox};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::CapabilitySet;
+
+/// What there is without `--sandbox`.
+const DEFAULT: Mode = Mode::Off;
+
+/// The sandbox of a machine's process.
+#[derive(Debug)]
+pub struct Process {
+    mode: Mode,
+    /// Somebody may ask for things while the machine runs: it is told where a snapshot goes, and which file a disk has.
+    pub asked: bool,
+    /// Disks may be given other files.
+    pub changes_disks: bool,
+    /// Another machine is built after this one.
+    pub builds_again: bool,
+    /// What the command itself opens in the end.
+    pub later: Vec<(PathBuf, Access)>,
+}
+
+/// The mode that is meant.
+pub fn mode(given: Option<Mode>) -> Mode {
+    #[cfg(debug_assertions)]
+    if let Some(mode) = std::env::var("BANTAM_TEST_SANDBOX").ok().and_then(|text| text.parse().ok()) {
+        return given.unwrap_or(mode);
+    }
+    given.unwrap_or(DEFAULT)
+}
+
+impl Process {
+    pub fn new(mode: Mode) -> Self {
+        Self { mode, asked: false, changes_disks: false, builds_again: false, later: vec![] }
+    }
+
+    /// Whether the process itself has to be able to do more than its machine's threads.
+    fn is_free(&self) -> bool {
+        self.asked || self.builds_again
+    }
+
+    /// What is kept of the privileges of root.
+    fn kept(&self, config: &Config) -> CapabilitySet {
+        let mut kept = CapabilitySet::empty();
+        // Folders may be another user's.
+        if self.asked || !self.later.is_empty() || !config.opened_later().is_empty() {
+            kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+        }
+        if config.has_folders() {
+            kept |= CapabilitySet::CHOWN | CapabilitySet::FOWNER | CapabilitySet::FSETID | CapabilitySet::SETFCAP;
+        }
+        // passt is another user then.
+        if config.nets.iter().any(|net| net.user) {
+            kept |= CapabilitySet::KILL;
+        }
+        kept
+    }
+
+    fn rules(&self, allowed: &[(PathBuf, Access)]) -> Result<Option<Ruleset>, sandbox::Error> {
+        match Ruleset::new(allowed) {
+            Err(error @ (sandbox::Error::Unavailable | sandbox::Error::Old)) => {
+                log::info!("the sandbox is without Landlock: {error}");
+                Ok(None)
+            }
+            rules => rules.map(Some),
+        }
+    }
+
+    /// The sandbox of the threads of a machine that is to be built.
+    pub fn threads(&self, config: &Config) -> Result<Sandbox, Box<dyn Error>> {
+        let mut threads = Sandbox::new(self.mode, config.has_folders() || self.changes_disks);
+        if self.mode == Mode::On {
+            threads = threads.keeping(self.kept(config));
+            if self.is_free() {
+                let rules = if self.changes_disks { None } else { self.rules(&config.opened_later())? };
+                threads = threads.by_themselves(rules);
+            }
+        }
+        Ok(threads)
+    }
+
+    /// Restricts the process, which is about to run `machine`, for good.
+    pub fn enter(&self, machine: &Machine) -> Result<(), Box<dyn Error>> {
+        if self.mode == Mode::Off {
+            return Ok(());
+        }
+        let failed = |what: &'static str| move |error| format!("cannot {what} (--sandbox): {error}");
+        // Asked for later, and read from /proc by kernels before Linux 6.4.
+        let _ = rustix::param::page_size();
+        sandbox::name_violations(self.mode == Mode::Log).map_err(failed("handle SIGSYS"))?;
+        if self.builds_again {
+            return Ok(());
+        }
+        let failed = |what: &'static str| move |error: rustix::io::Errno| format!("cannot {what} (--sandbox): {error}");
+        rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
+        if self.mode == Mode::On {
+            sandbox::drop_capabilities(self.kept(machine.config())).map_err(failed("give up capabilities"))?;
+            if self.asked {
+                // Saving a machine reads what only the owner of the process may, who has nothing of one without dumps.
+                let none = Rlimit { current: Some(0), maximum: Some(0) };
+                setrlimit(Resource::Core, none).map_err(failed("turn off core dumps"))?;
+            } else {
+                let none = DumpableBehavior::NotDumpable;
+                set_dumpable_behavior(none).map_err(failed("keep other processes out of this one"))?;
+                let allowed = [machine.opened_later(), self.later.clone()].concat();
+                self.rules(&allowed)?.map_or(Ok(()), |rules| rules.restrict())?;
+            }
+        }
+        machine
+            .sandbox()
+            .enter(Role::Main)
+            .map_err(|error| format!("cannot filter system calls (--sandbox): {error}"))?;
+        log::info!("the sandbox is {}", self.mode);
+        Ok(())
+    }
+
+    /// Closes the descriptors that the process was started with and that nobody names, in the arguments or in `config`.
+    pub fn close_others(&self, config: &Config) {
+        if self.mode == Mode::On {
+            let text: Vec<_> = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned()).collect();
+            let mut named: Vec<_> = text.iter().flat_map(|argument| numbers(argument)).collect();
+            if *config != Config::new() {
+                named.extend(numbers(&serde_json::to_string(config).unwrap_or_default()));
+                named.extend(config.nets.iter().filter_map(|net| net.fd));
+            }
+            crate::process::close_all_but(named);
+        }
+    }
+}
+
+/// The descriptors that a text names: `fd=5`, `/dev/fd/5`, `/proc/self/fd/5`.
+fn numbers(text: &str) -> impl Iterator<Item = RawFd> {
+    let after = text.match_indices("fd").map(|(at, fd)| &text[at + fd.len()..]);
+    after.filter_map(|rest| {
+        let digits = rest.strip_prefix(['=', '/'])?;
+        let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+        digits[..end].parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_named_by_their_numbers() {
+        let named = |text| numbers(text).collect::<Vec<_>>();
+        assert_eq!(named("fd=5,mac=02:00:00:00:00:01"), [5]);
+        assert_eq!(named("file=/dev/fd/63"), [63]);
+        assert_eq!(named("/proc/self/fd/7:/proc/123/fd/8"), [7, 8]);
+        assert!(named("fdisk=3 fd fd= fd=x").is_empty());
+    }
+}

@@ -1,0 +1,79 @@
+//! What a process with a sandbox has left, and what becomes of one that leaves it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use crate::eventually;
+use crate::support::{Guest, Kernel};
+use rustix::process::Signal;
+
+/// Of each thread by its name, the fields of its status.
+fn threads(pid: i32) -> BTreeMap<String, BTreeMap<String, String>> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let status = |path: &Path| {
+        // One may end meanwhile.
+        let text = fs::read_to_string(path).ok()?;
+        let field = |line: &str| line.split_once(':').map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
+        let fields: BTreeMap<_, _> = text.lines().filter_map(field).collect();
+        Some((fields.get("Name")?.clone(), fields))
+    };
+    tasks.filter_map(|task| status(&task.unwrap().path().join("status"))).collect()
+}
+
+#[test]
+fn a_machine_with_all_devices_runs_with_little() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("disk"), vec![0; 1 << 20]).unwrap();
+    let console = path("console");
+    let vsock = format!("cid=3,socket={}", path("vsock").display());
+    let script = "dd if=/dev/zero of=/dev/vda bs=4k count=9 conv=fsync && echo written; head -c 9 /dev/hwrng | wc -c; sleep 1000";
+    let guest = Guest::new(Kernel::Tiny).script(script).disk(path("disk").display()).option("--vsock", vsock);
+    let guest = guest.option("--balloon", "16M").option("--sandbox", "on");
+    let running = guest.option("--serial", format_args!("socket={}", console.display())).start();
+    eventually(|| UnixStream::connect(&console).is_ok());
+    let pid = running.pid().as_raw_pid();
+    eventually(|| threads(pid).contains_key("bantam-blk0"));
+    for (name, status) in threads(pid) {
+        let is = |field: &str, value: &str| assert_eq!(status[field], value, "{field} of {name}");
+        is("NoNewPrivs", "1");
+        is("Seccomp", "2");
+        // Those that remove the sockets in the end, in folders of other users.
+        for field in ["CapPrm", "CapEff"] {
+            is(field, "0000000000000006");
+        }
+        is("CapInh", "0000000000000000");
+        is("CapAmb", "0000000000000000");
+    }
+    running.signal(Signal::TERM);
+    let ended = running.wait();
+    assert_eq!(ended.status, 128 + Signal::TERM.as_raw(), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("sandbox"), "{}", ended.stderr);
+    assert!(!console.exists() && !path("vsock").exists(), "sockets are removed");
+}
+
+#[test]
+fn a_system_call_beyond_the_lists_is_told_and_ends_it_or_not() {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let guest = |role: &str, mode: &str| {
+        let mut guest = Guest::new(Kernel::Tiny).script("").option("--sandbox", mode);
+        guest.command().env("BANTAM_TEST_VIOLATION", role);
+        guest.run()
+    };
+    for (role, thread) in
+        [("main", "bantam"), ("vcpu", "bantam-vcpu0"), ("device", "bantam-rng"), ("stream", "bantam-console")]
+    {
+        let ended = guest(role, "on");
+        assert_eq!(ended.status, 125, "{role}: {}", ended.stderr);
+        let told = format!("bantam: sandbox: thread {thread} made the system call swapoff (168) with 0x0 ");
+        assert!(ended.stderr.contains(&told) && ended.stderr.contains("bantam+0x"), "{role}: {}", ended.stderr);
+    }
+    let ended = guest("vcpu", "log");
+    assert_eq!(ended.status, 0, "{}", ended.stderr);
+    assert!(ended.stderr.contains("swapoff (168)") && ended.stderr.contains("it goes on"), "{}", ended.stderr);
+    assert_eq!(ended.stderr.matches("made the system call").count(), 1, "{}", ended.stderr);
+}
