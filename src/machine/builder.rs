@@ -319,8 +319,9 @@ fn restore(vm: &Vm, snapshot: &Snapshot) -> Result<Vec<Vcpu>, Error> {
     let create = |(index, state)| vm.create_saved_vcpu(index, state);
     let vcpus = (0..).zip(&state.vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
     let (elapsed, extent) = (state.vm.elapsed(), vm.extent(std::iter::empty())?);
-    vm.restore(&state.vm, elapsed)?;
     vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state, elapsed, &extent))?;
+    // After the local APICs, which what the interrupt controllers have pending goes to.
+    vm.restore(&state.vm, elapsed)?;
     Ok(vcpus)
 }
 

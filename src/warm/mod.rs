@@ -132,7 +132,7 @@ impl Store {
         };
         let keys = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let mut list: Vec<_> = keys.filter(|key| is_name(key)).filter_map(|key| self.listed(key)).collect();
-        list.sort_by(|one, other| one.key.cmp(&other.key));
+        list.sort_unstable_by(|one, other| one.key.cmp(&other.key));
         Ok(list)
     }
 
