@@ -214,7 +214,7 @@ fn every_endpoint_before_and_after_the_start() {
     assert!(sum("get_api_requests", "vmm_version_count") == 2 && sum("patch_api_requests", "drive_fails") == 3);
     let last = &lines[lines.len() - 1]["latencies_us"];
     assert!(["pause_vm", "resume_vm"].iter().all(|what| last[what].as_u64() > Some(0)), "{last}");
-    assert!(last["pause_vm"].as_u64() >= last["vmm_pause_vm"].as_u64() && last["load_snapshot"] == 0, "{last}");
+    assert!(last["vmm_pause_vm"].as_u64() > Some(0) && last["load_snapshot"] == 0, "{last}");
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn a_link_takes_the_flags_of_firecracker() {
     assert!(status == Some(0) && stdout.starts_with("Firecracker v1.17.0\n"), "{stdout}");
     // Of a snapshot only the beginning is looked at.
     api.write("state", b"bantam-state 7 0.0.1 2 damaged\n");
-    for (flags, version) in [(&["--snapshot-version"][..], "v1.0.0\n"), (&["--describe-snapshot", "state"], "v7.0.0\n")]
+    for (flags, version) in [(&["--snapshot-version"][..], "v2.0.0\n"), (&["--describe-snapshot", "state"], "v7.0.0\n")]
     {
         let (status, stdout, stderr) = firecracker(&api, flags);
         assert_eq!((status, &*stdout), (Some(0), version), "{flags:?}: {stderr}");
