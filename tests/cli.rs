@@ -667,7 +667,11 @@ fn bash_completes_names_of_machines() {
         complete bantam resu
     "#;
     let output = Command::new("bash").args(["-c", script, env!("CARGO_BIN_EXE_bantam")]).output().unwrap();
-    assert_eq!(text(&output.stdout), "one other\none other two\n-h -V --help --version\n--time\nresume\n", "{output:?}");
+    assert_eq!(
+        text(&output.stdout),
+        "one other\none other two\n-h -V --help --version\n--time\nresume\n",
+        "{output:?}"
+    );
 }
 
 #[test]
