@@ -277,7 +277,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     process.later = report.iter().filter_map(OutputFile::opened_later).collect();
     let threads = process.threads(&snapshot.config)?;
     let builder = named_console(Builder::restore(snapshot), &named).sandbox(threads);
-    let builder = builder.started(started).signals(signals);
+    let builder = builder.started(started).signals(signals).upkeep(process::give_back);
     let mut machine = telling(builder, events.as_deref(), metrics.as_deref())?.build()?;
     log.create()?;
     process.enter(&machine)?;
@@ -353,7 +353,7 @@ fn build(
     let threads = process.threads(&config)?;
     let build = |builder: Builder| {
         let builder = builder.started(started).signals(signals(terminal)?).sandbox(threads.clone());
-        let mut builder = builder.when_running(process::give_back);
+        let mut builder = builder.upkeep(process::give_back);
         if keep {
             builder = builder.keep_output(ending::KEPT);
         }

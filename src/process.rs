@@ -1,4 +1,4 @@
-//! The process of the `bantam` command: how it starts and exits, and what it gives back when a machine runs.
+//! The process of the `bantam` command: how it starts and exits, and what it gives back while a machine runs.
 
 #![expect(unsafe_code, reason = "the C library calls main; memory is given back; close_range has no wrapper")]
 
@@ -77,10 +77,11 @@ pub fn close_all_but(mut named: Vec<std::os::fd::RawFd>) {
 /// How much of the stack is looked at, in bytes: more than starting takes.
 const STACK: usize = 256 << 10;
 /// Less than this, in bytes, have the functions that are being called.
-const FRAMES: usize = 16 << 10;
+const FRAMES: usize = 4 << 10;
 
-/// Gives back the memory that only starting took: free heap, the stack below the caller's, and the pages of the program, of
-/// which those that are used again come back from the page cache.
+/// Gives back memory that was used before, and is not now: free heap, the stack below the caller's, and the pages of the
+/// program, of which those that are used again come back from the page cache, 64 KiB at a time. A guest that does nothing
+/// needs nearly none.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: gives back what is free.

@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 use std::io::{self, Write};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Condvar, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -130,6 +130,23 @@ fn a_machine_runs_once_and_keeps_its_report() {
     let stages = [durations.first_kvm_run, durations.first_console_byte, durations.user_space, durations.end];
     assert!(stages.iter().all(Option::is_some) && stages.is_sorted(), "{durations:?}");
     assert!(report.statistics["vcpu0"]["device-accesses"].as_u64() > Some(0), "{report:?}");
+}
+
+#[test]
+fn upkeep_is_done_at_the_start_and_again() {
+    static DONE: (Mutex<u32>, Condvar) = (Mutex::new(0), Condvar::new());
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let lab = Lab::new(SHELL);
+    let builder = Builder::new(lab.config.clone()).console(Console::to(lab.screen.clone())).upkeep(|| {
+        *DONE.0.lock().unwrap() += 1;
+        DONE.1.notify_all();
+    });
+    let mut machine = builder.build().unwrap();
+    let (handle, running) = (machine.handle(), thread::spawn(move || machine.run()));
+    let done = DONE.1.wait_timeout_while(DONE.0.lock().unwrap(), LIMIT, |times| *times < 2).unwrap();
+    assert!(!done.1.timed_out());
+    handle.stop();
+    assert_eq!(running.join().unwrap().unwrap(), Outcome::Stopped);
 }
 
 #[test]

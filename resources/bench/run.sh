@@ -324,6 +324,8 @@ memory_once() {
     local pid status=0
     machine "$1" "$tiny" "$built/boot.cpio" "quiet bench=idle rdinit=/bench"
     start_idle || status=1
+    # A while after the boot.
+    sleep 10
     cp "/proc/$pid/smaps" "$built/smaps-$1"
     kill "$pid"
     wait "$pid" || true

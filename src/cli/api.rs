@@ -271,7 +271,7 @@ impl Machines {
         let threads = self.process.threads(config).map_err(|error| message::chain(&*error))?;
         let builder = builder.sandbox(threads);
         let signals = signals().map_err(|error| message::chain(&error))?;
-        let builder = builder.started(self.started).signals(signals).when_running(crate::process::give_back);
+        let builder = builder.started(self.started).signals(signals).upkeep(crate::process::give_back);
         let builder = told::telling(builder, self.events.as_deref(), None)?;
         let bind = |name| named::Server::bind(name, config, self.started);
         let mut named = self.name.as_ref().map(bind).transpose().map_err(|error| message::chain(&error))?;

@@ -38,7 +38,7 @@ pub struct Builder {
     signals: Option<SignalFd>,
     streams: Option<Streams>,
     keep: Option<usize>,
-    when_running: Option<fn()>,
+    upkeep: Option<fn()>,
     told: Told,
     tee: Option<Tee>,
     started: Instant,
@@ -55,7 +55,7 @@ impl Builder {
     /// A builder for the machine that `config` describes.
     pub fn new(config: Config) -> Self {
         let started = Instant::now();
-        let (console, signals, streams, keep, when_running) = (None, None, None, None, None);
+        let (console, signals, streams, keep, upkeep) = (None, None, None, None, None);
         let (told, tee, snapshot, save) = (Told::default(), None, None, None);
         Builder {
             config,
@@ -63,7 +63,7 @@ impl Builder {
             signals,
             streams,
             keep,
-            when_running,
+            upkeep,
             told,
             tee,
             started,
@@ -130,9 +130,10 @@ impl Builder {
         self
     }
 
-    /// Has [`Machine::run`] call `then` when its vCPUs run.
-    pub fn when_running(mut self, then: fn()) -> Self {
-        self.when_running = Some(then);
+    /// Has [`Machine::run`] call `then` when its vCPUs run, and after each look at whether they have halted: a second later,
+    /// each time after twice as long, and at least every minute. It can give back what is not used any more.
+    pub fn upkeep(mut self, then: fn()) -> Self {
+        self.upkeep = Some(then);
         self
     }
 
@@ -171,7 +172,7 @@ impl Builder {
             signals,
             streams,
             keep,
-            when_running,
+            upkeep,
             told,
             tee,
             started,
@@ -279,7 +280,7 @@ impl Builder {
             savers: vec![],
             started,
             times: Durations { kernel_loaded, ..Durations::default() },
-            when_running,
+            upkeep,
             outcome: None,
             start_paused: paused,
             sandbox,

@@ -213,7 +213,7 @@ pub struct Machine {
     may_give: bool,
     started: Instant,
     times: Durations,
-    when_running: Option<fn()>,
+    upkeep: Option<fn()>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     vm: kvm::Vm,

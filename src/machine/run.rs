@@ -241,8 +241,8 @@ impl Machine {
                     self.times.first_kvm_run = Some(self.started.elapsed());
                     self.tell("started", serde_json::json!({"pid": std::process::id()}));
                     self.tell_metrics(Instant::now());
+                    self.upkeep.into_iter().for_each(|then| then());
                 }
-                self.when_running.take().into_iter().for_each(|then| then());
             }
             Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {
                 return Some(Ok(Outcome::Crashed(crash(vcpu, exit, rip, cpl))));
@@ -255,16 +255,19 @@ impl Machine {
                 return Some(Err(Error::Sandbox { what: "vCPU", source }));
             }
             Event::Vcpu(vcpu, vcpu::Report::Stopped(stopped)) => {
-                if let Some(halt) = &mut self.watch.halt {
-                    halt.answered.insert(vcpu);
-                    halt.all_stopped &= stopped;
-                    if halt.answered.len() == self.threads.len() && halt.all_stopped {
-                        if !self.watch.user_space {
-                            log::warn!("no sign of user space was seen on the console before the guest halted");
-                        }
-                        return Some(Ok(Outcome::Halted));
-                    }
+                let Some(halt) = &mut self.watch.halt else { return None };
+                halt.answered.insert(vcpu);
+                halt.all_stopped &= stopped;
+                if halt.answered.len() < self.threads.len() {
+                    return None;
                 }
+                if halt.all_stopped {
+                    if !self.watch.user_space {
+                        log::warn!("no sign of user space was seen on the console before the guest halted");
+                    }
+                    return Some(Ok(Outcome::Halted));
+                }
+                self.upkeep.into_iter().for_each(|then| then());
             }
             Event::Vcpu(_, vcpu::Report::Paused) => return self.vcpu_paused().err().map(Err),
             Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
