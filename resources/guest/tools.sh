@@ -7,6 +7,7 @@ here=$(realpath "$(dirname "$0")")
 folder=$(realpath -m "$here/../../target/guest/tools")
 mkdir -p "$folder"
 gcc -O2 -Wall -static -o "$folder/files" "$here/files.c"
+gcc -O2 -Wall -static -o "$folder/devmem" "$here/devmem.c"
 gcc -O2 -Wall -ffreestanding -fno-stack-protector -fno-pic -mno-red-zone -mgeneral-regs-only -fno-strict-aliasing \
     -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -nostdlib -static -no-pie \
     -Wl,-Ttext-segment=0x200000,--build-id=none,-z,noexecstack -o "$folder/hostile" "$here/hostile.c"

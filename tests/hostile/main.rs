@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod linux;
 #[path = "../support/namespace.rs"]
 #[expect(dead_code, reason = "no test here has both ends of a network")]
 mod namespace;
