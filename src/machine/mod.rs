@@ -3,6 +3,7 @@
 mod board_x86_64;
 mod builder;
 mod changed;
+mod end;
 mod events;
 pub mod firecracker;
 mod folder;
@@ -19,6 +20,7 @@ mod report;
 mod run;
 mod save;
 pub mod snapshot;
+mod watch;
 mod working_set;
 
 use std::collections::BTreeMap;
@@ -191,7 +193,7 @@ pub struct Machine {
     counts: Vec<(&'static str, Arc<dyn Metrics>)>,
     balloon: Option<Arc<balloon::Shared>>,
     told: Told,
-    watch: run::Watch,
+    watch: watch::Watch,
     pause: Pause,
     /// Gives its memory, if that is not from a file.
     memory_handler: Option<memory_handler::Handler>,

@@ -1,22 +1,23 @@
 //! The run loop: one thread, one inbox, and what becomes of the machine.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::sync::{Arc, PoisonError, TryLockError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::end::crash;
 use super::inbox::Event;
 use super::quota::Quota;
+use super::watch::HaltWatch;
 use super::{Error, Machine, changed, snapshot};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
-use crate::kvm::{self, Exit};
-use crate::outcome::{Crash, CrashKind, Outcome, Panic};
+use crate::kvm;
+use crate::outcome::{Outcome, Panic};
 use crate::terminal;
 use crate::vcpu::{self, Budget};
 
@@ -25,78 +26,8 @@ const INPUT_BYTES: usize = 4096;
 /// How long the console must be silent after the end of a panic before it is believed: a kernel that is dead says
 /// nothing more, a user's program that prints such a line does.
 const SILENCE_AFTER_PANIC: Duration = Duration::from_secs(1);
-/// Until the vCPUs are first asked whether they have halted for good. Each time after that is twice as far from the last,
-/// up to a limit: a guest that halts is noticed after it has stood for as long as it had run, or a minute.
-const HALT_LOOK: Duration = Duration::from_secs(1);
-const LAST_HALT_LOOK: Duration = Duration::from_secs(60);
-/// The same, after "System halted": they halt a moment later.
-const ANNOUNCED_HALT_LOOK: Duration = Duration::from_millis(20);
 /// Until the next try to send input, when a vCPU has the serial port: it may be waiting for the console's reader.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
-/// How long devices and the console's reader are waited for when the machine did not end by itself.
-const DRAIN: Duration = Duration::from_secs(1);
-
-/// Where a processor starts after a reset, in its code segment.
-const RESET_VECTOR: u64 = 0xfff0;
-
-/// What the run loop knows about the guest.
-#[derive(Default)]
-pub(super) struct Watch {
-    panic: Option<String>,
-    panic_end: Option<Instant>,
-    halt: Option<HaltWatch>,
-    user_space: bool,
-    seen_console: bool,
-    output_ended: bool,
-    /// What the kernel last said of a process that it ended for its memory.
-    pub(super) out_of_memory: Option<String>,
-    /// When `--timeout` is over, and what it is.
-    time_limit: Option<(Instant, Duration)>,
-    /// The same of `--boot-timeout`.
-    boot_limit: Option<(Instant, Duration)>,
-}
-
-impl Watch {
-    /// The guest stood still for so long, which counts for nothing.
-    pub(super) fn stood_still(&mut self, time: Duration) {
-        for limit in [&mut self.time_limit, &mut self.boot_limit] {
-            *limit = limit.and_then(|(deadline, limit)| Some((deadline.checked_add(time)?, limit)));
-        }
-        self.panic_end.iter_mut().for_each(|deadline| *deadline += time);
-        self.halt.iter_mut().for_each(|halt| halt.next_look += time);
-    }
-
-    /// What comes next, unless the guest stands still.
-    fn deadline(&self) -> Option<Instant> {
-        let limits = [self.time_limit, self.boot_limit.filter(|_| !self.user_space)];
-        let halt = self.halt.as_ref().map(|halt| halt.next_look);
-        limits.map(|limit| Some(limit?.0)).into_iter().chain([self.panic_end, halt]).flatten().min()
-    }
-}
-
-/// The next look at the vCPUs, and what came of the last.
-struct HaltWatch {
-    next_look: Instant,
-    /// From the next look to that after it.
-    interval: Duration,
-    /// The kernel said that it halts.
-    announced: bool,
-    /// Those that have answered: a late answer to the last look may come before that to this one.
-    answered: BTreeSet<u32>,
-    all_stopped: bool,
-}
-
-impl HaltWatch {
-    fn new(next_look: Instant, interval: Duration, announced: bool) -> Self {
-        Self { next_look, interval, announced, answered: BTreeSet::new(), all_stopped: true }
-    }
-
-    /// The watch from a look at `now` on.
-    fn looked(&self, now: Instant) -> Self {
-        Self::new(now + self.interval, (2 * self.interval).min(LAST_HALT_LOOK), self.announced)
-    }
-}
-
 /// How the loop goes on.
 type Step = Option<Result<Outcome, Error>>;
 
@@ -183,7 +114,7 @@ impl Machine {
         let until = |limit: Duration| Some((begin.checked_add(limit)?, limit));
         self.watch.time_limit = self.config.timeout.and_then(until);
         self.watch.boot_limit = self.config.boot_timeout.and_then(until);
-        self.watch.halt = Some(HaltWatch::new(begin + HALT_LOOK, HALT_LOOK, false));
+        self.watch.halt = Some(HaltWatch::from_start(begin));
         loop {
             while let Some(event) = self.inbox.take() {
                 if let Event::Input(bytes) = &event {
@@ -334,7 +265,7 @@ impl Machine {
     }
 
     /// The signal that has come, if it does not just tell of the terminal: of its size, or that a shell had it meanwhile.
-    fn take_signal(&mut self) -> Option<i32> {
+    pub(super) fn take_signal(&mut self) -> Option<i32> {
         let signal = self.signals.as_ref()?.take()?;
         match signal {
             libc::SIGCONT => terminal::resume(),
@@ -352,7 +283,7 @@ impl Machine {
         }
     }
 
-    fn see(&mut self, sight: Sight) {
+    pub(super) fn see(&mut self, sight: Sight) {
         let now = Instant::now();
         match sight {
             Sight::FirstByte => {
@@ -373,7 +304,7 @@ impl Machine {
             }
             Sight::Halted => {
                 (self.watch.panic, self.watch.panic_end) = (None, None);
-                self.watch.halt = Some(HaltWatch::new(now, ANNOUNCED_HALT_LOOK, true));
+                self.watch.halt = Some(HaltWatch::announced(now));
             }
         }
     }
@@ -394,7 +325,7 @@ impl Machine {
     }
 
     /// Waits for an event, a signal, input if it is `wanted`, or the deadline.
-    fn wait(&self, deadline: Option<Instant>, wanted: bool) -> Ready {
+    pub(super) fn wait(&self, deadline: Option<Instant>, wanted: bool) -> Ready {
         let timeout = deadline.map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
@@ -418,7 +349,7 @@ impl Machine {
     }
 
     /// Reads input that is there; true when the user ends the machine.
-    fn take_input(&mut self, pending: &mut VecDeque<u8>) -> bool {
+    pub(super) fn take_input(&mut self, pending: &mut VecDeque<u8>) -> bool {
         let Some(input) = &mut self.input else { return false };
         let mut buffer = [0; 1024];
         match input.read(&mut buffer) {
@@ -456,197 +387,10 @@ impl Machine {
         }
         None
     }
-
-    /// Stops what runs, waits until the console has been written, and says what it all was.
-    fn finish(&mut self, ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
-        // A vCPU may be waiting for the console's reader.
-        self.output.release();
-        self.stop_threads();
-        let ended = self.drain(ended);
-        if let Some(mut session) = self.command.take() {
-            session.finish(DRAIN);
-        }
-        self.input = None;
-        let console_tail = self.output.tail();
-        // The kernel's last words may have been read only just now.
-        let panicked = match &ended {
-            Ok(Outcome::Rebooted | Outcome::Halted | Outcome::Crashed(_) | Outcome::Panicked(_)) => true,
-            Ok(Outcome::TimedOut { .. } | Outcome::BootTimedOut { .. }) => self.watch.panic_end.is_some(),
-            _ => false,
-        };
-        match self.watch.panic.take().filter(|_| panicked) {
-            Some(message) => Ok(Outcome::Panicked(Panic { message, console_tail })),
-            None => ended,
-        }
-    }
-
-    /// Stops the vCPUs, and then the devices. A thread of its own waits for them, as a device may be in slow host I/O, and for
-    /// snapshots that are being written; the console is closed when all have ended.
-    fn stop_threads(&mut self) {
-        self.threads.iter().for_each(vcpu::Thread::stop);
-        for (index, thread) in self.threads.iter().enumerate() {
-            let metrics = Arc::clone(&thread.metrics);
-            self.vcpu_metrics.push((format!("vcpu{index}"), metrics));
-        }
-        let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
-        let (output, savers) = (self.output.clone(), std::mem::take(&mut self.savers));
-        let (memory, recorder) = (self.memory_handler.take(), self.recorder.take());
-        let wait = move || {
-            threads.into_iter().for_each(vcpu::Thread::join);
-            drop(buses);
-            savers.into_iter().for_each(|saver| drop(saver.join()));
-            if let Some((stop, recorder)) = recorder {
-                drop(stop);
-                drop(recorder.join());
-            }
-            // Whoever waits for a page until then must not find zeros in its place.
-            drop(memory);
-            output.close();
-        };
-        if let Err(error) = thread::Builder::new().name("bantam-end".into()).spawn(wait) {
-            // What it was given has been dropped: the last vCPU's thread ends the devices.
-            log::error!("cannot start the thread that waits for the others: {error}");
-            self.output.close();
-        }
-    }
-
-    /// Waits until all threads have ended and the console has been written. A guest that ended by itself is owed that; it
-    /// takes a signal or the time limit to give it up. Otherwise the reader has a moment.
-    fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
-        if self.writer.is_none() {
-            return ended;
-        }
-        let patient = matches!(
-            ended,
-            Ok(Outcome::Exited(_)
-                | Outcome::Killed(_)
-                | Outcome::PoweredOff
-                | Outcome::Rebooted
-                | Outcome::Halted
-                | Outcome::Panicked(_)
-                | Outcome::Crashed(_))
-        );
-        let deadline = drain_deadline(patient, self.watch.time_limit.map(|limit| limit.0), Instant::now());
-        // Input is of no use any more, except for the user's request to end.
-        self.input = self.input.take().filter(|input| input.is_terminal());
-        loop {
-            while let Some(event) = self.inbox.take() {
-                match event {
-                    Event::OutputEnd => self.watch.output_ended = true,
-                    Event::Sight(sight) => self.see(sight),
-                    _ => {}
-                }
-            }
-            if self.watch.output_ended {
-                if self.writer.take().is_some_and(|writer| writer.join().is_err()) {
-                    log::error!("the console's writer panicked");
-                }
-                return ended;
-            }
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return ended;
-            }
-            let ready = self.wait(deadline, false);
-            if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten() {
-                if patient {
-                    ended = Ok(Outcome::Signaled(signal));
-                }
-                return ended;
-            }
-            if ready.input && self.take_input(&mut VecDeque::new()) {
-                return ended;
-            }
-        }
-    }
-}
-
-/// Until when the console may be written after the end, if that is limited: it has the rest of the time, and a moment in
-/// any case.
-fn drain_deadline(patient: bool, time_limit: Option<Instant>, now: Instant) -> Option<Instant> {
-    let moment = now + DRAIN;
-    if patient { time_limit.map(|limit| limit.max(moment)) } else { Some(moment) }
 }
 
 #[derive(Default)]
-struct Ready {
-    signal: bool,
-    input: bool,
-}
-
-fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
-    let mut crash =
-        Crash { vcpu, kind: CrashKind::Unhandled, rip, cpl, instruction: Vec::new(), details: String::new() };
-    match exit {
-        Exit::Shutdown => {
-            crash.kind = CrashKind::TripleFault;
-            if rip == RESET_VECTOR {
-                crash.details = "the vCPU was reset, and where it was is lost: KVM does so on AMD".into();
-            }
-        }
-        Exit::FailEntry(reason) => {
-            crash.kind = CrashKind::FailEntry;
-            crash.details = format!("hardware entry failure reason {reason:#x}");
-        }
-        Exit::InternalError { suberror: kvm::INTERNAL_ERROR_EMULATION, instruction } => {
-            crash.kind = CrashKind::EmulationFailure;
-            crash.instruction = instruction;
-        }
-        Exit::InternalError { suberror, .. } => {
-            crash.kind = CrashKind::InternalError;
-            crash.details = format!("suberror {suberror}");
-        }
-        Exit::Unexpected(what) => crash.details = what,
-        Exit::Served(_) | Exit::Interrupted => {}
-    }
-    crash
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn looks_for_a_halt_become_rare() {
-        let begin = Instant::now();
-        let mut watch = HaltWatch::new(begin + HALT_LOOK, HALT_LOOK, false);
-        let mut looks = vec![];
-        for _ in 0..9 {
-            looks.push((watch.next_look - begin).as_secs());
-            watch = watch.looked(watch.next_look);
-        }
-        assert_eq!(looks, [1, 2, 4, 8, 16, 32, 64, 124, 184]);
-    }
-
-    #[test]
-    fn limits_do_not_run_while_the_guest_stands_still() {
-        let (now, second) = (Instant::now(), Duration::from_secs(1));
-        let mut watch = Watch {
-            time_limit: Some((now + 9 * second, 9 * second)),
-            boot_limit: Some((now + 5 * second, 5 * second)),
-            halt: Some(HaltWatch::new(now + 7 * second, second, false)),
-            ..Default::default()
-        };
-        watch.stood_still(10 * second);
-        assert_eq!(watch.deadline(), Some(now + 15 * second));
-        watch.user_space = true;
-        assert_eq!(watch.deadline(), Some(now + 17 * second));
-        watch.halt = None;
-        assert_eq!(watch.deadline(), Some(now + 19 * second));
-        assert_eq!(watch.time_limit, Some((now + 19 * second, 9 * second)));
-        watch.panic_end = Some(now + second);
-        watch.stood_still(second);
-        assert_eq!(watch.deadline(), Some(now + 2 * second));
-    }
-
-    #[test]
-    fn draining_the_console_has_the_rest_of_the_time_and_a_moment_in_any_case() {
-        let now = Instant::now();
-        let limit = now + Duration::from_secs(60);
-        assert_eq!(drain_deadline(true, None, now), None);
-        assert_eq!(drain_deadline(true, Some(limit), now), Some(limit));
-        assert_eq!(drain_deadline(true, Some(now), now), Some(now + DRAIN));
-        for limit in [None, Some(limit)] {
-            assert_eq!(drain_deadline(false, limit, now), Some(now + DRAIN));
-        }
-    }
+pub(super) struct Ready {
+    pub(super) signal: bool,
+    pub(super) input: bool,
 }
