@@ -201,6 +201,11 @@ impl<F: Fn() + Send> BusDevice for I8042<F> {
         }
     }
 
+    /// An interrupt may have been lost on the way to where it is now; one too many does no harm.
+    fn resume(&mut self) {
+        self.interrupt();
+    }
+
     fn save(&mut self) -> Value {
         json!([self.command_byte, self.next, self.output])
     }
@@ -287,6 +292,14 @@ mod tests {
         assert_eq!(line.0.load(Ordering::SeqCst), 1);
         assert_eq!([DATA; 8].map(|offset| read(&mut i8042, offset)), keyboard::CTRL_ALT_DEL);
         assert_eq!(line.0.load(Ordering::SeqCst), 8, "one for each byte");
+        // What is unread where it is restored interrupts there.
+        i8042.ctrl_alt_del();
+        let line = Arc::new(Line::default());
+        let mut other = I8042::new(|| {}, Some(line.clone()));
+        other.restore(&i8042.save()).unwrap();
+        other.resume();
+        assert_eq!(line.0.load(Ordering::SeqCst), 1);
+        assert_eq!(read(&mut other, DATA), keyboard::CTRL_ALT_DEL[0]);
         // Pressed for ever, it takes no more room.
         (0..100).for_each(|_| i8042.ctrl_alt_del());
         (0..100).for_each(|_| i8042.write(DATA, &[keyboard::RESET]));

@@ -197,11 +197,13 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
 
     /// An interrupt may have been lost on the way to where it is now; one too many does no harm.
     fn resume(&mut self) {
-        if !self.divisor_latch {
-            let enabled = self.uart.state().interrupt_enable;
-            // What is pending counts as told; it is told again when it is enabled again.
-            self.uart.read(IIR.to_le_bytes()[0]);
-            let _ = self.uart.write(IER.to_le_bytes()[0], enabled);
+        let state = self.uart.state();
+        let [ier, iir, lcr] = [IER, IIR, LCR].map(|register| register.to_le_bytes()[0]);
+        // What is pending counts as told; it is told again when it is enabled again.
+        self.uart.read(iir);
+        let writes = [(lcr, 0), (ier, state.interrupt_enable), (lcr, state.line_control)];
+        for (register, value) in writes {
+            let _ = self.uart.write(register, value);
         }
     }
 
@@ -320,6 +322,12 @@ mod tests {
         let _ = line.read();
         other.resume();
         assert!(line.read().is_ok(), "interrupted");
+        // With the divisor latch, too, behind which the interrupts are.
+        other.write(LCR, &[LCR_DIVISOR_LATCH | 3]);
+        other.resume();
+        assert!(line.read().is_ok(), "interrupted");
+        assert_eq!(other.uart.state().line_control, LCR_DIVISOR_LATCH | 3);
+        other.write(LCR, &[3]);
         let read = [0, 0, 0, 0, 0, MCR, SCR].map(|register| {
             let mut byte = [0];
             other.read(register, &mut byte);
