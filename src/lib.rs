@@ -66,6 +66,7 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod duration;
+pub mod file;
 pub mod image;
 pub mod interrupt;
 pub mod kernels;

@@ -14,6 +14,7 @@ const FLOORS: &[&[&str]] = &[
         "bus",
         "cgroup",
         "duration",
+        "file",
         "image",
         "interrupt",
         "limit",

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::config::Config;
 use super::digest::Digest;
 use super::{Error, Format, Image};
+use crate::file::{self, RECORD_MAX};
 
 const ROOT: &str = "root.erofs";
 const ABOUT: &str = "image.json";
@@ -213,7 +214,7 @@ impl Cache {
         let path = folder.join(ROOT);
         let about = folder.join(ABOUT);
         loop {
-            let file = match File::open(&about) {
+            let file = match file::open(&about) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 result => result?,
             };
@@ -222,7 +223,7 @@ impl Cache {
             if !is_at(&file, &about)? {
                 continue;
             }
-            let about: About = match serde_json::from_slice(io::read_to_string(&file)?.as_bytes()) {
+            let about: About = match serde_json::from_slice(&file::read_open(&file, RECORD_MAX)?) {
                 Ok(about) => about,
                 Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{ABOUT}: {error}"))),
             };
@@ -318,7 +319,7 @@ impl Cache {
 
     /// What a name led to when it was last looked up.
     pub(super) fn name(&self, name: &str) -> Option<Name> {
-        let found: Name = serde_json::from_slice(&fs::read(self.name_path(name)).ok()?).ok()?;
+        let found: Name = serde_json::from_slice(&file::read(&self.name_path(name), RECORD_MAX).ok()?).ok()?;
         (found.name == name).then_some(found)
     }
 
@@ -345,7 +346,7 @@ impl Cache {
     /// The names, and the files that have them.
     fn names(&self) -> Vec<(PathBuf, Option<Name>)> {
         let entries = fs::read_dir(self.folder.join("names")).into_iter().flatten().flatten();
-        let parse = |path: &Path| serde_json::from_slice(&fs::read(path).ok()?).ok();
+        let parse = |path: &Path| serde_json::from_slice(&file::read(path, RECORD_MAX).ok()?).ok();
         entries.map(|entry| (entry.path(), parse(&entry.path()))).collect()
     }
 
@@ -362,9 +363,9 @@ impl Cache {
             let digest = entry.file_name().to_str().and_then(|name| name.replacen('-', ":", 1).parse::<Digest>().ok());
             let Some(digest) = digest else { continue };
             // Another process may be removing it.
-            let (Ok(file), Ok(metadata)) = (File::open(folder.join(ABOUT)), entry.metadata()) else { continue };
-            let about = io::read_to_string(&file).ok();
-            let about = about.and_then(|text| serde_json::from_slice::<About>(text.as_bytes()).ok());
+            let (Ok(file), Ok(metadata)) = (file::open(&folder.join(ABOUT)), entry.metadata()) else { continue };
+            let about = file::read_open(&file, RECORD_MAX).ok();
+            let about = about.and_then(|bytes| serde_json::from_slice::<About>(&bytes).ok());
             let named = names.iter().filter_map(|(_, name)| name.as_ref().filter(|name| name.digest == digest));
             let mut names: Vec<_> = named.map(|name| name.name.clone()).collect();
             names.sort_unstable();
@@ -474,6 +475,27 @@ mod tests {
         assert_eq!(fs::read(image.path()).unwrap(), b"image");
         let again = cache.find_or_build(&digest, "test", |_| panic!("it is there")).unwrap();
         assert_eq!(again.config().user, "me");
+    }
+
+    #[test]
+    fn what_is_no_record_is_not_read() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::new(folder.path());
+        let digest = Digest::of(b"1");
+        drop(build(&cache, &digest).unwrap());
+        cache.set_name("name", digest, None).unwrap();
+        for path in [cache.image_folder(&digest).join(ABOUT), cache.name_path("name")] {
+            fs::remove_file(&path).unwrap();
+            mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        }
+        assert!(cache.find(&digest).is_err() && cache.name("name").is_none());
+        assert!(cache.list().unwrap().is_empty());
+        for path in [cache.image_folder(&digest).join(ABOUT), cache.name_path("name")] {
+            fs::remove_file(&path).unwrap();
+            File::create(&path).unwrap().set_len(RECORD_MAX + 1).unwrap();
+        }
+        assert!(cache.find(&digest).is_err() && cache.name("name").is_none());
     }
 
     #[test]

@@ -25,6 +25,7 @@ use rustix::io::{Errno, retry_on_intr};
 use serde::{Deserialize, Serialize};
 
 use crate::boot::{inspect, kernel, modules};
+use crate::file;
 use crate::image::cache::{clear, is_at, try_lock, user_folder};
 
 const ABOUT: &str = "kernel.json";
@@ -236,7 +237,7 @@ impl Kernels {
 
     fn listed(&self, name: &str) -> Option<Listed> {
         let folder = self.folder.join(name);
-        let About { file, version, modules, source } = read_about(&File::open(folder.join(ABOUT)).ok()?).ok()?;
+        let About { file, version, modules, source } = read_about(&file::open(&folder.join(ABOUT)).ok()?).ok()?;
         Some(Listed { name: name.into(), version, modules, size: size(&folder), source, path: folder.join(file) })
     }
 
@@ -346,7 +347,7 @@ impl Kernels {
 fn lock(folder: &Path, operation: FlockOperation) -> io::Result<Option<File>> {
     let path = folder.join(ABOUT);
     loop {
-        let file = match File::open(&path) {
+        let file = match file::open(&path) {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Ok(None);
             }
@@ -361,7 +362,7 @@ fn lock(folder: &Path, operation: FlockOperation) -> io::Result<Option<File>> {
 }
 
 fn read_about(file: &File) -> io::Result<About> {
-    Ok(serde_json::from_slice(io::read_to_string(file)?.as_bytes())?)
+    Ok(serde_json::from_slice(&file::read_open(file, file::RECORD_MAX)?)?)
 }
 
 /// Bytes on the disk of all that is in `folder`.
@@ -378,6 +379,7 @@ fn size(folder: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{FileType, Mode, mknodat};
 
     #[test]
     fn names_are_no_paths() {
@@ -398,5 +400,15 @@ mod tests {
         assert_eq!(message, "cannot find the kernel `x`: none has been imported (bantam kernel import, build)");
         assert!(kernels.remove("..").is_err());
         assert!(!folder.path().join("kernels").exists(), "nothing is made");
+
+        // What is no file, or has too much, is not read.
+        let about = folder.path().join("kernels/x").join(ABOUT);
+        fs::create_dir_all(about.parent().unwrap()).unwrap();
+        mknodat(CWD, &about, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        assert!(matches!(kernels.find("x"), Err(Error::Cache { what: "read", .. })));
+        assert_eq!(kernels.list().unwrap(), []);
+        fs::remove_file(&about).unwrap();
+        File::create(&about).unwrap().set_len(file::RECORD_MAX + 1).unwrap();
+        assert!(matches!(kernels.find("x"), Err(Error::Cache { what: "read", .. })));
     }
 }

@@ -1,13 +1,12 @@
-//! The folder of a snapshot: it appears under its name when it is whole, its files are read without trust in what they are, and
-//! removed without touching any others.
+//! The folder of a snapshot: it appears under its name when it is whole, and its files are removed without touching any others.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, renameat_with};
 
+use crate::file::open;
 use crate::snapshot;
 
 /// Files in the folder of a snapshot.
@@ -18,31 +17,6 @@ pub const CONFIG: &str = "config.json";
 pub const WORKING_SET: &str = "working-set";
 pub const NEW_WORKING_SET: &str = "working-set.new";
 const FILES: [&str; 5] = [STATE, MEMORY, CONFIG, WORKING_SET, NEW_WORKING_SET];
-
-/// Opens a regular file to read it. Nothing else is opened: a pipe would be waited for, and a device may do things.
-pub fn open(path: &Path) -> io::Result<File> {
-    let check = |metadata: fs::Metadata| match metadata.file_type() {
-        kind if kind.is_file() => Ok(()),
-        kind if kind.is_dir() => Err(io::Error::from(io::ErrorKind::IsADirectory)),
-        _ => Err(io::Error::other("it is not a regular file")),
-    };
-    check(fs::metadata(path)?)?;
-    // What has that name may have become another meanwhile.
-    let nonblocking = i32::from_ne_bytes(OFlags::NONBLOCK.bits().to_ne_bytes());
-    let file = File::options().read(true).custom_flags(nonblocking).open(path)?;
-    check(file.metadata()?)?;
-    Ok(file)
-}
-
-/// All of a regular file that has no more than `max` bytes.
-pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![];
-    open(path)?.take(max + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max {
-        return Err(io::Error::other(format!("it has more than {} MiB", max >> 20)));
-    }
-    Ok(bytes)
-}
 
 /// Whether a folder may go: it has the files of a snapshot, or none.
 pub fn may_go(folder: &Path) -> bool {
@@ -132,26 +106,6 @@ pub fn temporary(target: &Path) -> io::Result<(PathBuf, File)> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
-
-    use rustix::fs::{FileType, mknodat};
-
-    #[test]
-    fn only_regular_files_are_read_and_no_more_than_wanted() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        fs::write(&path, [7; 100]).unwrap();
-        assert_eq!(read(&path, 100).unwrap(), [7; 100]);
-        assert_eq!(read(&path, 99).unwrap_err().to_string(), "it has more than 0 MiB");
-        let pipe = folder.path().join("pipe");
-        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
-        let link = folder.path().join("link");
-        symlink(&pipe, &link).unwrap();
-        for path in [&pipe, &link, Path::new("/dev/zero")] {
-            assert_eq!(read(path, 100).unwrap_err().to_string(), "it is not a regular file");
-        }
-        assert_eq!(read(folder.path(), 100).unwrap_err().kind(), io::ErrorKind::IsADirectory);
-        assert_eq!(read(&folder.path().join("none"), 100).unwrap_err().kind(), io::ErrorKind::NotFound);
-    }
 
     #[test]
     fn only_what_is_a_snapshot_may_go() {

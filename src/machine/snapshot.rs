@@ -21,6 +21,7 @@ use crate::arch::x86_64::layout;
 use crate::command;
 use crate::config::Config;
 use crate::devices::console;
+use crate::file;
 use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::{self, GuestRam};
 use crate::snapshot::{self, Hex};
@@ -261,8 +262,8 @@ impl Snapshot {
             path.push(STATE);
         }
         let mut start = vec![];
-        let file = folder::open(&path).map_err(read(&path))?;
-        file.take(snapshot::VERSION_BYTES).read_to_end(&mut start).map_err(read(&path))?;
+        let opened = file::open(&path).map_err(read(&path))?;
+        opened.take(snapshot::VERSION_BYTES).read_to_end(&mut start).map_err(read(&path))?;
         snapshot::version(&start).map_err(|source| Error::State { path, source })
     }
 
@@ -368,13 +369,13 @@ fn read(path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 /// The state in a file, and its digest.
 fn read_state(path: &Path) -> Result<(State, Hex), Error> {
-    let bytes = folder::read(path, snapshot::MAX).map_err(read(path))?;
+    let bytes = file::read(path, snapshot::MAX).map_err(read(path))?;
     let state: State = snapshot::decode(&bytes).map_err(|source| Error::State { path: path.to_owned(), source })?;
     Ok((state, snapshot::digest(&bytes)))
 }
 
 fn layer(path: &Path, state: &State) -> Result<Layer, Error> {
-    let file = folder::open(path).map_err(read(path))?;
+    let file = file::open(path).map_err(read(path))?;
     let found = file.metadata().map_err(read(path))?.len();
     if found != state.memory {
         return Err(Error::MemoryLength { path: path.to_owned(), found, expected: state.memory });

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::folder::{self, NEW_WORKING_SET, WORKING_SET};
+use super::folder::{NEW_WORKING_SET, WORKING_SET};
 use super::memory_copy::{PAGE, Runs};
+use crate::file;
 use crate::memory::{self, GuestRam};
 use crate::snapshot::Hex;
 
@@ -53,7 +54,7 @@ impl Plan {
         let path = snapshot.join(WORKING_SET);
         match record {
             Some(record) => Self::Record(record, path, state.clone()),
-            None => folder::open(&path).map_or(Self::Nothing, |file| Self::ReadAhead(file, path, state.clone())),
+            None => file::open(&path).map_or(Self::Nothing, |file| Self::ReadAhead(file, path, state.clone())),
         }
     }
 

@@ -23,6 +23,7 @@ use serde_json::Value;
 
 pub use basis::{Basis, Unfit};
 
+use crate::file;
 use crate::image::cache::{clear, is_at, try_lock, user_folder};
 use crate::kernels::is_name;
 use crate::machine::{self, Destination, Snapshot};
@@ -299,7 +300,7 @@ impl Drop for Making {
 }
 
 fn read(path: &Path) -> Result<Value, Miss> {
-    let bytes = fs::read(path).map_err(|error| Miss::Read(path.into(), error))?;
+    let bytes = file::read(path, file::RECORD_MAX).map_err(|error| Miss::Read(path.into(), error))?;
     serde_json::from_slice(&bytes).map_err(|error| Miss::Other(format!("{} is damaged: {error}", path.display())))
 }
 
