@@ -11,5 +11,7 @@ mod server;
 mod snapshot;
 
 pub use api::{Api, Program, VERSION};
+#[cfg(fuzzing)]
+pub use http::Connection;
 pub use http::{Request, Response};
 pub use server::{Error, Served, Server, Stop};

@@ -239,6 +239,19 @@ pub fn open(source: &Source, cache: &Cache, options: &Options) -> Result<Image, 
     }
 }
 
+/// Unpacks layers that no digest tells of, the first the lowest, into the empty `image`; `scratch` is empty too.
+#[cfg(fuzzing)]
+pub fn unpack_layers(layers: &[&[u8]], limits: Limits, image: File, scratch: File) -> io::Result<File> {
+    let mut tree = Tree::new(tree::Limits { nodes: limits.files, text: limits.text });
+    let mut contents = Contents::new(image, scratch, limits.bytes);
+    for layer in layers {
+        let unpacked = compression::unpack(*layer)?;
+        let mut unpacked = unpacked.take(limits.bytes);
+        layer::unpack(&mut unpacked, true, &mut tree, &mut contents).map_err(|refused| refused.source)?;
+    }
+    erofs::finish(&tree, contents, [0; 16])
+}
+
 struct Opening<'a> {
     source: String,
     cache: &'a Cache,

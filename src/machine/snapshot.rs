@@ -267,6 +267,17 @@ impl Snapshot {
         snapshot::version(&start).map_err(|source| Error::State { path, source })
     }
 
+    /// Reads a state, and says whether it is one.
+    #[cfg(fuzzing)]
+    pub fn try_state(file: &[u8]) -> bool {
+        let Ok(state) = snapshot::decode::<State>(file) else { return false };
+        let text = serde_json::to_string(&state).expect("a state is JSON");
+        let again: State = serde_json::from_str(&text).expect("a state is read as it was written");
+        assert_eq!(serde_json::to_string(&again).expect("a state is JSON"), text);
+        let _ = (state.config.validate(), portable(&state.config), saveable(&state.config));
+        state.base.is_none_or(|base| base.check(state.memory).is_ok())
+    }
+
     /// Opens a snapshot of two files.
     pub fn open_files(state: impl Into<PathBuf>, memory: impl Into<PathBuf>) -> Result<Self, Error> {
         let (path, memory) = (state.into(), memory.into());

@@ -308,6 +308,26 @@ impl Mmio {
         self.give((device, rings));
     }
 
+    /// There are no threads when inputs are tried: the device waits for [`poll`](Self::poll).
+    #[cfg(fuzzing)]
+    fn give(&mut self, parts: Parts) {
+        let paused = Paused::start(&self.name, parts, self.accepted, &self.ram, &self.kicks, &self.interrupt);
+        self.owner = Owner::Paused(paused.unwrap_or_else(|(error, _)| panic!("no descriptor is left: {error}")));
+    }
+
+    /// Has the device do what there is to do at the moment; whether there was anything.
+    #[cfg(fuzzing)]
+    pub fn poll(&mut self) -> bool {
+        if let Owner::Paused(paused) = &mut self.owner { paused.poll() } else { false }
+    }
+
+    /// The queues of a device that was started.
+    #[cfg(fuzzing)]
+    pub fn queues(&self) -> &[Option<super::queue::Queue>] {
+        if let Owner::Paused(paused) = &self.owner { paused.queues() } else { &[] }
+    }
+
+    #[cfg(not(fuzzing))]
     fn give(&mut self, parts: Parts) {
         self.owner = match Worker::start(
             &self.name,

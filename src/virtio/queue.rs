@@ -174,6 +174,12 @@ impl Queue {
         self.ring
     }
 
+    /// The ring.
+    #[cfg(fuzzing)]
+    pub fn ring(&self) -> &virtio_queue::Queue {
+        &self.ring
+    }
+
     /// The next available and the next used index.
     pub fn position(&self) -> (u16, u16) {
         (self.ring.next_avail(), self.ring.next_used())

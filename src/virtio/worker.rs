@@ -2,6 +2,9 @@
 
 #![expect(unsafe_code, reason = "blocks signals, and lends descriptors of eventfds to epoll")]
 
+#[cfg(fuzzing)]
+mod fuzzing;
+
 use std::error::Error as _;
 use std::fmt::Write as _;
 use std::io;
@@ -11,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::fd::OwnedFd;
 use rustix::io::{read, retry_on_intr, write};
 use vmm_sys_util::eventfd::EventFd;
@@ -107,12 +110,13 @@ impl Worker {
         sandbox: &Sandbox,
     ) -> Result<Self, (io::Error, Parts)> {
         // The thread comes first and is handed the device when nothing can fail any more.
-        match Self::prepare(name, kicks, &rings, sandbox) {
+        let prepare = || {
+            let (events, wake) = events(kicks, &rings)?;
+            Ok((events, Self::spawn(name, wake, sandbox.clone())?))
+        };
+        match prepare() {
             Ok((events, worker)) => {
-                let queues = (rings.into_iter().zip(kicks).enumerate())
-                    .map(|(i, (ring, kick))| Some(Queue::new(i, ring?, kick.clone(), interrupt.clone())))
-                    .collect();
-                let io = Io { ram: ram.clone(), queues, interrupt: interrupt.clone(), events };
+                let io = io(rings, ram, kicks, interrupt, events);
                 let (wake, sandbox) = (worker.wake.clone(), sandbox.clone());
                 worker.give(Box::new(Loop {
                     name: name.into(),
@@ -127,24 +131,6 @@ impl Worker {
             }
             Err(error) => Err((error, (device, rings))),
         }
-    }
-
-    fn prepare(
-        name: &str,
-        kicks: &[Arc<EventFd>],
-        rings: &[Option<virtio_queue::Queue>],
-        sandbox: &Sandbox,
-    ) -> io::Result<(OwnedFd, Self)> {
-        let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-        epoll::add(&events, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
-        for (index, (_, kick)) in (0..).zip(rings.iter().zip(kicks)).filter(|(_, (ring, _))| ring.is_some()) {
-            // SAFETY: `kick` is borrowed, and so open, for the call.
-            let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
-            // Edge-triggered: each kick is an event although nobody reads the counter, which saves a system call.
-            epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
-        }
-        Ok((events, Self::spawn(name, wake, sandbox.clone())?))
     }
 
     fn spawn(name: &str, wake: Arc<OwnedFd>, sandbox: Sandbox) -> io::Result<Self> {
@@ -208,6 +194,34 @@ impl Worker {
     }
 }
 
+/// What a device's thread waits on, and what wakes it.
+fn events(kicks: &[Arc<EventFd>], rings: &[Option<virtio_queue::Queue>]) -> io::Result<(OwnedFd, Arc<OwnedFd>)> {
+    let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+    epoll::add(&events, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+    for (index, (_, kick)) in (0..).zip(rings.iter().zip(kicks)).filter(|(_, (ring, _))| ring.is_some()) {
+        // SAFETY: `kick` is borrowed, and so open, for the call.
+        let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
+        // Edge-triggered: each kick is an event although nobody reads the counter, which saves a system call.
+        epoll::add(&events, fd, EventData::new_u64(index), EventFlags::IN | EventFlags::ET)?;
+    }
+    Ok((events, wake))
+}
+
+/// What a device works with.
+fn io(
+    rings: Vec<Option<virtio_queue::Queue>>,
+    ram: &GuestRam,
+    kicks: &[Arc<EventFd>],
+    interrupt: &Arc<InterruptState>,
+    events: OwnedFd,
+) -> Io {
+    let queues = (rings.into_iter().zip(kicks).enumerate())
+        .map(|(i, (ring, kick))| Some(Queue::new(i, ring?, kick.clone(), interrupt.clone())))
+        .collect();
+    Io { ram: ram.clone(), queues, interrupt: interrupt.clone(), events }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
         self.join(End::Stop);
@@ -269,6 +283,13 @@ enum State {
     Failed,
 }
 
+/// What came of waiting once.
+struct Turn {
+    #[cfg_attr(not(fuzzing), expect(dead_code, reason = "a thread waits until there are some"))]
+    events: usize,
+    woken: bool,
+}
+
 impl Loop {
     fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>, entered: io::Result<()>) -> Left {
         let _guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
@@ -280,22 +301,25 @@ impl Loop {
         if self.state != State::Failed {
             match self.serve(messages) {
                 Ok(how) => end = Some(how),
-                Err(error) => {
-                    let mut text = error.to_string();
-                    let mut cause = error.source();
-                    while let Some(source) = cause {
-                        let _ = write!(text, ": {source}");
-                        cause = source.source();
-                    }
-                    self.io.interrupt.fail(&self.name, text);
-                    self.state = State::Failed;
-                }
+                Err(error) => self.fail(&error),
             }
         }
         while end.is_none() {
             end = self.take(messages.recv());
         }
         if end == Some(End::Pause) { Left::Paused(self) } else { Left::Stopped(self.into_parts()) }
+    }
+
+    /// The device gave up.
+    fn fail(&mut self, error: &Error) {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(source) = cause {
+            let _ = write!(text, ": {source}");
+            cause = source.source();
+        }
+        self.io.interrupt.fail(&self.name, text);
+        self.state = State::Failed;
     }
 
     /// Does what the thread was told; how it is to end, if it is.
@@ -321,6 +345,21 @@ impl Loop {
 
     /// Calls the device until it is stopped or paused, or fails.
     fn serve(&mut self, messages: &mpsc::Receiver<Message>) -> Result<End, Error> {
+        self.begin()?;
+        loop {
+            if self.turn(None)?.woken {
+                let _ = retry_on_intr(|| read(&self.wake, &mut [0; 8]));
+                while let Ok(message) = messages.try_recv() {
+                    if let Some(end) = self.take(Ok(message)) {
+                        return Ok(end);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts the device, if it is not, and has it look at all queues.
+    fn begin(&mut self) -> Result<(), Error> {
         if self.state == State::New {
             self.device.start(self.features, &mut self.io)?;
             self.state = State::Started;
@@ -331,31 +370,27 @@ impl Loop {
                 self.device.queue_ready(index, &mut self.io)?;
             }
         }
+        Ok(())
+    }
+
+    /// Waits for events and calls the device for each.
+    fn turn(&mut self, limit: Option<&Timespec>) -> Result<Turn, Error> {
         let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 16];
-        loop {
-            let count = retry_on_intr(|| epoll::wait(&self.io.events, &mut events, None))
-                .map_err(|error| Error::Host { what: "cannot wait for events".into(), source: error.into() })?;
-            let ready = &events[..count];
-            // Copied out of the packed struct that the kernel fills.
-            let tokens = || ready.iter().map(|event| event.data.u64());
-            // What came with the end is not told again: one who pauses needs it done.
-            for token in tokens().filter(|token| *token != WAKE) {
-                let low = u32::try_from(token & 0xffff_ffff).expect("32 bits");
-                if token & HOST_TOKEN != 0 {
-                    self.device.host_ready(low, &mut self.io)?;
-                } else {
-                    self.device.queue_ready(low as usize, &mut self.io)?;
-                }
-            }
-            if tokens().any(|token| token == WAKE) {
-                let _ = retry_on_intr(|| read(&self.wake, &mut [0; 8]));
-                while let Ok(message) = messages.try_recv() {
-                    if let Some(end) = self.take(Ok(message)) {
-                        return Ok(end);
-                    }
-                }
+        let count = retry_on_intr(|| epoll::wait(&self.io.events, &mut events, limit))
+            .map_err(|error| Error::Host { what: "cannot wait for events".into(), source: error.into() })?;
+        let ready = &events[..count];
+        // Copied out of the packed struct that the kernel fills.
+        let tokens = || ready.iter().map(|event| event.data.u64());
+        // What came with the end is not told again: one who pauses needs it done.
+        for token in tokens().filter(|token| *token != WAKE) {
+            let low = u32::try_from(token & 0xffff_ffff).expect("32 bits");
+            if token & HOST_TOKEN != 0 {
+                self.device.host_ready(low, &mut self.io)?;
+            } else {
+                self.device.queue_ready(low as usize, &mut self.io)?;
             }
         }
+        Ok(Turn { events: count, woken: tokens().any(|token| token == WAKE) })
     }
 }
 

@@ -268,6 +268,13 @@ impl Net {
         Self::with(Backend::Tap(tap), mac, mtu)
     }
 
+    /// A network device on passt, of which the caller has the end.
+    #[cfg(fuzzing)]
+    pub fn on_stream(mac: MacAddr, mtu: Option<u16>) -> (Self, std::os::unix::net::UnixStream) {
+        let (passt, theirs) = Passt::in_test();
+        (Self::with(Backend::User(passt), mac, mtu), theirs)
+    }
+
     fn with(host: Backend, mac: MacAddr, mtu: Option<u16>) -> Self {
         let known = if let Backend::Tap(tap) = &host { tap.offloads() } else { 0 };
         let mut features = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS;

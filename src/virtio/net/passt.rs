@@ -78,7 +78,8 @@ pub enum Error {
 
 /// A running passt.
 pub struct Passt {
-    child: Child,
+    /// `None` where a test has the other end of the stream.
+    child: Option<Child>,
     stream: Stream,
     /// Its messages, until it is known to run.
     messages: Option<ChildStderr>,
@@ -117,19 +118,18 @@ impl Passt {
         })?;
         let messages = child.stderr.take();
         // From here on it is ended when this is dropped.
-        let mut passt = Self { child, stream, messages, ports: ports.to_vec() };
+        let mut passt = Self { child: Some(child), stream, messages, ports: ports.to_vec() };
         // What is answered when it is ready. If it has ended by now, why is found out then.
         let _ = passt.stream.send_frame(&arp_request(mac));
         Ok(passt)
     }
 
     /// One whose end of the socket the test has.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn in_test() -> (Self, UnixStream) {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
-        let child = Command::new("true").spawn().expect("true");
         let stream = Stream::new(ours).expect("a socket");
-        (Self { child, stream, messages: None, ports: vec![] }, theirs)
+        (Self { child: None, stream, messages: None, ports: vec![] }, theirs)
     }
 
     /// Waits until it has its ports and serves the guest. The thread that passes its messages on is in `sandbox`.
@@ -164,7 +164,7 @@ impl Passt {
     fn failure(&mut self, messages: &mut ChildStderr) -> Error {
         // It has closed its descriptors: killing it does not change its status any more.
         let status = match self.end() {
-            Ok(status) => status,
+            Ok(status) => status.unwrap_or_default(),
             Err(error) => return Error::Start(error),
         };
         let taken = self.ports.iter().find_map(|port| Some((*port, port.try_bind().err()?)));
@@ -178,10 +178,11 @@ impl Passt {
         Error::Ended { status, said }
     }
 
-    fn end(&mut self) -> io::Result<ExitStatus> {
+    fn end(&mut self) -> io::Result<Option<ExitStatus>> {
+        let Some(child) = &mut self.child else { return Ok(None) };
         // It has neither files nor anything to write.
-        self.child.kill()?;
-        self.child.wait()
+        child.kill()?;
+        child.wait().map(Some)
     }
 
     /// Whether it has ended.

@@ -209,6 +209,12 @@ impl Tap {
         Self::with_header(fd, name, false)
     }
 
+    /// A socket of datagrams in place of a tap, with packets and headers as of one.
+    #[cfg(fuzzing)]
+    pub fn of_socket(socket: std::os::unix::net::UnixDatagram) -> Self {
+        Self { fd: socket.into(), name: "socket".into(), offloads: KNOWN_OFFLOADS[0], created: false }
+    }
+
     /// Sets the header's size and finds out which offloads the kernel knows; none is on afterwards.
     fn with_header(fd: OwnedFd, name: String, created: bool) -> Result<Self, Error> {
         let mut tap = Self { fd, name, offloads: 0, created };
@@ -240,6 +246,9 @@ impl Tap {
 
     /// Says which [`offload`]s the reader takes from now on.
     pub fn set_offloads(&self, offloads: u32) -> Result<(), Error> {
+        if cfg!(fuzzing) {
+            return Ok(());
+        }
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         let setter = unsafe { ioctl::IntegerSetter::<TUNSETOFFLOAD>::new_usize(offloads as usize) };
         // SAFETY: as above; it changes nothing but the tap.
