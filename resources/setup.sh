@@ -14,6 +14,7 @@ hardware_kvm=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
 [[ -n $hardware_kvm && $purpose == quickstart ]] || packages+=(qemu-system-x86 e2fsprogs)
 [[ $purpose == quickstart ]] || packages+=(
+    g++                                                          # libFuzzer
     make flex bison bc libelf-dev                                # the small guest kernel
     iproute2 iputils-ping util-linux strace shellcheck # tests
     passt dnsmasq-base                                           # networks without root

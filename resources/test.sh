@@ -40,6 +40,10 @@ RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --locked
 step "Scripts"
 shellcheck .ci/run resources/*.sh resources/*/*.sh resources/*/init
 
+step "Fuzzing"
+rustfmt --check --edition 2024 tests/fuzz/src/*.rs tests/fuzz/fuzz_targets/*.rs
+resources/fuzz.sh check
+
 step "Tests"
 cargo build --locked
 cargo test --locked --no-fail-fast

@@ -1,0 +1,132 @@
+//! The block device, on a disk in memory.
+#![no_main]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use bantam::virtio::blk::{Blk, Cache, Spec};
+use bantam::virtio::change::{Change, Rates};
+use bantam::virtio::device::VirtioDevice;
+use bantam::virtio::mmio::Mmio;
+use bantam_fuzz::device::{Device, run};
+use bantam_fuzz::input::{self, Result, Unstructured};
+use bantam_fuzz::memory::Memory;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+const SECTORS: u64 = 64;
+
+struct Disk {
+    file: File,
+    readonly: bool,
+    cache: Cache,
+    limited: bool,
+}
+
+/// A disk whose every sector begins with its number.
+fn disk(content: &[u8]) -> File {
+    let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file in memory"));
+    file.write_all_at(content, 0).expect("memory");
+    file
+}
+
+fn content() -> Vec<u8> {
+    let sector = |number: u64| {
+        let mut sector = [0xd1; 512];
+        sector[..8].copy_from_slice(&number.to_le_bytes());
+        sector
+    };
+    (0..SECTORS).flat_map(sector).collect()
+}
+
+impl Disk {
+    fn limit(&mut self, mmio: &mut Mmio, limited: bool) {
+        self.limited = limited;
+        let operations = limited.then(|| "1/1h+3".parse().expect("a limit"));
+        let changed = mmio.change(Change::Rates(Rates { operations, bytes: None }));
+        changed.recv().expect("an answer").expect("a timer");
+    }
+
+    fn open(&self) -> Box<dyn VirtioDevice> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let spec = Spec { readonly: self.readonly, cache: self.cache, id: Some("fuzzed".into()), ..Spec::new(path) };
+        Box::new(Blk::open(&spec).expect("a disk"))
+    }
+
+    fn now(&self) -> Vec<u8> {
+        let mut now = vec![0; SECTORS as usize * 512];
+        self.file.read_exact_at(&mut now, 0).expect("the disk is as long as it was");
+        assert_eq!(self.file.metadata().expect("its size").len(), now.len() as u64, "the disk's size");
+        now
+    }
+}
+
+impl Device for Disk {
+    const STATUS_LAST: bool = true;
+
+    fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)> {
+        let kind: u8 = u.arbitrary()?;
+        let cache = if kind & 2 == 0 { Cache::Unsafe } else { Cache::Writeback };
+        let disk = Self { file: disk(&content()), readonly: kind & 1 == 1, cache, limited: false };
+        let device = disk.open();
+        Ok((disk, device))
+    }
+
+    fn again(&mut self) -> Option<Box<dyn VirtioDevice>> {
+        // The other one has locked its own.
+        self.file = disk(&self.now());
+        self.limited = false;
+        Some(self.open())
+    }
+
+    fn request(&self, _: u16, u: &mut Unstructured) -> Result<Vec<u8>> {
+        let kind = if u.ratio(7, 8)? { *u.choose(&[0, 1, 4, 8, 11, 13])? } else { u.arbitrary()? };
+        let sector = if u.ratio(3, 4)? { u.int_in_range(0..=SECTORS)? } else { input::number(u)? };
+        let mut request = [u32::to_le_bytes(kind), [0; 4]].concat();
+        request.extend(sector.to_le_bytes());
+        match kind {
+            // Data is of whole sectors, if the driver is any good.
+            1 if u.ratio(7, 8)? => request.extend(vec![u.arbitrary::<u8>()?; 512 * u.int_in_range(0..=8)?]),
+            11 | 13 => {
+                for _ in 0..u.int_in_range(1..=3)? {
+                    let sectors = if u.ratio(3, 4)? { u.int_in_range(0..=SECTORS)? } else { input::number(u)? };
+                    request.extend(u.int_in_range(0..=SECTORS)?.to_le_bytes());
+                    request.extend((sectors as u32).to_le_bytes());
+                    request.extend(u32::from(u.arbitrary::<bool>()?).to_le_bytes());
+                }
+            }
+            _ => request.extend(input::bytes(u, 20)?),
+        }
+        if u.ratio(1, 16)? {
+            request.truncate(u.choose_index(request.len())?);
+        }
+        Ok(request)
+    }
+
+    fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
+        self.limit(mmio, u.arbitrary()?);
+        Ok(())
+    }
+
+    fn serves_all(&self, _: u16) -> bool {
+        !self.limited
+    }
+
+    fn probe(&self) -> (u16, Vec<u8>, u32) {
+        // A read of the first sector.
+        (0, vec![0; 16], 513)
+    }
+
+    fn probed(&self, answer: &[u8]) {
+        assert_eq!((answer.len(), answer[512]), (513, 0), "a sector and its status");
+        assert_eq!(answer[..512], self.now()[..512]);
+    }
+
+    fn end(&mut self, mmio: &mut Mmio, _: &Memory) {
+        self.limit(mmio, false);
+        let now = self.now();
+        assert!(!self.readonly || now == content(), "a disk that is only read has changed");
+    }
+}
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| run::<Disk>(data));

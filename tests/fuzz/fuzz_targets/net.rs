@@ -1,0 +1,125 @@
+//! The network device, on a socket in place of a tap or of passt.
+#![no_main]
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+
+use bantam::virtio::change::{Change, Rates};
+use bantam::virtio::device::VirtioDevice;
+use bantam::virtio::mmio::Mmio;
+use bantam::virtio::net::{MacAddr, Net, Tap};
+use bantam_fuzz::device::{Device, run};
+use bantam_fuzz::input::{self, Result, Unstructured};
+use bantam_fuzz::memory::Memory;
+
+/// The longest packet that there is, with its header.
+const MAX_PACKET: usize = 12 + 18 + 65535;
+
+enum Host {
+    Tap(UnixDatagram),
+    Passt(UnixStream),
+}
+
+struct Card {
+    host: Host,
+    limited: bool,
+}
+
+fn mac() -> MacAddr {
+    "52:54:00:12:34:56".parse().expect("an address")
+}
+
+impl Card {
+    fn new(is_passt: bool) -> (Self, Net) {
+        let (host, net) = if is_passt {
+            let (net, host) = Net::on_stream(mac(), Some(1500));
+            host.set_nonblocking(true).expect("a socket");
+            (Host::Passt(host), net)
+        } else {
+            let (host, tap) = UnixDatagram::pair().expect("sockets");
+            host.set_nonblocking(true).expect("a socket");
+            tap.set_nonblocking(true).expect("a socket");
+            (Host::Tap(host), Net::new(Tap::of_socket(tap), mac(), None))
+        };
+        (Self { host, limited: false }, net)
+    }
+
+    fn limit(&mut self, mmio: &mut Mmio, limited: bool) {
+        self.limited = limited;
+        let operations = limited.then(|| "1/1h+3".parse().expect("a limit"));
+        let rates = Some(Rates { bytes: None, operations });
+        let changed = mmio.change(Change::NetRates { rx: rates, tx: rates });
+        changed.recv().expect("an answer").expect("a timer");
+    }
+
+    /// Takes what the guest has sent.
+    fn drain(&mut self) {
+        let mut packet = vec![0; MAX_PACKET + 1];
+        match &mut self.host {
+            Host::Tap(host) => {
+                while let Ok(len) = host.recv(&mut packet) {
+                    assert!((12..=MAX_PACKET).contains(&len), "a packet of {len} bytes was sent");
+                }
+            }
+            Host::Passt(host) => while host.read(&mut packet).is_ok_and(|len| len > 0) {},
+        }
+    }
+}
+
+impl Device for Card {
+    fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)> {
+        let (card, net) = Self::new(u.arbitrary()?);
+        Ok((card, Box::new(net)))
+    }
+
+    fn again(&mut self) -> Option<Box<dyn VirtioDevice>> {
+        let (card, net) = Self::new(matches!(self.host, Host::Passt(_)));
+        *self = card;
+        Some(Box::new(net))
+    }
+
+    fn request(&self, queue: u16, u: &mut Unstructured) -> Result<Vec<u8>> {
+        if queue == 0 {
+            return Ok(vec![]);
+        }
+        let mut packet = if u.ratio(7, 8)? { vec![0; 12] } else { input::bytes(u, 12)? };
+        packet.extend(input::bytes(u, 48)?);
+        let long = if u.ratio(1, 8)? { u.int_in_range(0..=0x8000)? } else { u.int_in_range(0..=64)? };
+        packet.resize(packet.len() + long, 0xee);
+        Ok(packet)
+    }
+
+    fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
+        let kind = u.int_in_range(0..=7)?;
+        let len = *u.choose(&[0, 1, 11, 12, 13, 14, 60, 300, 1526, 9000, 65535, MAX_PACKET])?;
+        let mut data = input::bytes(u, 32)?;
+        match (kind, &mut self.host) {
+            (0, _) => self.limit(mmio, u.arbitrary()?),
+            (1, _) => self.drain(),
+            (2, Host::Passt(host)) => drop(host.shutdown(std::net::Shutdown::Write)),
+            (3, Host::Passt(host)) => drop(host.write(&data)),
+            (_, Host::Tap(host)) => {
+                data.resize(len, 0xaa);
+                let _ = host.send(&data);
+            }
+            (_, Host::Passt(host)) => {
+                data.resize(len, 0xaa);
+                let mut frame = (len as u32).to_be_bytes().to_vec();
+                frame.extend(data);
+                let _ = host.write(&frame);
+            }
+        }
+        Ok(())
+    }
+
+    fn probe(&self) -> (u16, Vec<u8>, u32) {
+        (1, vec![0; 12 + 60], 0)
+    }
+
+    fn end(&mut self, mmio: &mut Mmio, _: &Memory) {
+        self.limit(mmio, false);
+        self.drain();
+    }
+}
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| run::<Card>(data));
