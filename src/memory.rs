@@ -86,7 +86,7 @@ pub fn reserve(ranges: &[Range<u64>]) -> Result<GuestRam, Error> {
 /// When some of it is not guest memory, it does not begin and end at pages' bounds, or the host refuses.
 pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
     let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    let page = rustix::param::page_size() as u64;
+    let page = page_size();
     let size = usize::try_from(range.end.saturating_sub(range.start)).map_err(|_| invalid())?;
     if !range.start.is_multiple_of(page)
         || !range.end.is_multiple_of(page)
@@ -169,8 +169,9 @@ fn touch(pages: &VolatileSlice<'_, ()>) -> io::Result<()> {
 }
 
 /// The size of the host's pages, in bytes.
-fn page_size() -> u64 {
-    // SAFETY: only asks. The C library was told when the program started: rustix would ask the kernel.
+pub fn page_size() -> u64 {
+    // SAFETY: only asks. The C library was told when the program started: rustix would ask the kernel, before Linux 6.4 by a file
+    // of /proc, and panic when there is no descriptor left for it.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.unsigned_abs()
 }
 

@@ -5,7 +5,6 @@
 use std::ptr::with_exposed_provenance_mut;
 
 use rustix::mm::{Advice, madvise};
-use rustix::param::page_size;
 
 /// The status that the process exits with.
 #[derive(Debug, Clone, Copy)]
@@ -110,7 +109,7 @@ pub fn give_back() {
 /// # Safety
 /// Nobody needs what was written to these pages.
 unsafe fn give_back_pages(start: usize, end: usize) {
-    let page = page_size();
+    let page = usize::try_from(bantam::memory::page_size()).expect("addresses of pages fit");
     let (start, end) = (start.next_multiple_of(page), end / page * page);
     // SAFETY: as the caller says. If it does not work, the memory stays.
     let _ = unsafe { madvise(with_exposed_provenance_mut(start), end - start, Advice::LinuxDontNeed) };

@@ -92,8 +92,6 @@ impl Process {
             return Ok(());
         }
         let failed = |what: &'static str| move |error| format!("cannot {what} (--sandbox): {error}");
-        // Asked for later, and read from /proc by kernels before Linux 6.4.
-        let _ = rustix::param::page_size();
         sandbox::name_violations(self.mode == Mode::Log).map_err(failed("handle SIGSYS"))?;
         if self.builds_again {
             return Ok(());
