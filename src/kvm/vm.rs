@@ -81,6 +81,10 @@ impl Vm {
         let kvm = Kvm::new().map_err(|error| Error::Open(io::Error::from_raw_os_error(error.errno())))?;
         match kvm.get_api_version() {
             12 => {}
+            -1 => {
+                let source = io::Error::last_os_error();
+                return Err(Error::Ioctl { what: "read its API version (KVM_GET_API_VERSION)".into(), source });
+            }
             other => return Err(Error::ApiVersion(other)),
         }
         let max = kvm.get_max_vcpus();
