@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "it is for tests")]
 
 mod cpio;
+pub mod payload;
 mod running;
 pub mod screen;
 
