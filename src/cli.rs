@@ -237,7 +237,7 @@ pub struct Run {
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
     #[arg(
         long = "disk",
-        value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe][,bw=SIZE][,iops=N]"
+        value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe][,errors=report|stop][,bw=SIZE][,iops=N]"
     )]
     #[arg(value_parser = kv::from_str::<blk::Spec>, help_heading = "Devices")]
     disks: Vec<blk::Spec>,
@@ -368,8 +368,19 @@ pub enum Error {
     NoneAndSome,
     #[error("cannot try again (--retry) with a command that has a terminal (--tty)")]
     RetryWithTerminal,
+    #[error(
+        "cannot stop the machine when the host fails disk {} (errors=stop): without a --name, nobody could have it go on",
+        .0.display()
+    )]
+    StopsForNobody(PathBuf),
     #[error("cannot print a manual page: there is no command `{0}`")]
     NoCommand(String),
+}
+
+/// Checks that a machine that stops for one of its disks can be found.
+fn can_go_on(disks: &[blk::Spec], name: Option<&bantam::named::Name>) -> Result<(), Error> {
+    let stops = disks.iter().find(|disk| disk.errors == blk::Errors::Stop && name.is_none());
+    stops.map_or(Ok(()), |disk| Err(Error::StopsForNobody(disk.path.clone())))
 }
 
 /// What --net says.
@@ -426,6 +437,8 @@ impl Run {
         if self.retries() > 0 && command.as_ref().is_some_and(|command| command.tty) {
             return Err(Error::RetryWithTerminal);
         }
+        let disks = [config.disks, self.disks.clone()].concat();
+        can_go_on(&disks, self.name.as_ref())?;
         let default_serial = match &command {
             _ if says_serial => config.serial,
             Some(_) => console::Spec::None,
@@ -441,7 +454,7 @@ impl Run {
             memory: self.memory.unwrap_or(config.memory),
             rootfs: self.rootfs.clone().or(config.rootfs),
             overlay: self.overlay.clone().or(config.overlay),
-            disks: [config.disks, self.disks.clone()].concat(),
+            disks,
             nets: self.nets(config.nets)?,
             shares: [config.shares, self.shares.clone()].concat(),
             vsock: self.vsock.clone().or(config.vsock),

@@ -380,6 +380,8 @@ fn mistaken_device_options_are_refused() {
     folder.refuses(&["--disk", "disk,speed=9"], &["--disk", "`speed` is not known", "readonly"]);
     folder.refuses(&["--disk", "disk,readonly=maybe"], &["readonly=maybe", "on or off"]);
     folder.refuses(&["--disk", "disk,cache=none"], &["cache=none", "writeback or unsafe"]);
+    folder.refuses(&["--disk", "disk,errors=none"], &["errors=none", "report or stop"]);
+    folder.refuses(&["--disk", "disk,errors=stop"], &["cannot stop the machine", "disk disk (errors=stop)", "--name"]);
     folder.refuses(&["--disk", "disk,id="], &["`id` has no value"]);
     folder.refuses(&["--net", "tap0,tap=tap1"], &["--net", "`tap` is given twice"]);
     folder.refuses(&["--net", "tap0,speed=9"], &["--net", "`speed` is not known", "mac"]);

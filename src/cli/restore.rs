@@ -151,6 +151,7 @@ impl Restore {
             None => Snapshot::open(&self.folder)?,
         };
         self.change(&mut snapshot.config)?;
+        super::can_go_on(&snapshot.config.disks, self.name.as_ref())?;
         snapshot.prefault = self.prefault;
         snapshot.record = self.record;
         Ok(snapshot)

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
 use super::events::Told;
-use super::inbox::Inbox;
+use super::inbox::{Event, Inbox, Sender};
 use super::pause::Pause;
 use super::pause::Save;
 use super::quota::Quota;
@@ -224,13 +224,14 @@ impl Builder {
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender, &config)?;
         board.attach_ioapic()?;
+        let disks = disks.into_iter().map(|disk| stopping(disk, &sender));
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
         let nets = open_nets(&config, first_nets, &sandbox)?;
         let vsock = open_vsock(&config, ends)?;
         let (balloon, balloon_state) = open_balloon(&config)?.unzip();
         let last = vsock.into_iter().chain(rng(&config)?).chain(balloon);
-        let devices = disks.into_iter().chain(overlay).chain(nets).chain(shares).chain(last).collect();
+        let devices = disks.chain(overlay).chain(nets).chain(shares).chain(last).collect();
         board.attach_virtio(&ram, devices, &sandbox)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, counts, keyboard, .. } = board;
@@ -351,9 +352,19 @@ fn first_nets(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
     Ok(cards)
 }
 
-fn open_disks(config: &Config) -> Result<Vec<NamedDevice>, blk::Error> {
-    let open = |(i, spec): (usize, _)| Ok((format!("blk{i}"), Box::new(blk::Blk::open(&spec)?) as _));
+fn open_disks(config: &Config) -> Result<Vec<(String, blk::Blk, blk::Errors)>, blk::Error> {
+    let open = |(i, spec): (usize, blk::Spec)| Ok((format!("blk{i}"), blk::Blk::open(&spec)?, spec.errors));
     config.all_disks().enumerate().map(open).collect()
+}
+
+/// Has the machine stand still when the host fails the disk, if it is to.
+fn stopping((name, disk, errors): (String, blk::Blk, blk::Errors), inbox: &Sender) -> NamedDevice {
+    let (inbox, device) = (inbox.clone(), name.clone());
+    let disk = match errors {
+        blk::Errors::Report => disk,
+        blk::Errors::Stop => disk.stop_at_errors(move |why| inbox.send(Event::DiskFailed(device.clone(), why))),
+    };
+    (name, Box::new(disk))
 }
 
 /// Makes the file that keeps what a command changes, if it is not there, and opens it as the last disk.

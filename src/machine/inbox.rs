@@ -61,6 +61,8 @@ pub enum Event {
     MemoryLost,
     /// No device does anything until it goes on.
     DevicesPaused,
+    /// The host failed the disk of this name, for this reason, and it is not to be told to the guest.
+    DiskFailed(String, String),
 }
 
 /// Puts events into the inbox, from any thread.

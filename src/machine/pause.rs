@@ -129,12 +129,25 @@ impl Pause {
 
 impl Machine {
     pub(super) fn pause(&mut self, answer: Answer<()>) {
+        self.hold();
+        match self.pause.phase {
+            Phase::Paused => tell(answer),
+            _ => self.pause.pausing.push(answer),
+        }
+    }
+
+    /// The machine stands still until somebody has it go on: then the disk does what it could not do once more.
+    pub(super) fn disk_failed(&mut self, device: &str, why: &str) {
+        log::error!("{device}: {why}: the machine is paused, and tries again when it is resumed");
+        self.tell("disk-error", serde_json::json!({"device": device, "message": why}));
+        self.hold();
+    }
+
+    fn hold(&mut self) {
         self.pause.held = true;
         if self.pause.phase == Phase::Paused {
             self.pause.paused.store(true, Ordering::SeqCst);
-            tell(answer);
         } else {
-            self.pause.pausing.push(answer);
             self.stand_still();
         }
     }

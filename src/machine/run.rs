@@ -204,6 +204,7 @@ impl Machine {
             Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
             Event::Saved => self.saved(),
             Event::DevicesPaused => self.devices_paused(),
+            Event::DiskFailed(device, why) => self.disk_failed(&device, &why),
             Event::CtrlAltDel => {
                 let keyboard = self.keyboard.as_ref().map(|it| it.lock().unwrap_or_else(PoisonError::into_inner));
                 keyboard.into_iter().for_each(|mut keyboard| keyboard.ctrl_alt_del());

@@ -91,6 +91,9 @@ pub trait VirtioDevice: Send {
         Err(change.unsupported())
     }
 
+    /// The device goes on after a pause. Each of its queues is called next.
+    fn resume(&mut self) {}
+
     /// The device is paused, and its queues are about to be saved: gives back requests that it took and has not done. It may
     /// go on afterwards, and is called for each queue then.
     fn settle(&mut self, io: &mut Io) {

@@ -363,6 +363,8 @@ impl Loop {
         if self.state == State::New {
             self.device.start(self.features, &mut self.io)?;
             self.state = State::Started;
+        } else {
+            self.device.resume();
         }
         // The driver may have added buffers before it was ready, and notifications from then may be lost.
         for index in 0..self.io.queues.len() {

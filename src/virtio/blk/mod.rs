@@ -80,13 +80,29 @@ pub struct Spec {
     /// How many requests may be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iops: Option<Limit>,
+    /// What becomes of a request that the host fails.
+    #[serde(default)]
+    pub errors: Errors,
 }
 
 impl Spec {
     /// A writable disk at `path`, safe when the guest flushes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), readonly: false, id: None, cache: Cache::default(), bw: None, iops: None }
+        let (id, bw, iops) = (None, None, None);
+        Self { path: path.into(), readonly: false, id, cache: Cache::default(), bw, iops, errors: Errors::default() }
     }
+}
+
+/// What becomes of a request that the host fails: for want of space, say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum Errors {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The machine stands still, and it is done again when somebody has the machine go on.
+    Stop,
 }
 
 /// When what the guest wrote survives a crash of the host.
@@ -124,7 +140,14 @@ pub struct Blk {
     limit: Option<RateLimiter>,
     /// How many bytes of data the request had.
     moved: u64,
+    /// Is told that the host failed a request, which is not given back then.
+    on_error: Option<OnError>,
+    /// Nothing is done until the machine has stood still.
+    stopped: bool,
 }
+
+/// What has a machine stand still, for a reason.
+type OnError = Box<dyn Fn(String) + Send>;
 
 /// What the device has done.
 #[derive(Default, Serialize)]
@@ -180,7 +203,16 @@ impl Blk {
             host_errors: 0,
             limit: RateLimiter::new(Rates { bytes: spec.bw, operations: spec.iops }).map_err(Error::Timer)?,
             moved: 0,
+            on_error: None,
+            stopped: false,
         })
+    }
+
+    /// Has `on_error` be told when the host fails a request, in place of the driver: that one, and all after it, wait until the
+    /// device is paused and [resumed](VirtioDevice::resume).
+    pub fn stop_at_errors(mut self, on_error: impl Fn(String) + Send + 'static) -> Self {
+        self.on_error = Some(Box::new(on_error));
+        self
     }
 
     /// Goes on with another image, from the next request on.
@@ -204,7 +236,7 @@ impl Blk {
         Ok(())
     }
 
-    /// Does one request unless the rate limit has it wait.
+    /// Does one request unless the rate limit, or the host, has it wait.
     fn limited_request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Option<u32> {
         if self.limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
             self.counts.throttled.inc();
@@ -215,42 +247,50 @@ impl Blk {
         if let Some(limit) = &mut self.limit {
             limit.take(self.moved, Instant::now());
         }
-        Some(written)
+        written
     }
 
-    /// Does one request; how many bytes it wrote to guest memory, from the first writable one on.
-    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> u32 {
+    /// Does one request; how many bytes it wrote to guest memory, from the first writable one on. `None` if it is to be done
+    /// again.
+    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Option<u32> {
         let proper = self.layout.load(chain, DESCRIPTORS_MAX);
         let Some(status_at) = proper.then(|| self.layout.writable.take_last(ram)).flatten() else {
             // There is no place to say so.
             self.counts.errors.inc();
-            return 0;
+            return Some(0);
         };
         let room = self.layout.writable.len();
         self.written = 0;
         let status = match self.execute(ram, iovecs) {
             Ok(()) => VIRTIO_BLK_S_OK,
-            Err(failure) => self.fail(failure),
+            Err(failure) => self.fail(failure)?,
         };
         let status = u8::try_from(status).expect("a status is a byte");
         ram.write_obj(status, status_at).expect("take_last found it in guest memory");
         // The status comes last: it counts only if all before it was written (2.7.8.2).
         let written = self.written + u64::from(self.written == room);
-        u32::try_from(written).expect("a chain has less than 4 GiB")
+        Some(u32::try_from(written).expect("a chain has less than 4 GiB"))
     }
 
-    fn fail(&mut self, failure: Failure) -> u32 {
+    /// What the driver is told, if it is.
+    fn fail(&mut self, failure: Failure) -> Option<u32> {
         self.counts.errors.inc();
         match failure {
-            Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
+            Failure::Unsupported => return Some(VIRTIO_BLK_S_UNSUPP),
             Failure::Driver(what) => log::debug!("virtio-blk: the driver asked for {what}"),
             Failure::Host(what, error) => {
+                let why = format!("cannot {what} disk image {}: {error}", self.path.display());
+                if let Some(on_error) = &self.on_error {
+                    self.stopped = true;
+                    on_error(why);
+                    return None;
+                }
                 self.host_errors += 1;
                 let level = if self.host_errors > LOGGED_ERRORS { log::Level::Debug } else { log::Level::Warn };
-                log::log!(level, "virtio-blk: cannot {what} disk image {}: {error}", self.path.display());
+                log::log!(level, "virtio-blk: {why}");
             }
         }
-        VIRTIO_BLK_S_IOERR
+        Some(VIRTIO_BLK_S_IOERR)
     }
 
     /// Does what the header of the request in `layout` says.
@@ -479,6 +519,7 @@ impl VirtioDevice for Blk {
 
     fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
         self.features = features;
+        self.stopped = false;
         self.iovecs.get_or_insert_with(|| Iovecs::new(&io.ram));
         self.limit.as_ref().map_or(Ok(()), |limit| limit.watch(LIMIT, io))
     }
@@ -496,12 +537,16 @@ impl VirtioDevice for Blk {
         self.queue_ready(0, io)
     }
 
+    fn resume(&mut self) {
+        self.stopped = false;
+    }
+
     fn stop(&mut self, io: &mut Io) {
         self.limit.iter().for_each(|limit| limit.unwatch(io));
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
-        if self.limit.as_ref().is_some_and(RateLimiter::is_waiting) {
+        if self.stopped || self.limit.as_ref().is_some_and(RateLimiter::is_waiting) {
             return Ok(());
         }
         let Some((ram, queue)) = io.queue(index) else { return Ok(()) };

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
 use super::*;
+use crate::bus::BusDevice;
 use crate::virtio::testing::{BUFFERS, Buffer, Driver, END};
 
 const HEADER: u64 = BUFFERS;
@@ -112,9 +113,10 @@ fn the_driver_learns_what_the_disk_can_do() {
 fn a_spec_is_its_options() {
     let spec: Spec = serde_json::from_str(r#"{"path": "a"}"#).unwrap();
     assert_eq!(spec, Spec::new("a"));
-    let text = r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe"}"#;
+    let text = r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe","errors":"stop"}"#;
     let spec: Spec = serde_json::from_str(text).unwrap();
     assert_eq!((spec.readonly, spec.id.as_deref(), spec.cache), (true, Some("x"), Cache::Unsafe));
+    assert_eq!(spec.errors, Errors::Stop);
     assert_eq!(serde_json::to_string(&spec).unwrap(), text);
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","ro":true}"#).is_err());
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","cache":"none"}"#).is_err());
@@ -501,6 +503,51 @@ fn another_image_takes_the_place_of_the_first() {
     assert_eq!(capacity(&mut disk), [16, 0]);
     assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 15, &[(DATA, 512, false)]), (OK, 1));
     assert!(Image::open(other.path(), false).is_err(), "it is still locked");
+}
+
+#[test]
+fn a_request_that_stopped_the_machine_is_done_when_it_goes_on() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(SECTORS * 512).unwrap();
+    let (sender, stops) = std::sync::mpsc::channel();
+    let blk = Blk::open(&Spec::new(file.path())).unwrap().stop_at_errors(move |why| sender.send(why).unwrap());
+    let mut driver = Driver::new(Box::new(blk));
+    driver.start();
+    let metrics = driver.mmio.metrics();
+    let mut disk = Disk { file, driver, metrics };
+    disk.file.as_file().set_len(512).unwrap();
+    disk.header(VIRTIO_BLK_T_IN, 7);
+    let head = disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    disk.driver.notify(0);
+    let stops = || stops.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    assert!(stops().starts_with("cannot read disk image "));
+    for _ in 0..2 {
+        // Nothing is done before that.
+        disk.driver.notify(0);
+        disk.driver.mmio.pause();
+        assert_eq!((disk.driver.rings[0].used(), disk.driver.get(STATUS, 1)), (vec![], vec![0xaa]));
+        disk.driver.mmio.resume();
+        stops();
+    }
+    assert_eq!(disk.count("errors"), 3);
+    disk.driver.mmio.pause();
+    disk.file.as_file().set_len(SECTORS * 512).unwrap();
+    disk.file.as_file().write_all_at(&sector(7), 7 * 512).unwrap();
+    disk.driver.mmio.resume();
+    assert_eq!(disk.finish(head), (OK, 513));
+    assert_eq!(disk.driver.get(DATA, 512), sector(7));
+    // What the driver does wrong is told to it.
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, SECTORS, &[(DATA, 512, true)]), (IOERR, 0));
+    // One that starts over is as new.
+    disk.file.as_file().set_len(512).unwrap();
+    disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    disk.header(VIRTIO_BLK_T_IN, 7);
+    disk.driver.notify(0);
+    stops();
+    disk.file.as_file().set_len(SECTORS * 512).unwrap();
+    disk.driver.write(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS, 0);
+    disk.driver.start();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
 }
 
 #[test]
