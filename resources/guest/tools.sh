@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds the programs that check file systems in guests, once, as static ones: pjdfstest and fsx, from crates.io, and
-# files.c. And hostile.c, a kernel of its own. Prints their folder.
+# files.c; journal.c, which writes what is looked for after a crash; and hostile.c, a kernel of its own. Prints their folder.
 set -euo pipefail
 
 here=$(realpath "$(dirname "$0")")
 folder=$(realpath -m "$here/../../target/guest/tools")
 mkdir -p "$folder"
-gcc -O2 -Wall -static -o "$folder/files" "$here/files.c"
-gcc -O2 -Wall -static -o "$folder/devmem" "$here/devmem.c"
+for program in files devmem journal; do
+    gcc -O2 -Wall -static -o "$folder/$program" "$here/$program.c"
+done
 gcc -O2 -Wall -ffreestanding -fno-stack-protector -fno-pic -mno-red-zone -mgeneral-regs-only -fno-strict-aliasing \
     -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -nostdlib -static -no-pie \
     -Wl,-Ttext-segment=0x200000,--build-id=none,-z,noexecstack -o "$folder/hostile" "$here/hostile.c"

@@ -34,7 +34,8 @@ pub struct Ended {
 }
 
 impl Running {
-    pub(super) fn start(command: &mut Command, folder: TempDir, limit: Duration) -> Self {
+    /// Starts `command`, which has its report in `folder`, for as long as `limit`.
+    pub fn start(command: &mut Command, folder: TempDir, limit: Duration) -> Self {
         let mut child = command.spawn().unwrap();
         let stdout = child.stdout.take().map(Output::collect);
         let stderr = child.stderr.take().map(Output::collect);
@@ -81,6 +82,22 @@ impl Running {
         let stdout = self.stdout.as_ref().unwrap();
         if !stdout.wait_for(text, self.deadline) {
             self.fail(&format!("`{text}` was not printed"));
+        }
+    }
+
+    /// Waits until what was printed is as `wanted`.
+    pub fn wait_until(&self, wanted: impl Fn(&str) -> bool) {
+        let stdout = self.stdout.as_ref().unwrap();
+        if !stdout.wait_until(|bytes| wanted(&String::from_utf8_lossy(bytes)), self.deadline) {
+            self.fail("what was waited for was not printed");
+        }
+    }
+
+    /// Waits until it said `text` about itself so many times.
+    pub fn wait_for_errors(&self, text: &str, times: usize) {
+        let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).matches(text).count() >= times;
+        if !self.stderr.as_ref().unwrap().wait_until(said, self.deadline) {
+            self.fail(&format!("`{text}` was not said"));
         }
     }
 
@@ -207,7 +224,11 @@ impl Output {
     }
 
     fn wait_for(&self, text: &str, deadline: Instant) -> bool {
-        let found = |so_far: &Collected| so_far.bytes.windows(text.len()).any(|window| window == text.as_bytes());
+        self.wait_until(|bytes| bytes.windows(text.len()).any(|window| window == text.as_bytes()), deadline)
+    }
+
+    fn wait_until(&self, wanted: impl Fn(&[u8]) -> bool, deadline: Instant) -> bool {
+        let found = |so_far: &Collected| wanted(&so_far.bytes);
         let left = deadline.saturating_duration_since(Instant::now());
         let so_far = self.read.0.lock().unwrap();
         let waited = self.read.1.wait_timeout_while(so_far, left, |so_far| !found(so_far) && !so_far.ended);
