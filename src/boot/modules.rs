@@ -15,6 +15,9 @@ use super::unpack::unpack;
 /// More than any module has, in bytes.
 const MODULE_MAX: u64 = 64 << 20;
 
+/// The files that say which modules are built in, and which there are beside.
+const LISTS: [&str; 2] = ["modules.builtin", "modules.dep"];
+
 /// Modules could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -67,6 +70,8 @@ pub struct Module {
     pub name: String,
     /// The ELF object.
     pub object: Vec<u8>,
+    /// The file that has it, packed or not.
+    path: PathBuf,
 }
 
 /// The modules of a kernel.
@@ -85,6 +90,12 @@ pub fn release(version: &str) -> Option<&str> {
     version.split_whitespace().next().filter(|word| word.bytes().all(is_plain) && !word.starts_with('.'))
 }
 
+/// Where the modules for the kernel at `kernel` are looked for: beside it, above that, and where the host has its own.
+pub fn places(kernel: &Path, version: &str) -> [PathBuf; 3] {
+    let beside = kernel.parent().unwrap_or(Path::new(""));
+    [beside, &beside.join(".."), Path::new("/")].map(|root| root.join("lib/modules").join(version))
+}
+
 impl Modules {
     /// The modules for a kernel of this version in `folder`: `lib/modules/VERSION`, or a root that has it.
     ///
@@ -97,19 +108,24 @@ impl Modules {
         Self::list(found.ok_or_else(none)?)
     }
 
-    /// The modules for the kernel at `kernel`: beside it, or the host's own. `None` if there are none.
+    /// The modules for the kernel at `kernel`, in the first of [`places`] that has some. `None` if there are none.
     ///
     /// # Errors
     /// When they cannot be listed.
     pub fn find(kernel: &Path, version: &str) -> Result<Option<Self>, Error> {
-        let beside = kernel.parent().unwrap_or(Path::new(""));
-        let found = Self::places(beside, version).into_iter().find(|folder| has_modules(folder));
+        let found = places(kernel, version).into_iter().find(|folder| has_modules(folder));
         found.map(Self::list).transpose()
     }
 
-    /// Where [`find`](Self::find) looks.
-    fn places(beside: &Path, version: &str) -> [PathBuf; 3] {
-        [beside, &beside.join(".."), Path::new("/")].map(|root| root.join("lib/modules").join(version))
+    /// Where they are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The files that `loaded` are in, and those that say which modules there are, which need not be there.
+    pub fn files(&self, loaded: &[Module]) -> impl Iterator<Item = PathBuf> {
+        let lists = LISTS.map(|name| self.folder.join(name));
+        lists.into_iter().chain(loaded.iter().map(|module| module.path.clone()))
     }
 
     fn list(folder: PathBuf) -> Result<Self, Error> {
@@ -117,8 +133,8 @@ impl Modules {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
             read => read.map_err(|source| Error::Read { path: folder.join(name), source }),
         };
-        let built_in = read("modules.builtin")?.lines().filter_map(|line| name_of(Path::new(line))).collect();
-        let index = read("modules.dep")?;
+        let [built_in, index] = [read(LISTS[0])?, read(LISTS[1])?];
+        let built_in = built_in.lines().filter_map(|line| name_of(Path::new(line))).collect();
         let indexed = index.lines().filter_map(|line| line.split_once(':')).map(|(path, _)| folder.join(path));
         let mut paths: HashMap<_, _> = indexed.filter_map(|path| Some((name_of(&path)?, path))).collect();
         if paths.is_empty() {
@@ -186,13 +202,13 @@ impl Modules {
         for needed in depends(&object) {
             self.load_one(&normal(&needed), seen, loaded)?;
         }
-        loaded.push(Module { name: name.into(), object });
+        loaded.push(Module { name: name.into(), object, path: path.clone() });
         Ok(())
     }
 }
 
 fn has_modules(folder: &Path) -> bool {
-    ["modules.builtin", "modules.dep", "kernel"].iter().any(|name| folder.join(name).exists())
+    LISTS.iter().chain(&["kernel"]).any(|name| folder.join(name).exists())
 }
 
 /// A module's name as it is in `/proc/modules`: files may have dashes.
@@ -289,6 +305,9 @@ mod tests {
             let loaded = modules.load(["packed", "crc16", "jbd2", "mb-cache"]).unwrap();
             assert_eq!(names(&loaded), ["jbd2", "mb_cache", "ext4", "packed"]);
             assert_eq!(loaded[3].object, object("ext4"));
+            let files: Vec<_> = modules.files(&loaded[..1]).collect();
+            let expected = ["modules.builtin", "modules.dep", "kernel/fs/jbd2.ko"];
+            assert_eq!(files, expected.map(|name| modules.folder().join(name)));
             assert!(modules.is_built_in("crc16") && modules.has("mb-cache") && !modules.has("overlay"));
         }
     }

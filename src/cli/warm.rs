@@ -3,17 +3,22 @@
 use std::error::Error;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use bantam::config::Config;
 use bantam::kvm;
 use bantam::machine::{self, Builder, Machine};
 use bantam::outcome::Outcome;
 use bantam::sandbox::Role;
-use bantam::warm::{self, Basis, Making, Miss, Place, Store, Unfit};
+use bantam::warm::{self, Basis, Files, Making, Miss, Place, Store, Unfit};
 use clap::Subcommand;
 use serde::Serialize;
 
 use super::message::{chain, say};
+
+/// Until the command of a guest that was restored has to begin. It takes milliseconds; one that hangs is followed by one that
+/// boots.
+const BEGIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// The warm snapshots.
 #[derive(Debug, Subcommand)]
@@ -107,6 +112,8 @@ impl Starts {
         let why = match found {
             Ok(mut snapshot) => {
                 snapshot.config = config.clone();
+                let limit = config.boot_timeout.map_or(BEGIN_LIMIT, |limit| limit.min(BEGIN_LIMIT));
+                snapshot.config.boot_timeout = Some(limit);
                 match build(Builder::restore(snapshot)) {
                     Err(error) if is_of_the_snapshot(&*error) => Err(chain(&*error)),
                     built => return self.started("warm", None, built?),
@@ -132,11 +139,11 @@ impl Starts {
         });
         let machine = build(builder)?;
         if let Some((making, saved)) = making {
-            let basis = self.basis.clone();
+            let (basis, modules) = (self.basis.clone(), Files::of(machine.module_files()));
             let sandbox = machine.sandbox().clone();
             let make = move || {
                 sandbox.enter_first(Role::Main)?;
-                make(making, &basis, &saved)
+                make(making, &basis, &modules, &saved)
             };
             self.making = Some(thread::Builder::new().name("bantam-warm".into()).spawn(make)?);
         }
@@ -166,7 +173,10 @@ impl Starts {
         let by_itself =
             matches!(outcome, Panicked(_) | Crashed(_) | PoweredOff | Rebooted | Halted | BootTimedOut { .. });
         let is_lost = by_itself && machine.report().durations.command.is_none();
-        self.broken = is_lost.then(|| format!("its command had not begun when {outcome}"));
+        self.broken = is_lost.then(|| match outcome {
+            BootTimedOut { limit, .. } => format!("its command had not begun after {limit:?}"),
+            outcome => format!("its command had not begun when {outcome}"),
+        });
         is_lost
     }
 
@@ -183,6 +193,7 @@ impl Starts {
 fn make(
     making: Making,
     basis: &Basis,
+    modules: &Files,
     saved: &Receiver<Result<(), machine::Error>>,
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
     match saved.recv() {
@@ -190,7 +201,7 @@ fn make(
         // Its guest did not become ready, which is told elsewhere.
         Err(_) => return Ok(()),
     }
-    Ok(making.finish(basis)?)
+    Ok(making.finish(basis, modules)?)
 }
 
 /// Whether a machine that boots could be built where the one of a snapshot could not.

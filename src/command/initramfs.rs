@@ -88,6 +88,8 @@ pub struct Initramfs {
     pub archive: Vec<u8>,
     /// Whether modules were found for the kernel. One that has everything built in needs none.
     pub has_modules: bool,
+    /// The files that the modules are of, and where there could be others that would be taken instead.
+    pub module_files: Vec<PathBuf>,
 }
 
 impl Initramfs {
@@ -117,6 +119,14 @@ impl Initramfs {
         };
         let loaded =
             modules.as_ref().map(|modules| modules.load(wanted(modules, command, devices, kind))).transpose()?;
+        let loaded = loaded.unwrap_or_default();
+        let places = match (folder, version) {
+            (None, Some(version)) => &modules::places(kernel, version)[..],
+            _ => &[],
+        };
+        let is_it = |place: &&PathBuf| modules.as_ref().is_some_and(|modules| modules.folder() == *place);
+        let others = places.iter().take_while(|place| !is_it(place)).cloned();
+        let module_files = others.chain(modules.iter().flat_map(|modules| modules.files(&loaded))).collect();
         let mut spec = told.to_vec();
         let mut say = |key: &str, value: &str| write(&mut spec, key, value);
         if let Some(kind) = kind {
@@ -128,7 +138,6 @@ impl Initramfs {
         if let Some(disk) = devices.overlay {
             say("upper", &disk_name(disk));
         }
-        let loaded = loaded.unwrap_or_default();
         loaded.iter().for_each(|module| say("module", &path_of(module)));
         for Share { tag, path, readonly } in devices.shares {
             let key = if *readonly { "share-ro" } else { "share" };
@@ -137,7 +146,7 @@ impl Initramfs {
         if let Some(mac) = devices.user_net {
             say("network", &network(mac));
         }
-        Ok(Self { archive: archive(&spec, &loaded), has_modules: modules.is_some() })
+        Ok(Self { archive: archive(&spec, &loaded), has_modules: modules.is_some(), module_files })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Building a machine: everything that can be refused is refused here, before the guest runs.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
@@ -202,9 +202,9 @@ impl Builder {
         };
         let mut vm = Vm::new(ram.clone(), config.cpus)?;
         config.cpu_template.as_ref().map_or(Ok(()), |template| vm.apply(template))?;
-        let (vcpus, has_modules) = match &snapshot {
+        let (vcpus, has_modules, module_files) = match &snapshot {
             // Those that were needed are in it.
-            Some(snapshot) => (restore(&vm, snapshot)?, true),
+            Some(snapshot) => (restore(&vm, snapshot)?, true, vec![]),
             None => boot(&config, &vm, save.is_some())?,
         };
         let told_command = match (&snapshot, &save) {
@@ -265,6 +265,7 @@ impl Builder {
             quota,
             limits,
             has_modules,
+            module_files,
             vcpus,
             threads: Vec::new(),
             vcpu_metrics: Vec::new(),
@@ -294,8 +295,8 @@ impl Builder {
     }
 }
 
-/// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found.
-fn boot(config: &Config, vm: &Vm, waits: bool) -> Result<(Vec<Vcpu>, bool), Error> {
+/// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found, and in which files.
+fn boot(config: &Config, vm: &Vm, waits: bool) -> Result<(Vec<Vcpu>, bool, Vec<PathBuf>), Error> {
     let (path, ram) = (config.kernel.as_deref().ok_or(Error::NoKernel)?, vm.ram());
     let kernel = kernel::load(ram, path).map_err(boot::Error::from)?;
     let told = |command| if waits { command::WAIT.to_vec() } else { command::told(command, Session::window()) };
@@ -311,7 +312,8 @@ fn boot(config: &Config, vm: &Vm, waits: bool) -> Result<(Vec<Vcpu>, bool), Erro
     if acpi && needs_x2apic(config.cpus) {
         vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
     }
-    Ok((vcpus, command.is_some_and(|command| command.has_modules)))
+    let (has_modules, files) = command.map(|command| (command.has_modules, command.module_files)).unwrap_or_default();
+    Ok((vcpus, has_modules, files))
 }
 
 /// Creates the vCPUs of a machine that was saved, and puts all that is in KVM where it was.

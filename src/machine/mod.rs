@@ -178,6 +178,7 @@ pub struct Machine {
     command: Option<command::Session>,
     kept: Option<Kept>,
     has_modules: bool,
+    module_files: Vec<PathBuf>,
     quota: Option<Quota>,
     limits: Limits,
     /// Not yet running.
@@ -262,6 +263,12 @@ impl Machine {
     /// Whether modules were found for the kernel that runs a command; one with everything built in needs none.
     pub fn has_modules(&self) -> bool {
         self.has_modules
+    }
+
+    /// The files that the modules are of that its guest was booted with, and the places where others would count for more, if
+    /// there were some.
+    pub fn module_files(&self) -> &[PathBuf] {
+        &self.module_files
     }
 
     /// How it went so far, in figures.

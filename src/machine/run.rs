@@ -313,8 +313,8 @@ impl Machine {
     fn look_for_halt(&mut self, now: Instant) {
         let Some(halt) = self.watch.halt.as_mut().filter(|halt| halt.next_look <= now) else { return };
         *halt = halt.looked(now);
-        // Of a kernel that stands still before user space a limit says more.
-        let boots = self.config.boot_timeout.is_some() && !self.watch.user_space;
+        // Of a kernel that stands still before user space a limit says more. One that was restored is beyond that.
+        let boots = self.config.boot_timeout.is_some() && !self.watch.user_space && self.generation.is_none();
         if halt.announced || !boots {
             self.threads.iter().for_each(vcpu::Thread::ask_stopped);
         }

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::config::Config;
 use crate::devices::console;
@@ -113,6 +113,33 @@ impl Basis {
     }
 }
 
+/// Files that the guest has of the host beside those that the configuration names: what they are told by, as of a [`Basis`].
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Files(Map<String, Value>);
+
+impl Files {
+    /// These, as they are now. Some may not be there.
+    pub fn of(paths: &[PathBuf]) -> Self {
+        let paths = paths.iter().filter_map(|path| std::path::absolute(path).ok());
+        Self(paths.map(|path| (path.display().to_string(), stamp(&path))).collect())
+    }
+
+    /// What is kept of them beside the snapshot.
+    pub fn record(&self) -> Value {
+        Value::Object(self.0.clone())
+    }
+
+    /// Those of a record; `None` if it is none.
+    pub fn recorded(record: &Value) -> Option<Self> {
+        record.as_object().cloned().map(Self)
+    }
+
+    /// One that is another now, if there is one.
+    pub fn changed(&self) -> Option<&str> {
+        self.0.iter().find(|(path, seen)| stamp(Path::new(path)) != **seen).map(|(path, _)| &**path)
+    }
+}
+
 fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
@@ -158,7 +185,6 @@ pub fn stamp(path: &Path) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
     use std::time::Duration;
 
     use super::*;

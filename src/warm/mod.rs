@@ -21,7 +21,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use serde_json::Value;
 
-pub use basis::{Basis, Unfit};
+pub use basis::{Basis, Files, Unfit};
 
 use crate::file;
 use crate::image::cache::{clear, is_at, try_lock, user_folder};
@@ -259,15 +259,16 @@ impl Making {
         Destination::Folder(self.path.join(SNAPSHOT))
     }
 
-    /// The machine has been saved, which was built of `basis`: puts the snapshot where it is found.
+    /// The machine has been saved, which was built of `basis`, and booted with `modules`: puts the snapshot where it is found.
     ///
     /// # Errors
-    /// When the host does not write it, or the files of `basis` have changed meanwhile.
-    pub fn finish(self, basis: &Basis) -> io::Result<()> {
-        if !basis.is_still_so() {
+    /// When the host does not write it, or these files have changed meanwhile.
+    pub fn finish(self, basis: &Basis, modules: &Files) -> io::Result<()> {
+        if !basis.is_still_so() || modules.changed().is_some() {
             return Err(io::Error::other("what it is of has changed meanwhile"));
         }
         let mut about = basis.record();
+        about["modules"] = modules.record();
         about["memory"] = basis::stamp(&self.path.join(MEMORY));
         let mut file = File::options().write(true).create_new(true).mode(0o600).open(self.path.join(ABOUT))?;
         file.write_all(format!("{about:#}\n").as_bytes())?;
@@ -310,6 +311,10 @@ fn open_in(folder: &Path, basis: &Basis) -> Result<Snapshot, Miss> {
     if let Some(difference) = basis.difference(&about) {
         return Err(Miss::Other(difference));
     }
+    let modules = Files::recorded(&about["modules"]).unwrap_or_default();
+    if let Some(path) = modules.changed() {
+        return Err(Miss::Other(format!("{path} has changed since it was made")));
+    }
     let snapshot = Snapshot::open(folder.join(SNAPSHOT))?;
     let memory = folder.join(MEMORY);
     if about["memory"] != basis::stamp(&memory) {
@@ -321,6 +326,8 @@ fn open_in(folder: &Path, basis: &Basis) -> Result<Snapshot, Miss> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{FileType, Mode, mknodat};
+
     use crate::command;
     use crate::config::Config;
 
@@ -335,7 +342,7 @@ mod tests {
         let Destination::Folder(folder) = making.destination() else { panic!() };
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("memory"), text).unwrap();
-        making.finish(&basis()).unwrap();
+        making.finish(&basis(), &Files::default()).unwrap();
     }
 
     fn entries(store: &Store) -> usize {
@@ -374,8 +381,16 @@ mod tests {
             &Config::new().kernel("/proc/version").initrd("/proc/version").command(command::Spec::new(["x"])),
         );
         assert!(matches!(place.open(&other.unwrap()), Err(Miss::Other(_))));
-        fs::write(store.folder.join("key").join(ABOUT), "{").unwrap();
+        let about = store.folder.join("key").join(ABOUT);
+        fs::write(&about, "{").unwrap();
         assert!(matches!(place.open(&basis()), Err(Miss::Other(_))));
+        // What is no file, or has too much, is not read.
+        fs::remove_file(&about).unwrap();
+        mknodat(CWD, &about, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        assert!(matches!(place.open(&basis()), Err(Miss::Read(..))) && store.list().unwrap()[0].rootfs.is_empty());
+        fs::remove_file(&about).unwrap();
+        File::create(&about).unwrap().set_len(file::RECORD_MAX + 1).unwrap();
+        assert!(matches!(place.open(&basis()), Err(Miss::Read(..))));
         store.remove("key").unwrap();
         assert_eq!(entries(&store), 0);
     }
@@ -409,7 +424,35 @@ mod tests {
         let store = Store::new(folder.path().join("warm"));
         let making = store.at("key").unwrap().begin().unwrap().unwrap();
         fs::write(&file, "22").unwrap();
-        assert!(making.finish(&basis).is_err());
+        assert!(making.finish(&basis, &Files::default()).is_err());
         assert_eq!(entries(&store), 0);
+    }
+
+    #[test]
+    fn modules_that_were_built_anew_count_as_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let [module, nearer] = ["module.ko", "nearer"].map(|name| folder.path().join(name));
+        fs::write(&module, "1").unwrap();
+        let modules = Files::of(&[module.clone(), nearer.clone()]);
+        let store = Store::new(folder.path().join("warm"));
+        let place = store.at("key").unwrap();
+        let make = |modules: &Files| {
+            let making = place.begin().unwrap().unwrap();
+            fs::create_dir(making.path.join(SNAPSHOT)).unwrap();
+            making.finish(&basis(), modules)
+        };
+        make(&modules).unwrap();
+        // It has no state.
+        assert!(matches!(place.open(&basis()), Err(Miss::Snapshot(_))));
+        let changed = |path: &Path| {
+            let Err(Miss::Other(told)) = place.open(&basis()) else { panic!("it is taken") };
+            assert_eq!(told, format!("{} has changed since it was made", path.display()));
+        };
+        fs::write(&module, "22").unwrap();
+        changed(&module);
+        assert!(make(&modules).is_err());
+        make(&Files::of(&[module, nearer.clone()])).unwrap();
+        fs::create_dir(&nearer).unwrap();
+        changed(&nearer);
     }
 }

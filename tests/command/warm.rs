@@ -25,7 +25,11 @@ impl Lab {
     }
 
     fn guest(&self, words: &[&str]) -> Guest {
-        let mut guest = Guest::running(self.kernel.vmlinux(), words).root(&self.root.image());
+        self.guest_of(self.kernel.vmlinux(), self.root.image(), words)
+    }
+
+    fn guest_of(&self, kernel: PathBuf, root: PathBuf, words: &[&str]) -> Guest {
+        let mut guest = Guest::running(kernel, words).root(&root);
         guest.command().env("XDG_CACHE_HOME", self.cache.path());
         guest.option("--warm", "key")
     }
@@ -88,6 +92,9 @@ fn a_second_run_begins_where_the_first_was_ready() {
         first.require(first.status == 3 && first.stderr.is_empty(), "it boots, and says no more");
         require_cold(&first, NOTHING);
         assert_eq!(lab.others(), 0);
+        let about: serde_json::Value = serde_json::from_slice(&fs::read(lab.file("about.json")).unwrap()).unwrap();
+        let (modules, has_some) = (about["modules"].to_string(), matches!(kernel, Kernel::Debian61));
+        first.require(modules.contains("lib/modules/") && modules.contains("virtio_blk") == has_some, &modules);
         let mode = |name: &str| fs::metadata(lab.file(name)).unwrap().mode() & 0o777;
         assert_eq!([mode(""), mode("snapshot"), mode("snapshot/memory")], [0o700, 0o700, 0o600]);
         // An emulated host's clocks are not right to the second.
@@ -174,12 +181,29 @@ fn what_does_not_fit_is_told_and_made_anew() {
     ended.require(ended.stderr.contains("so the guest boots: its command had not begun when the guest "), "it says so");
     assert_eq!((&ended.report["warm"]["start"], lab.others()), (&"cold".into(), 0));
 
+    // A vCPU that waits to be started, in vain.
+    let change = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut other: serde_json::Value = bantam::snapshot::decode(&fs::read(&state).unwrap()).unwrap();
+        change(&mut other);
+        fs::write(&state, bantam::snapshot::encode(&other).unwrap()).unwrap();
+    };
+    change(&|state| state["vcpus"][0]["mp-state"] = 1.into());
+    check(run().memory("192M"), "its command had not begun after 30s");
+
     // Another CPU, with a right checksum.
-    let bytes = fs::read(&state).unwrap();
-    let mut other: serde_json::Value = bantam::snapshot::decode(&bytes).unwrap();
-    other["cpu"]["name"] = "Another CPU".into();
-    fs::write(&state, bantam::snapshot::encode(&other).unwrap()).unwrap();
+    change(&|state| state["cpu"]["name"] = "Another CPU".into());
     check(run().memory("192M"), "they ran on Another CPU, and this host has ");
+
+    // Another kernel, and another root file system.
+    let other_kernel = lab.guest_of(Kernel::Tiny.bzimage(), lab.root.image(), &["sh", "-c", "exit 7"]);
+    check(other_kernel.memory("192M"), "its machine has kernel ");
+    let other_root = lab.cache.path().join("other.img");
+    fs::copy(lab.root.image(), &other_root).unwrap();
+    check(
+        lab.guest_of(Kernel::Tiny.bzimage(), other_root, &["sh", "-c", "exit 7"]).memory("192M"),
+        "its machine has rootfs ",
+    );
+    check(run().memory("192M"), "its machine has kernel ");
 
     // Another root file system at the same path.
     File::options().write(true).open(lab.root.image()).unwrap().write_all_at(&[0], 0).unwrap();
