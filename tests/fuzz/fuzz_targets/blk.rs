@@ -103,6 +103,15 @@ impl Device for Disk {
         Ok(request)
     }
 
+    fn answer(&self, request: &[u8], u: &mut Unstructured) -> Result<Option<Vec<u32>>> {
+        // Data, and the status.
+        Ok(Some(match request.first() {
+            Some(0) => vec![512 * u.int_in_range(0..=8)?, 1],
+            Some(8) => vec![20, 1],
+            _ => vec![1],
+        }))
+    }
+
     fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
         self.limit(mmio, u.arbitrary()?);
         Ok(())

@@ -83,6 +83,8 @@ fn name(u: &mut Unstructured) -> Result<Vec<u8>> {
 }
 
 impl Device for Shared {
+    const PROBE_FIRST: bool = true;
+
     fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)> {
         make();
         let readonly = u.arbitrary()?;
@@ -167,6 +169,10 @@ impl Device for Shared {
         request.extend([0; 16]);
         request.extend(body);
         Ok(request)
+    }
+
+    fn answer(&self, _: &[u8], _: &mut Unstructured) -> Result<Option<Vec<u32>>> {
+        Ok(Some(vec![16, 4096]))
     }
 
     fn serves_all(&self, _: u16) -> bool {

@@ -31,6 +31,8 @@ pub trait Device: Sized {
     const STATUS_LAST: bool = false;
     /// What the driver asks for may empty its own rings.
     const EMPTIES_PAGES: bool = false;
+    /// Nothing is done before the request that [`probe`](Self::probe) gives.
+    const PROBE_FIRST: bool = false;
 
     /// The device, and what it has on the host.
     fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)>;
@@ -38,6 +40,11 @@ pub trait Device: Sized {
     fn again(&mut self) -> Option<Box<dyn VirtioDevice>>;
     /// What a driver may send by a queue.
     fn request(&self, queue: u16, u: &mut Unstructured) -> Result<Vec<u8>>;
+    /// How long the buffers for an answer to that are, as a proper driver has them; `None` if there is no telling.
+    fn answer(&self, request: &[u8], u: &mut Unstructured) -> Result<Option<Vec<u32>>> {
+        let _ = (request, u);
+        Ok(None)
+    }
     /// Something happens on the host.
     fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
         let _ = (mmio, u);
@@ -71,6 +78,9 @@ pub fn run<D: Device>(data: &[u8]) {
     let Ok((device, virtio)) = D::new(&mut u) else { return };
     let mut guest = Guest::new(device, virtio);
     guest.start();
+    if D::PROBE_FIRST && !matches!(u.ratio(1, 16), Ok(true)) {
+        guest.probe();
+    }
     for _ in 0..STEPS_MAX {
         if u.is_empty() || guest.step(&mut u).is_err() {
             break;
@@ -318,8 +328,12 @@ impl<D: Device> Guest<D> {
             buffers.push((at, cut as u32, 0));
             left = later;
         }
-        for _ in 0..u.int_in_range(0..=3)? {
-            let len = input::length(u)?;
+        let proper = if u.ratio(3, 4)? { self.device.answer(&data, u)? } else { None };
+        let lengths = match proper {
+            Some(lengths) => lengths,
+            None => (0..u.int_in_range(0..=3)?).map(|_| input::length(u)).collect::<Result<_>>()?,
+        };
+        for len in lengths {
             let at = if u.ratio(15, 16)? { self.allocate(len) } else { input::address(u)? };
             buffers.push((at, len, WRITE));
         }
@@ -548,6 +562,11 @@ impl<D: Device> Guest<D> {
     fn end(mut self) {
         self.device.end(&mut self.mmio, &self.memory);
         self.start();
+        self.probe();
+    }
+
+    /// Makes a proper request, and looks at the answer.
+    fn probe(&mut self) {
         let (queue, request, room) = self.device.probe();
         self.buffer = RINGS_END;
         let at = self.allocate(request.len() as u32);
