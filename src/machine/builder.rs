@@ -279,6 +279,7 @@ impl Builder {
             memory_handler,
             working_set,
             recorder: None,
+            served_saves: vec![],
             savers: vec![],
             started,
             times: Durations { kernel_loaded, ..Durations::default() },

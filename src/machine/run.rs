@@ -52,6 +52,7 @@ impl Machine {
         // Who still waits for an answer learns that there is none.
         self.inbox.close();
         self.pause = Default::default();
+        self.give_up_served();
         ended
     }
 

@@ -36,6 +36,9 @@ impl Machine {
         };
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
         let (asker, is_served) = (answer.clone(), self.memory_handler.is_some());
+        if is_served {
+            self.served_saves.push(answer.clone());
+        }
         let pages = match &destination {
             Destination::Diff(_) => Pages::Changed,
             // It was restored.
@@ -62,6 +65,14 @@ impl Machine {
                 let _ = asker.send(Err(Error::Thread { what: "saving", source }));
                 false
             }
+        }
+    }
+
+    /// The machine has ended: a thread that saves memory may wait for a page of it for ever, and who waits for that is told.
+    pub(super) fn give_up_served(&mut self) {
+        for answer in self.served_saves.drain(..) {
+            // One that has been answered is of no interest any more.
+            let _ = answer.try_send(Err(snapshot::Error::Unserved.into()));
         }
     }
 

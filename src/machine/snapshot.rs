@@ -103,6 +103,9 @@ pub enum Error {
     /// The process that gave memory has ended.
     #[error("cannot go on without the process that gave memory: it has ended")]
     HandlerEnded,
+    /// It was still to give some when the machine ended.
+    #[error("cannot save memory that another process gives: the machine ended before that had given all of it")]
+    Unserved,
     /// The machine to restore is another than the saved one.
     #[error("cannot restore the snapshot: it has {saved} {what}, and the machine is to have {asked}")]
     Other {
