@@ -30,6 +30,15 @@ impl Api {
         Self { child, folder }
     }
 
+    /// One called by its own name, whose machine is found in `runtime` by what it is called.
+    pub fn named(runtime: &Path, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bantam"));
+        command.args(["api", "--api-sock", "api.sock"]).args(flags).current_dir(&folder);
+        command.env("XDG_RUNTIME_DIR", runtime).stdin(Stdio::null()).stdout(Stdio::null());
+        Self { child: command.spawn().unwrap(), folder }
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

@@ -3,6 +3,8 @@
 use std::io::{BufReader, Write};
 use std::process::{Command, Stdio};
 
+use serde_json::Value;
+
 use crate::client::{Api, answer, idle_kernel, is_closed};
 
 #[test]
@@ -110,6 +112,52 @@ fn a_link_takes_the_flags_of_firecracker() {
     }
     // The one that was there goes on.
     assert_eq!(api.request("GET", "/", "").0, 200);
+}
+
+/// What the machine of an API is called, and what happens to it.
+#[test]
+fn a_machine_of_the_api_has_a_name_and_tells_what_happens() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let run = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bantam"));
+        command.args(words).env("XDG_RUNTIME_DIR", folder.path()).stdin(Stdio::null());
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let (kernel, events) = (path("kernel"), path("events"));
+    idle_kernel(kernel.as_ref());
+    let mut api = Api::named(folder.path(), &["--name", "one", "--events", &events]);
+    // There is no machine before it starts.
+    api.done("GET", "/", "");
+    assert_eq!(run(&["ps", "-q"]), (Some(0), String::new()));
+    api.done("PUT", "/boot-source", &format!(r#"{{"kernel_image_path": "{kernel}"}}"#));
+    api.done("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    assert_eq!(run(&["ps", "-q"]), (Some(0), "one\n".into()));
+    // The name is taken.
+    let (status, told) = run(&["run", "--name", "one", "--kernel", "/dev/null"]);
+    assert!(status == Some(125) && told.contains("a machine of that name runs"), "{told}");
+    assert_eq!(run(&["pause", "one"]).0, Some(0));
+    assert_eq!(api.done("GET", "/", "")["state"], "Paused");
+    api.done("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    assert!(run(&["ps"]).1.contains("running"));
+    assert_eq!(run(&["stop", "one"]).0, Some(0));
+    assert_eq!(api.wait(), Some(0));
+    assert_eq!(run(&["ps", "-q"]), (Some(0), String::new()));
+    let told = std::fs::read_to_string(&events).unwrap();
+    let told: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<_> = told.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["started", "paused", "resumed", "ended"], "{told:?}");
+
+    // What cannot be is told: a name at once, a file when the machine is to be started.
+    let socket = path("refused.sock");
+    let (status, told) = run(&["api", "--api-sock", &socket, "--name", "a/b"]);
+    assert!(status == Some(125) && told.contains("--name"), "{told}");
+    let api = Api::named(folder.path(), &["--name", "two", "--events", "/no/where"]);
+    api.done("PUT", "/boot-source", &format!(r#"{{"kernel_image_path": "{kernel}"}}"#));
+    let (status, told) = api.request("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    let why = told["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && why.contains("cannot write the events to /no/where"), "{status} {told}");
 }
 
 #[test]

@@ -3,6 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
 mod changed;
+#[allow(dead_code, reason = "of which not all is used here")]
+#[path = "../api/client.rs"]
+mod client;
 mod golden;
 mod hostile;
 mod lives;
@@ -30,6 +33,7 @@ use bantam::machine::{self, Builder, Destination, Handle, Machine, Snapshot};
 use bantam::outcome::Outcome;
 use bantam::snapshot;
 use bantam::virtio::{blk, net};
+use client::Api;
 use namespace::Namespace;
 use support::screen::Screen;
 use support::{Guest, Kernel};
@@ -78,10 +82,11 @@ impl Running {
     }
 }
 
-/// What was printed whole as `name=VALUE ... end`.
+/// What was printed whole as `name=VALUE ... end`. The terminal repeats what is typed, which may come between that and the end
+/// of its line.
 fn values<'a>(text: &'a str, name: &str) -> Vec<&'a str> {
-    let lines = text.lines().filter_map(|line| line.trim().strip_suffix(" end"));
-    lines.filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).collect()
+    let lines = text.lines().filter_map(|line| line.split_once(" end"));
+    lines.filter_map(|(line, _)| line.split_once(name)?.1.strip_prefix('=')).collect()
 }
 
 /// The counts that were printed.

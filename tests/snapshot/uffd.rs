@@ -6,8 +6,9 @@ use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Output};
 
 use bantam::virtio::balloon;
@@ -25,6 +26,8 @@ const EVENT_REMOVE: u8 = 0x15;
 const BLOCK: u64 = 64 << 10;
 const SOCKET: &str = "UFFD_SOCKET";
 const MEMORY: &str = "UFFD_MEMORY";
+/// Has the handler end when the first page is wanted.
+const ENDS: &str = "UFFD_ENDS";
 
 struct Region {
     start: u64,
@@ -76,6 +79,9 @@ fn serve(uffd: &OwnedFd, stream: &std::os::unix::net::UnixStream, regions: &[Reg
             continue;
         }
         assert_eq!(message[0], EVENT_PAGEFAULT);
+        if env::var_os(ENDS).is_some() {
+            return;
+        }
         let page = word(16) & !4095;
         if removed.iter().any(|range| range.contains(&page)) {
             let mut zero = [page, 4096, 0, 0];
@@ -93,7 +99,8 @@ fn serve(uffd: &OwnedFd, stream: &std::os::unix::net::UnixStream, regions: &[Reg
         };
         // What the guest has given back must not come back with its neighbours.
         let start = page / BLOCK * BLOCK;
-        if !removed.is_empty() || start < region.start || !copy(start, BLOCK) {
+        let is_whole = start >= region.start && start + BLOCK <= region.start + region.size;
+        if !removed.is_empty() || !is_whole || !copy(start, BLOCK) {
             copy(page, 4096);
         }
     }
@@ -104,9 +111,15 @@ struct Handler(Child);
 
 impl Handler {
     fn start(socket: &Path, saved: &Path) -> Self {
+        Self::spawn(socket, saved, false)
+    }
+
+    fn spawn(socket: &Path, saved: &Path, ends: bool) -> Self {
+        let _ = fs::remove_file(socket);
         let mut command = Command::new(env::current_exe().unwrap());
         command.args(["--exact", "uffd::handler", "--ignored", "--nocapture"]);
         command.env(SOCKET, socket).env(MEMORY, saved.join("memory")).stdout(Stdio::piped());
+        command.envs(ends.then_some((ENDS, "1")));
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().contains("listening")));
@@ -168,7 +181,6 @@ fn another_process_gives_the_memory() {
     }
 
     // One that ends ends the machine.
-    fs::remove_file(&socket).unwrap();
     let handler = Handler::start(&socket, &saved);
     let mut child = restore(&saved, &socket);
     let mut line = String::new();
@@ -178,8 +190,15 @@ fn another_process_gives_the_memory() {
     assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
     assert!(stderr(&output).contains("without the process that gave memory: it has ended"), "{}", stderr(&output));
 
+    // Nor is there a machine if it ends while that is built, which takes a page of memory.
+    let handler = Handler::spawn(&socket, &saved, true);
+    let output = restore(&saved, &socket).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
+    assert!(output.stdout.is_empty(), "the guest has not run");
+    assert!(stderr(&output).contains("without the process that gave memory: it has ended"), "{}", stderr(&output));
+    drop(handler);
+
     // With one that stands still a signal does.
-    fs::remove_file(&socket).unwrap();
     let handler = Handler::start(&socket, &saved);
     let mut child = restore(&saved, &socket);
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -193,4 +212,86 @@ fn another_process_gives_the_memory() {
     assert_eq!(output.status.code(), Some(125));
     let told = stderr(&output);
     assert!(told.contains("cannot have memory from a process that listens at") && told.contains("nobody"), "{told}");
+    who_may_not_is_told(&lab, &saved);
+    the_api_has_its_memory_so(&lab, &saved, &printed);
+}
+
+/// Restores as a user without privileges.
+fn who_may_not_is_told(lab: &Lab, saved: &Path) {
+    const NOBODY: u32 = 65534;
+    let unprivileged = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    if !rustix::process::geteuid().is_root() || unprivileged.trim() == "1" {
+        return eprintln!("SKIPPED: whom userfaultfd is refused: this takes root, where others may not use it");
+    }
+    // What that user may read, run and connect to.
+    let program = lab.path("bantam");
+    fs::copy(env!("CARGO_BIN_EXE_bantam"), &program).unwrap();
+    let open = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    open(lab.folder.path(), 0o755);
+    open(saved, 0o755);
+    open(&saved.join("state"), 0o644);
+    let socket = lab.path("anybody");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    open(&socket, 0o777);
+    let mut command = Command::new(program);
+    command.arg("restore").arg(saved).arg("--uffd").arg(socket).uid(NOBODY).gid(NOBODY);
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{}", stderr(&output));
+    let told = stderr(&output);
+    assert!(
+        told.contains("cannot have memory from another process: userfaultfd") && told.contains("CAP_SYS_PTRACE"),
+        "{told}"
+    );
+    assert!(told.contains("Operation not permitted"), "{told}");
+}
+
+/// The API restores a machine whose memory the handler gives; what that machine did is whole.
+fn the_api_has_its_memory_so(lab: &Lab, saved: &Path, printed: &str) {
+    let socket = lab.path("api-handler");
+    let handler = Handler::start(&socket, saved);
+    let mut api = Api::start(&[]);
+    let load = |backend: &str, path: &Path, more: serde_json::Value| {
+        let memory = serde_json::json!({"backend_type": backend, "backend_path": path});
+        let mut body = serde_json::json!({"snapshot_path": saved.join("state"), "mem_backend": memory});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body.to_string()
+    };
+    let (status, answer) =
+        api.request("PUT", "/snapshot/load", &load("Uffd", &lab.path("nobody"), serde_json::json!({})));
+    let why = answer["fault_message"].as_str().unwrap_or_default();
+    assert!(status == 400 && why.contains("cannot have memory from a process that listens at"), "{status} {answer}");
+    api.done("PUT", "/snapshot/load", &load("Uffd", &socket, serde_json::json!({"resume_vm": true})));
+    assert_eq!(api.done("GET", "/", "")["state"], "Running");
+    api.done("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let (state, memory) = (lab.path("api-state"), lab.path("api-memory"));
+    let body = serde_json::json!({"snapshot_path": state, "mem_file_path": memory});
+    api.done("PUT", "/snapshot/create", &body.to_string());
+    let machine = Running::start(Builder::restore(Snapshot::open_files(&state, &memory).unwrap()));
+    let seen = machine.screen.wait_until(|seen| values(seen, "noise").len() > 1);
+    machine.stop();
+    // It goes on to count.
+    assert!(counts(&seen)[0] > 1, "{seen}");
+    assert!(values(&seen, "noise").iter().all(|noise| *noise == values(printed, "noise")[0]), "{seen}");
+    // The end of the handler is its end.
+    api.done("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+    drop(handler);
+    assert_eq!(api.wait(), Some(125));
+
+    // That is so while the memory is saved, of which a page is waited for.
+    let handler = Handler::start(&socket, saved);
+    let mut api = Api::start(&[]);
+    api.done("PUT", "/snapshot/load", &load("Uffd", &socket, serde_json::json!({})));
+    kill_process(Pid::from_child(&handler.0), Signal::STOP).unwrap();
+    let (mut stream, body) = (api.connect(), body.to_string());
+    let length = body.len();
+    write!(stream, "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+    // It has begun to be written.
+    while !fs::read_dir(lab.folder.path())
+        .unwrap()
+        .any(|entry| entry.unwrap().file_name().to_string_lossy().contains(".saving-"))
+    {
+        thread::yield_now();
+    }
+    drop(handler);
+    assert_eq!(api.wait(), Some(125));
 }
