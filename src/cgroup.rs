@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,6 +49,8 @@ pub struct Group {
     path: PathBuf,
     /// Holds the lock.
     _lock: File,
+    /// Where threads are put into it, and into the one above: open, as a process in a jail has no paths.
+    threads: Option<[File; 2]>,
 }
 
 impl Group {
@@ -63,7 +66,7 @@ impl Group {
         }
         let below = &own.join("cgroup.subtree_control");
         sweep(&own);
-        let group = make(&own)?;
+        let mut group = make(&own)?;
         group.write("cgroup.type", "threaded")?;
         let enabled = fs::read_to_string(below).unwrap_or_default();
         if !enabled.split_whitespace().any(|name| name == "cpu") {
@@ -72,6 +75,11 @@ impl Group {
             fs::write(below, "+cpu").map_err(refused)?;
         }
         group.write("cpu.max", &format!("{quota} {period}"))?;
+        let open = |folder: &Path| {
+            let refused = |source| Error::Refused { what: "put threads into", path: folder.into(), source };
+            File::options().write(true).open(folder.join("cgroup.threads")).map_err(refused)
+        };
+        group.threads = Some([open(&group.path)?, open(&own)?]);
         Ok(group)
     }
 
@@ -85,11 +93,15 @@ impl Group {
     /// # Errors
     /// When this thread cannot be put there, or not back; `start` has not run if it is not there.
     pub fn within<T>(&self, start: impl FnOnce() -> T) -> Result<T, Error> {
-        self.write("cgroup.threads", "0")?;
+        let Some([threads, above]) = &self.threads else { return Ok(start()) };
+        let refused = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| Error::Refused { what, path, source }
+        };
+        threads.write_all_at(b"0", 0).map_err(refused("put threads into", &self.path))?;
         let started = start();
         let own = self.path.parent().unwrap_or(&self.path);
-        let refused = |source| Error::Refused { what: "go back to", path: own.into(), source };
-        fs::write(own.join("cgroup.threads"), "0").map_err(refused).map(|()| started)
+        above.write_all_at(b"0", 0).map_err(refused("go back to", own)).map(|()| started)
     }
 
     fn write(&self, file: &str, text: &str) -> Result<(), Error> {
@@ -132,11 +144,16 @@ fn make(own: &Path) -> Result<Group, Error> {
             made => {
                 let lock = made.map_err(|source| Error::Refused { what: "make", path: path.clone(), source })?;
                 if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() {
-                    return Ok(Group { path, _lock: lock });
+                    return Ok(Group { path, _lock: lock, threads: None });
                 }
             }
         }
     }
+}
+
+/// Removes what processes have left beside this one that were killed, or could not remove it.
+pub fn clear() {
+    own_group().iter().for_each(|own| sweep(own));
 }
 
 /// Removes what killed processes have left. A group with a thread in it cannot be removed.

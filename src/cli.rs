@@ -6,6 +6,7 @@ pub mod descriptors;
 pub mod ending;
 pub mod github;
 pub mod image;
+pub mod jail;
 pub mod junit;
 pub mod kernel;
 pub mod log;
@@ -290,12 +291,19 @@ pub struct Run {
     /// A control group does that if this user may make one; else vCPUs pause, and devices are not counted.
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     cpu_quota: Option<Quota>,
-    /// What bantam may still do when the machine runs [default: off].
+    /// What bantam may still do when the machine runs [default: off, with --jail on].
     ///
     /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
     /// log: such a system call is told, and made. off: all that the user may do.
     #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
-    pub sandbox: Option<bantam::sandbox::Mode>,
+    sandbox: Option<bantam::sandbox::Mode>,
+    /// Run the machine in a process that sees nothing of the host but what was opened for it.
+    ///
+    /// It has namespaces of its own (mount with an empty root, PID, network, IPC, UTS, cgroup) and, if root starts it, a user
+    /// and a group that nobody else has, or these. Without root that takes user namespaces.
+    #[arg(long, value_name = "uid=N,gid=N", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(value_parser = file::Jail::read, help_heading = "Limits")]
+    pub jail: Option<file::Jail>,
     /// Let the command have at most N processes and threads.
     #[arg(long, value_name = "N", help_heading = "Limits")]
     pids: Option<u32>,
@@ -404,6 +412,11 @@ fn cpus(text: &str) -> Result<u32, &'static str> {
 }
 
 impl Run {
+    /// What is asked for: nobody who wants a jail wants less.
+    pub fn sandbox(&self) -> Option<bantam::sandbox::Mode> {
+        self.sandbox.or(self.jail.is_some().then_some(bantam::sandbox::Mode::On))
+    }
+
     /// What the file says that --config names, with what the flags say in its place of how the run is told.
     pub fn document(&mut self) -> Result<Document, file::Error> {
         let document = self.config.as_deref().map(file::read).transpose()?.unwrap_or_default();
@@ -417,6 +430,7 @@ impl Run {
         self.metrics = self.metrics.take().or_else(|| run.metrics.clone());
         self.warm = self.warm.take().or_else(|| run.warm.clone());
         self.sandbox = self.sandbox.or(run.sandbox);
+        self.jail = self.jail.take().or_else(|| run.jail.clone());
         self.github |= run.github;
         self.retry.get_or_insert(run.retry);
         if self.verbose == 0 {
@@ -487,6 +501,7 @@ impl Run {
             log_file: self.log_file.clone(),
             events: self.events.clone(),
             sandbox: self.sandbox,
+            jail: self.jail.clone(),
             metrics: self.metrics.clone(),
         };
         let (config, run) = (serde_json::to_string_pretty(config)?, serde_json::to_string_pretty(&run)?);

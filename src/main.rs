@@ -21,6 +21,7 @@ use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
 use clap::Parser;
 use cli::attempts::Attempts;
+use cli::jail::{self, Inside, Side};
 use cli::message::{chain, say};
 use cli::output_file::OutputFile;
 use cli::restore::Restore;
@@ -162,7 +163,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     }
     let document = run.document()?;
     let run = run;
-    Process::new(cli::sandbox::mode(run.sandbox)).close_others(&document.config);
+    Process::new(cli::sandbox::mode(run.sandbox())).close_others(&document.config);
     if run.github {
         cli::github::guard_words();
     }
@@ -195,11 +196,22 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let has_command = config.command.is_some();
     let mut image = None;
-    let process = process(&run, &attempts);
+    let mut process = process(&run, &attempts);
     let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
     let mut opened: Result<(), Box<dyn Error>> = opened.map(|opened| image = opened);
     let has_command = has_command || image.is_some();
-    let mut named = run.name.as_ref().map(|name| Server::bind(name, &config, started)).transpose()?;
+    let bind = if run.jail.is_some() { Server::bind_jailed } else { Server::bind };
+    let mut named = run.name.as_ref().map(|name| bind(name, &config, started)).transpose()?;
+    if let Some(spec) = run.jail.as_ref().filter(|_| opened.is_ok()) {
+        jail::check(&config, run.retries() > 0, run.warm.is_some())?;
+        match jail::start(spec)? {
+            Side::Launcher(launcher) => return launcher.finish(&config, &attempts),
+            Side::Inside(inside) => {
+                attempts.write_by(&inside.files());
+                process.jail = Some(inside);
+            }
+        }
+    }
     let mut warm = None;
     let may_be_again = run.retries() > 0 || run.warm.is_some();
     let (ended, machine) = attempts.run(has_command, started, &mut warm, |begin, wanted, warm| {
@@ -251,7 +263,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
 
 /// The sandbox of a run.
 fn process(run: &cli::Run, attempts: &Attempts) -> Process {
-    let mut process = Process::new(cli::sandbox::mode(run.sandbox));
+    let mut process = Process::new(cli::sandbox::mode(run.sandbox()));
     process.asked = run.name.is_some();
     // One that starts warm is saved when it is ready, or booted when that does not work.
     process.builds_again = run.retries() > 0 || run.warm.is_some();
@@ -269,7 +281,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
     let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
-    let signals = signals(false)?;
+    let signals = signals(false, None)?;
     let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
     cli::descriptors::allow(&snapshot.config);
     let mut process = Process::new(cli::sandbox::mode(restore.sandbox));
@@ -295,12 +307,16 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
 }
 
 /// The signals that end a machine, or tell of its command's terminal.
-fn signals(terminal: bool) -> Result<SignalFd, String> {
+fn signals(terminal: bool, jail: Option<&Inside>) -> Result<SignalFd, String> {
     let mut signals = signal::ENDING.to_vec();
     // A terminal that a shell had while this process was stopped, or that changes its size.
     signals.push(libc::SIGCONT);
     signals.extend(terminal.then_some(libc::SIGWINCH));
-    SignalFd::new(&signals).map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))
+    let taken = match jail {
+        Some(jail) => jail.signals().and_then(|pipe| SignalFd::passed_on(&signals, pipe)),
+        None => SignalFd::new(&signals),
+    };
+    taken.map_err(|error| format!("cannot wait for signals by a signalfd: {error}"))
 }
 
 /// Has every attempt find the same: what the first one reads or takes is gone.
@@ -352,8 +368,12 @@ fn build(
     let terminal = config.command.as_ref().is_some_and(|command| command.tty);
     let threads = process.threads(&config)?;
     let build = |builder: Builder| {
-        let builder = builder.started(started).signals(signals(terminal)?).sandbox(threads.clone());
+        let signals = signals(terminal, process.jail.as_ref())?;
+        let builder = builder.started(started).signals(signals).sandbox(threads.clone());
         let mut builder = builder.upkeep(process::give_back);
+        if let Some(jail) = &process.jail {
+            builder = builder.pid(jail.launcher);
+        }
         if keep {
             builder = builder.keep_output(ending::KEPT);
         }

@@ -1,6 +1,6 @@
 //! The process of the `bantam` command: how it starts and exits, and what it gives back while a machine runs.
 
-#![expect(unsafe_code, reason = "the C library calls main; memory is given back; close_range has no wrapper")]
+#![expect(unsafe_code, reason = "the C library calls main; memory is given back; fork and close_range have no wrapper")]
 
 use std::ptr::with_exposed_provenance_mut;
 
@@ -54,6 +54,16 @@ fn open_standard_streams() {
         let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
         let _ = null.map(IntoRawFd::into_raw_fd);
     }
+}
+
+/// Makes a process that is a copy of this one, and goes on from here: its ID, or `None` in the copy.
+///
+/// # Errors
+/// When the host does not make one.
+pub fn fork() -> std::io::Result<Option<rustix::process::Pid>> {
+    // SAFETY: its callers have made sure that there is no other thread, whose locks the copy would have.
+    let pid = unsafe { libc::fork() };
+    if pid < 0 { Err(std::io::Error::last_os_error()) } else { Ok(rustix::process::Pid::from_raw(pid)) }
 }
 
 /// Closes all descriptors but the standard streams and those that are `named`.

@@ -18,7 +18,12 @@ pub const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::S
 pub struct SignalFd {
     fd: OwnedFd,
     before: libc::sigset_t,
+    /// Those that are taken, of the ones that another process passes on.
+    passed_on: Option<Vec<i32>>,
 }
+
+/// What tells of a signal, for another process ([`SignalFd::passed_on`]).
+pub type Record = [u8; size_of::<libc::signalfd_siginfo>()];
 
 impl SignalFd {
     /// Blocks `signals`, except those that the process was started to ignore (`nohup`), and takes them from here on.
@@ -48,15 +53,37 @@ impl SignalFd {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: signalfd has just made the descriptor, and nobody else has it.
-        Ok(SignalFd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, before })
+        Ok(SignalFd { fd: unsafe { OwnedFd::from_raw_fd(fd) }, before, passed_on: None })
+    }
+
+    /// The same, but the signals are those whose [records](Self::take_record) another process writes to a pipe, of which
+    /// this is the other end, nonblocking. Those that come to this process do nothing.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn passed_on(signals: &[i32], pipe: OwnedFd) -> io::Result<Self> {
+        let taken = signals.iter().copied().filter(|signal| !is_ignored(*signal)).collect();
+        let mut signals = Self::new(signals)?;
+        (signals.fd, signals.passed_on) = (pipe, Some(taken));
+        Ok(signals)
     }
 
     /// The number of the signal that arrived first, if one has.
     pub fn take(&self) -> Option<i32> {
-        let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
+        loop {
+            let (number, _) = self.take_record()?;
+            if self.passed_on.as_ref().is_none_or(|taken| taken.contains(&number)) {
+                return Some(number);
+            }
+        }
+    }
+
+    /// The number of the signal that arrived first, if one has, and what tells another process of it.
+    pub fn take_record(&self) -> Option<(i32, Record)> {
+        let mut info: Record = [0; size_of::<Record>()];
         // ssi_signo comes first.
         match rustix::io::read(&self.fd, &mut info) {
-            Ok(len) if len == info.len() => Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]])),
+            Ok(len) if len == info.len() => Some((i32::from_ne_bytes([info[0], info[1], info[2], info[3]]), info)),
             _ => None,
         }
     }

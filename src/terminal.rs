@@ -1,7 +1,9 @@
 //! The user's terminal: raw while a guest has it, and as it was before on every way out.
 
+use std::fs::File;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 use rustix::process::getpgrp;
@@ -95,9 +97,31 @@ impl Drop for Raw {
     }
 }
 
+/// `/proc/self/stat` of a process that does not see the groups of processes that it and its terminal belong to.
+static STAT: OnceLock<File> = OnceLock::new();
+
+/// Has `/proc/self/stat`, opened outside of the PID namespace of this process, tell what group of processes is in the
+/// foreground: in a namespace all groups outside have the same number.
+pub fn look_from_outside(stat: File) {
+    let _ = STAT.set(stat);
+}
+
+/// The group of the process and that in the foreground of its terminal, in `stat` (proc_pid_stat(5)).
+fn groups(stat: &str) -> Option<(&str, &str)> {
+    // The name in parentheses may have spaces. Behind it are the state, the parent, the group, the session, the terminal.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(2);
+    Some((fields.next()?, fields.nth(2)?))
+}
+
 /// Whether reading from, and setting, the terminal would not stop the process (SIGTTIN, SIGTTOU).
 pub fn in_foreground() -> bool {
     match tcgetpgrp(stdin()) {
+        Ok(_) if STAT.get().is_some() => {
+            let mut bytes = [0; 1024];
+            let read = STAT.get().and_then(|stat| stat.read_at(&mut bytes, 0).ok()).unwrap_or(0);
+            let stat = String::from_utf8_lossy(&bytes[..read]);
+            groups(&stat).is_some_and(|(own, foreground)| own == foreground)
+        }
         Ok(group) => group == getpgrp(),
         // Of a terminal that does not control this process there is no background.
         Err(error) => error == Errno::NOTTY,
@@ -161,6 +185,12 @@ mod tests {
         let (kept, request) = escapes.filter(&mut bytes);
         bytes.truncate(kept);
         (bytes, request)
+    }
+
+    #[test]
+    fn groups_are_found_behind_a_strange_name() {
+        assert_eq!(groups("7 (a) b (c) S 1 22 33 34816 44 4194560 9"), Some(("22", "44")));
+        assert_eq!(groups("7 (a) S 1"), None);
     }
 
     #[test]

@@ -191,16 +191,27 @@ fn seccomp() -> Row {
     let name = "seccomp";
     match std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail") {
         Ok(actions) if actions.split_whitespace().any(|action| action == "trap") => {
-            Row::ok(name, "system calls are filtered (--sandbox)")
+            Row::ok(name, "each thread of a machine makes the system calls of its role (--sandbox)")
         }
-        _ => Row::absent(name, "no filters of system calls (--sandbox): the kernel has none (CONFIG_SECCOMP_FILTER)"),
+        _ => Row::absent(
+            name,
+            "a machine's threads may make any system call (--sandbox): the kernel has no filters (CONFIG_SECCOMP_FILTER)",
+        ),
     }
 }
 
 fn landlock() -> Row {
     let name = "Landlock";
     match landlock_version() {
-        Ok(version) => Row::ok(name, format!("version {version}: files are limited to the machine's (--sandbox)")),
+        Ok(version) => {
+            let network = if version >= 4 { ", and no TCP" } else { "" };
+            let old = if version < 2 {
+                "; with a shared folder that is written to, all (Linux 5.19 has what that takes)"
+            } else {
+                ""
+            };
+            Row::ok(name, format!("version {version}: the files of the machine{network} (--sandbox){old}"))
+        }
         Err(error) => {
             let reason = reason(&error);
             Row::absent(
@@ -226,9 +237,9 @@ fn user_namespaces() -> Row {
         () if is("kernel/apparmor_restrict_unprivileged_userns", "1") => {
             "only for root: sysctl kernel.apparmor_restrict_unprivileged_userns is 1"
         }
-        () => return Row::ok(name, ""),
+        () => return Row::ok(name, "--jail without root, and passt"),
     };
-    Row::absent(name, format!("only passt uses them: {cure}"))
+    Row::absent(name, format!("--jail takes root, and passt has fewer barriers: {cure}"))
 }
 
 /// An error's text without the number.

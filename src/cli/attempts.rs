@@ -1,7 +1,9 @@
 //! The attempts of one run, and all who are told of them: the report, the JUnit file, GitHub.
 
 use std::error::Error;
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bantam::command::Tail;
@@ -147,12 +149,25 @@ impl Attempts {
         })
     }
 
-    /// Whether anybody wants to know what happened, and what the command printed.
+    /// Has the process at the other end of `pipe` [write](Self::write) the files.
+    pub fn write_by(&mut self, pipe: &Arc<File>) {
+        for (number, file) in (0..).zip([&mut self.report, &mut self.junit]) {
+            file.iter_mut().for_each(|file| file.write_by(pipe.clone(), number));
+        }
+    }
+
+    /// Writes the file that has this number there.
+    pub fn write(&self, number: u8, content: &[u8]) -> Result<(), output_file::Error> {
+        let file = [&self.report, &self.junit].get(usize::from(number)).copied().and_then(Option::as_ref);
+        file.map_or(Ok(()), |file| file.write(content))
+    }
+
     /// What is opened when all is told.
     pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
         [&self.report, &self.junit].into_iter().flatten().filter_map(OutputFile::opened_later).collect()
     }
 
+    /// Whether anybody wants to know what happened, and what the command printed.
     fn are_wanted(&self) -> bool {
         self.report.is_some() || self.junit.is_some() || self.github
     }

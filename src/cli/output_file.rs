@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bantam::devices::console::Stdout;
 use bantam::sandbox::Access;
@@ -30,12 +31,13 @@ pub struct OutputFile {
 }
 
 /// How it is written.
-#[derive(PartialEq)]
 enum Kind {
     /// A file is replaced.
     File,
     /// A pipe or a device is opened and written to.
     Stream,
+    /// The process that started this one, which runs in a jail, writes it: the file with this number.
+    Launcher(Arc<File>, u8),
     /// `-`: standard output as it is open, which may be a socket, or a file that the guest's output goes to as well.
     Stdout,
 }
@@ -70,7 +72,7 @@ impl OutputFile {
             Ok(meta) if !meta.is_file() => Kind::Stream,
             _ => Kind::File,
         };
-        if kind == Kind::File {
+        if matches!(kind, Kind::File) {
             if path.file_name().is_none() {
                 return Err(io::ErrorKind::InvalidFilename.into());
             }
@@ -81,10 +83,17 @@ impl OutputFile {
 
     /// What is opened when it is written.
     pub fn opened_later(&self) -> Option<(PathBuf, Access)> {
-        match self.kind {
+        match &self.kind {
             Kind::File => Some((folder(&self.path).to_owned(), Access::Replace)),
             Kind::Stream => Some((self.path.clone(), Access::Write)),
-            Kind::Stdout => None,
+            Kind::Stdout | Kind::Launcher(..) => None,
+        }
+    }
+
+    /// Has it be written by the process at the other end of `pipe`, which knows it as `number`.
+    pub fn write_by(&mut self, pipe: Arc<File>, number: u8) {
+        if !matches!(self.kind, Kind::Stdout) {
+            self.kind = Kind::Launcher(pipe, number);
         }
     }
 
@@ -94,8 +103,12 @@ impl OutputFile {
     }
 
     fn try_write(&self, bytes: &[u8]) -> io::Result<()> {
-        match self.kind {
+        match &self.kind {
             Kind::File => self.replace(bytes),
+            Kind::Launcher(pipe, number) => {
+                let length = u64::try_from(bytes.len()).map_err(io::Error::other)?.to_le_bytes();
+                (&**pipe).write_all(&[&[*number], &length[..], bytes].concat())
+            }
             Kind::Stream => {
                 // A pipe that nobody reads is not waited for: the signals that would end that are blocked.
                 let mut file = OpenOptions::new().append(true).custom_flags(libc::O_NONBLOCK).open(&self.path)?;

@@ -4,6 +4,8 @@ use std::error::Error;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use super::descriptors;
+use super::jail::{self, Inside};
 use bantam::config::Config;
 use bantam::machine::Machine;
 use bantam::sandbox::{self, Access, Mode, Role, Ruleset, Sandbox};
@@ -25,6 +27,8 @@ pub struct Process {
     pub builds_again: bool,
     /// What the command itself opens in the end.
     pub later: Vec<(PathBuf, Access)>,
+    /// That which the process leaves the host for.
+    pub jail: Option<Inside>,
 }
 
 /// The mode that is meant.
@@ -38,7 +42,7 @@ pub fn mode(given: Option<Mode>) -> Mode {
 
 impl Process {
     pub fn new(mode: Mode) -> Self {
-        Self { mode, asked: false, changes_disks: false, builds_again: false, later: vec![] }
+        Self { mode, asked: false, changes_disks: false, builds_again: false, later: vec![], jail: None }
     }
 
     /// Whether the process itself has to be able to do more than its machine's threads.
@@ -49,6 +53,9 @@ impl Process {
     /// What is kept of the privileges of root.
     fn kept(&self, config: &Config) -> CapabilitySet {
         let mut kept = CapabilitySet::empty();
+        if self.jail.is_some() {
+            return kept;
+        }
         // Folders may be another user's.
         if self.asked || !self.later.is_empty() || !config.opened_later().is_empty() {
             kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
@@ -75,7 +82,7 @@ impl Process {
 
     /// The sandbox of the threads of a machine that is to be built.
     pub fn threads(&self, config: &Config) -> Result<Sandbox, Box<dyn Error>> {
-        let mut threads = Sandbox::new(self.mode, config.has_folders() || self.changes_disks);
+        let mut threads = Sandbox::new(self.mode).with_files(config.has_folders(), self.changes_disks);
         if self.mode == Mode::On {
             threads = threads.keeping(self.kept(config));
             if self.is_free() {
@@ -89,7 +96,7 @@ impl Process {
     /// Restricts the process, which is about to run `machine`, for good.
     pub fn enter(&self, machine: &Machine) -> Result<(), Box<dyn Error>> {
         if self.mode == Mode::Off {
-            return Ok(());
+            return Ok(self.leave_host()?);
         }
         let failed = |what: &'static str| move |error| format!("cannot {what} (--sandbox): {error}");
         sandbox::name_violations(self.mode == Mode::Log).map_err(failed("handle SIGSYS"))?;
@@ -99,17 +106,27 @@ impl Process {
         let failed = |what: &'static str| move |error: rustix::io::Errno| format!("cannot {what} (--sandbox): {error}");
         rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
         if self.mode == Mode::On {
+            let allowed = match self.jail {
+                Some(_) => vec![],
+                None => [machine.opened_later(), self.later.clone()].concat(),
+            };
+            // Before the paths are gone.
+            let rules = if self.asked { None } else { self.rules(&allowed)? };
+            self.leave_host()?;
             sandbox::drop_capabilities(self.kept(machine.config())).map_err(failed("give up capabilities"))?;
-            if self.asked {
-                // Saving a machine reads what only the owner of the process may, who has nothing of one without dumps.
-                let none = Rlimit { current: Some(0), maximum: Some(0) };
-                setrlimit(Resource::Core, none).map_err(failed("turn off core dumps"))?;
-            } else {
+            let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
+            setrlimit(Resource::Core, limit(0)).map_err(failed("turn off core dumps"))?;
+            // Saving a machine reads what only the owner of the process may, who has nothing of one without dumps.
+            if !self.asked {
+                if let Some(most) = descriptors::most(machine.config()) {
+                    setrlimit(Resource::Nofile, limit(most)).map_err(failed("limit descriptors"))?;
+                }
                 let none = DumpableBehavior::NotDumpable;
                 set_dumpable_behavior(none).map_err(failed("keep other processes out of this one"))?;
-                let allowed = [machine.opened_later(), self.later.clone()].concat();
-                self.rules(&allowed)?.map_or(Ok(()), |rules| rules.restrict())?;
             }
+            rules.map_or(Ok(()), |rules| rules.restrict())?;
+        } else {
+            self.leave_host()?;
         }
         machine
             .sandbox()
@@ -117,6 +134,11 @@ impl Process {
             .map_err(|error| format!("cannot filter system calls (--sandbox): {error}"))?;
         log::info!("the sandbox is {}", self.mode);
         Ok(())
+    }
+
+    /// Enters the jail, if there is to be one.
+    fn leave_host(&self) -> Result<(), jail::Error> {
+        self.jail.as_ref().map_or(Ok(()), Inside::enter)
     }
 
     /// Closes the descriptors that the process was started with and that nobody names, in the arguments or in `config`.

@@ -48,9 +48,35 @@ pub struct Run {
     /// What the process may still do when the machine runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<crate::sandbox::Mode>,
+    /// That it runs in a jail.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jail: Option<Jail>,
     /// Where the counters are written each minute and at the end, as lines of JSON, under Firecracker's names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metrics: Option<PathBuf>,
+}
+
+/// Who a machine's process is in a jail.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Jail {
+    /// The user; if root starts it, otherwise one that nobody else is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// The group; otherwise that of the user's number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gid: Option<u32>,
+}
+
+impl Jail {
+    /// Reads `uid=N,gid=N`, of which each may be missing.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn read(text: &str) -> Result<Self, super::kv::Error> {
+        if text.is_empty() { Ok(Self::default()) } else { super::kv::from_str(text) }
+    }
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

@@ -138,13 +138,16 @@ impl<'a> Board<'a> {
     /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order. There are no
     /// more of them than [`virtio_windows`].
     pub fn attach_virtio(&mut self, ram: &GuestRam, devices: Vec<NamedDevice>, sandbox: &Sandbox) -> Result<(), Error> {
-        for (VirtioWindow { base, gsi }, (name, device)) in virtio_windows().zip(devices) {
+        let own: Vec<_> = devices.iter().map(|(_, device)| device.own_files()).collect();
+        for (index, (VirtioWindow { base, gsi }, (name, device))) in virtio_windows().zip(devices).enumerate() {
+            let others = own.iter().enumerate().filter(|(other, _)| *other != index).flat_map(|(_, files)| files);
+            let sandbox = sandbox.device(device.device_type(), others.copied());
             let line = event_fd("a virtio device")?;
             self.vm.attach_irqfd(&line, gsi)?;
             let line: Arc<dyn Interrupt> = Arc::new(line);
             let mmio = Mmio::new(ram.clone(), device, line, name.as_str())
                 .map_err(|source| Error::EventFd { what: "a virtqueue", source })?
-                .sandboxed(sandbox.clone());
+                .sandboxed(sandbox);
             for (queue, kick) in mmio.kicks() {
                 self.vm.attach_ioeventfd(kick, base + QUEUE_NOTIFY, queue.into())?;
             }

@@ -46,6 +46,7 @@ pub struct Builder {
     save: Option<Save>,
     paused: bool,
     sandbox: Sandbox,
+    pid: Option<u32>,
 }
 
 /// What a console's output goes through.
@@ -71,6 +72,7 @@ impl Builder {
             save,
             paused: false,
             sandbox: Sandbox::default(),
+            pid: None,
         }
     }
 
@@ -93,6 +95,12 @@ impl Builder {
     /// Has the machine stand still when it starts, until [`Handle::resume`](super::Handle::resume).
     pub fn paused(mut self, paused: bool) -> Self {
         self.paused = paused;
+        self
+    }
+
+    /// Has events tell this ID of a process, by which users know the machine, in place of this process' own.
+    pub fn pid(mut self, pid: u32) -> Self {
+        self.pid = Some(pid);
         self
     }
 
@@ -180,6 +188,7 @@ impl Builder {
             save,
             paused,
             sandbox,
+            pid,
         } = self;
         config.validate()?;
         match &snapshot {
@@ -197,7 +206,7 @@ impl Builder {
 
         let ranges = layout::ram_ranges(config.memory.get());
         let (ram, memory_handler) = match &snapshot {
-            Some(snapshot) => snapshot.map_memory(&ranges)?,
+            Some(snapshot) => snapshot.map_memory(&ranges, &sandbox)?,
             None => (memory::reserve(&ranges)?, None),
         };
         let mut vm = Vm::new(ram.clone(), config.cpus)?;
@@ -227,7 +236,7 @@ impl Builder {
         let disks = disks.into_iter().map(|disk| stopping(disk, &sender));
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;
-        let nets = open_nets(&config, first_nets, &sandbox)?;
+        let (nets, passts) = open_nets(&config, first_nets)?;
         let vsock = open_vsock(&config, ends)?;
         let (balloon, balloon_state) = open_balloon(&config)?.unzip();
         let last = vsock.into_iter().chain(rng(&config)?).chain(balloon);
@@ -287,6 +296,8 @@ impl Builder {
             outcome: None,
             start_paused: paused,
             sandbox,
+            passts,
+            pid: pid.unwrap_or_else(std::process::id),
             generation,
             origin,
             save,
@@ -379,14 +390,19 @@ fn open_overlay(config: &Config) -> Result<Option<NamedDevice>, Error> {
     Ok(Some((format!("blk{}", config.all_disks().count()), Box::new(disk) as _)))
 }
 
-/// Opens the other network cards.
-fn open_nets(config: &Config, first: Vec<Option<net::Net>>, sandbox: &Sandbox) -> Result<Vec<NamedDevice>, net::Error> {
+/// Opens the other network cards; and what the passts of all say.
+fn open_nets(
+    config: &Config,
+    first: Vec<Option<net::Net>>,
+) -> Result<(Vec<NamedDevice>, Vec<net::passt::Messages>), net::Error> {
+    let mut passts = vec![];
     let open = |(i, (spec, card)): (usize, (&net::Spec, Option<net::Net>))| {
         let mut card = card.map_or_else(|| spec.open(), Ok)?;
-        card.wait_until_ready(sandbox)?;
-        Ok((format!("net{i}"), Box::new(card) as _))
+        passts.extend(card.wait_until_ready()?);
+        Ok::<_, net::Error>((format!("net{i}"), Box::new(card) as _))
     };
-    config.nets.iter().zip(first).enumerate().map(open).collect()
+    let cards = config.nets.iter().zip(first).enumerate().map(open).collect::<Result<_, _>>()?;
+    Ok((cards, passts))
 }
 
 /// The tag by which the guest mounts a share.

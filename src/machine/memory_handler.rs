@@ -29,6 +29,7 @@ use super::inbox::{Event, Sender};
 use super::memory_copy::PAGE;
 use super::snapshot::Error;
 use crate::memory::GuestRam;
+use crate::sandbox::{Role, Sandbox};
 
 /// linux/userfaultfd.h.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
@@ -62,13 +63,13 @@ enum Stage {
 }
 
 impl Handler {
-    /// Has the process that listens at `path` give all of `ram`, which is fresh.
-    pub fn connect(path: &Path, ram: &GuestRam) -> Result<Self, Error> {
+    /// Has the process that listens at `path` give all of `ram`, which is fresh. The thread that watches it is in `sandbox`.
+    pub fn connect(path: &Path, ram: &GuestRam, sandbox: &Sandbox) -> Result<Self, Error> {
         let reach = |source| Error::Reach { path: path.to_owned(), source };
         let socket = UnixStream::connect(path).map_err(reach)?;
         let memory = Arc::new(Userfaultfd::new(ram).map_err(Error::Userfaultfd)?);
         let stage = Arc::new(Mutex::new(Stage::Building));
-        let watching = watch(&socket, memory.clone(), stage.clone()).map_err(reach)?;
+        let watching = watch(&socket, memory.clone(), stage.clone(), sandbox).map_err(reach)?;
         send(&socket, memory.fd.as_fd(), &regions(ram)).map_err(reach)?;
         Ok(Self { _memory: memory, _socket: socket, stage, _watching: watching })
     }
@@ -117,11 +118,20 @@ fn send(socket: &UnixStream, fd: BorrowedFd<'_>, text: &str) -> io::Result<()> {
 
 /// Watches the process that `socket` leads to, on a thread, until what is returned is closed. It has ended when it has closed the
 /// socket and the process that listened is gone: either may be before the other, or mean nothing by itself.
-fn watch(socket: &UnixStream, memory: Arc<Userfaultfd>, stage: Arc<Mutex<Stage>>) -> io::Result<OwnedFd> {
+fn watch(
+    socket: &UnixStream,
+    memory: Arc<Userfaultfd>,
+    stage: Arc<Mutex<Stage>>,
+    sandbox: &Sandbox,
+) -> io::Result<OwnedFd> {
     let process = listener(socket)?;
     let socket = socket.try_clone()?;
     let (end, watching) = pipe_with(PipeFlags::CLOEXEC)?;
+    let sandbox = sandbox.clone();
     let watch = move || {
+        if let Err(error) = sandbox.enter_first(Role::Memory) {
+            return log::error!("cannot restrict the thread that watches the process with guest memory: {error}");
+        }
         if !wait(socket.as_fd(), PollFlags::empty(), &end) {
             return;
         }

@@ -208,6 +208,10 @@ pub struct Machine {
     /// Whether it stands still when it starts.
     start_paused: bool,
     sandbox: Sandbox,
+    /// What passt processes say, until somebody listens.
+    passts: Vec<virtio::net::passt::Messages>,
+    /// The process that users know.
+    pid: u32,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
     generation: Option<EventFd>,
     /// The snapshot that its memory is mapped from.
@@ -235,11 +239,11 @@ impl Machine {
         &self.sandbox
     }
 
-    /// The files that it opens, makes or removes while it runs: those of the [configuration](Config::opened_later), and those of its
-    /// control group.
+    /// The files that it opens, makes or removes while it runs: those of the [configuration](Config::opened_later), of its
+    /// control group, and of a record of what memory it uses.
     pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
         let group = self.quota.as_ref().and_then(Quota::folder).map(|folder| (folder.to_owned(), Access::Change));
-        self.config.opened_later().into_iter().chain(group).collect()
+        self.config.opened_later().into_iter().chain(group).chain(self.working_set.opened_later()).collect()
     }
 
     /// What reaches the machine from other threads.

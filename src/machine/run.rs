@@ -69,6 +69,9 @@ impl Machine {
             )
             .map_err(|source| Error::Thread { what: "console", source })?;
         self.writer = Some(writer);
+        for messages in self.passts.drain(..) {
+            messages.pass_on(&self.sandbox).map_err(|source| Error::Thread { what: "passt", source })?;
+        }
         if let Some(session) = &mut self.command {
             let sender = self.sender.clone();
             let report = move |report| sender.send(Event::Command(report));
@@ -171,7 +174,7 @@ impl Machine {
             Event::Vcpu(_, vcpu::Report::Started) => {
                 if self.times.first_kvm_run.is_none() {
                     self.times.first_kvm_run = Some(self.started.elapsed());
-                    self.tell("started", serde_json::json!({"pid": std::process::id()}));
+                    self.tell("started", serde_json::json!({"pid": self.pid}));
                     self.tell_metrics(Instant::now());
                     self.upkeep.into_iter().for_each(|then| then());
                 }

@@ -24,6 +24,7 @@ use crate::devices::console;
 use crate::file;
 use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::{self, GuestRam};
+use crate::sandbox::Sandbox;
 use crate::snapshot::{self, Hex};
 use crate::virtio::net::MacAddr;
 
@@ -313,12 +314,16 @@ impl Snapshot {
     }
 
     /// The memory of the saved machine, of which nothing has been read yet, unless all of it is to be; and who gives it.
-    pub(super) fn map_memory(&self, ranges: &[Range<u64>]) -> Result<(GuestRam, Option<Handler>), super::Error> {
+    pub(super) fn map_memory(
+        &self,
+        ranges: &[Range<u64>],
+        sandbox: &Sandbox,
+    ) -> Result<(GuestRam, Option<Handler>), super::Error> {
         let layers = match &self.memory {
             Memory::Files(layers) => layers,
             Memory::Handler(socket) => {
                 let ram = memory::reserve(ranges)?;
-                let handler = Handler::connect(socket, &ram)?;
+                let handler = Handler::connect(socket, &ram, sandbox)?;
                 return Ok((ram, Some(handler)));
             }
         };
@@ -349,7 +354,7 @@ impl Snapshot {
     /// # Errors
     /// When the host does not read or write them.
     pub fn merge(mut self, folder: impl Into<PathBuf>) -> Result<(), super::Error> {
-        let (ram, _handler) = self.map_memory(&layout::ram_ranges(self.state.memory))?;
+        let (ram, _handler) = self.map_memory(&layout::ram_ranges(self.state.memory), &Sandbox::default())?;
         self.state.base = None;
         let writing = Writing::begin(Destination::Folder(folder.into()), &Source::new(&ram, Pages::Used), false)?;
         Ok(writing.finish(&mut self.state)?)

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::folder::{NEW_WORKING_SET, WORKING_SET};
+use super::folder::{self, NEW_WORKING_SET, WORKING_SET};
 use super::memory_copy::{PAGE, Runs};
 use crate::file;
 use crate::memory::{self, GuestRam};
+use crate::sandbox::Access;
 use crate::snapshot::Hex;
 
 const MAGIC: &str = "bantam-working-set 1";
@@ -22,7 +23,8 @@ const MAGIC: &str = "bantam-working-set 1";
 const MAX_RUNS: usize = 4096;
 /// The most bytes in a file.
 const MAX_BYTES: u64 = 256 << 10;
-/// An entry of /proc/self/pagemap: the page is in memory.
+const PAGEMAP: &str = "/proc/self/pagemap";
+/// An entry of it: the page is in memory.
 const PRESENT: u64 = 1 << 63;
 
 /// How long the pages that a machine uses are recorded.
@@ -42,7 +44,7 @@ pub enum Plan {
     /// Read what a file says ahead.
     ReadAhead(File, PathBuf, Hex),
     /// Record what is used.
-    Record(Record, PathBuf, Hex),
+    Record(Record, PathBuf, Hex, io::Result<File>),
 }
 
 /// A thread that records, until the first is gone.
@@ -53,8 +55,17 @@ impl Plan {
     pub fn new(snapshot: &Path, state: &Hex, record: Option<Record>) -> Self {
         let path = snapshot.join(WORKING_SET);
         match record {
-            Some(record) => Self::Record(record, path, state.clone()),
+            // It may not be opened when the machine runs.
+            Some(record) => Self::Record(record, path, state.clone(), File::open(PAGEMAP)),
             None => file::open(&path).map_or(Self::Nothing, |file| Self::ReadAhead(file, path, state.clone())),
+        }
+    }
+
+    /// Where files are made while the machine runs.
+    pub fn opened_later(&self) -> Option<(PathBuf, Access)> {
+        match self {
+            Self::Record(_, path, ..) => Some((folder::parent(path).to_owned(), Access::Replace)),
+            _ => None,
         }
     }
 
@@ -75,7 +86,7 @@ impl Plan {
                 spawn("bantam-ahead", Box::new(work));
                 None
             }
-            Self::Record(record, path, state) => {
+            Self::Record(record, path, state, pagemap) => {
                 let (stop, stopped) = mpsc::channel();
                 let work = move || {
                     // Nothing is ever sent.
@@ -83,7 +94,9 @@ impl Plan {
                         Record::ToTheEnd => stopped.recv().is_ok(),
                         Record::For(time) => stopped.recv_timeout(time).is_ok(),
                     };
-                    if let Err(error) = used(&ram).and_then(|runs| write(&path, &state, &runs)) {
+                    if let Err(error) =
+                        pagemap.and_then(|pagemap| used(&ram, &pagemap)).and_then(|runs| write(&path, &state, &runs))
+                    {
                         log::warn!("cannot record what memory was used in {}: {error}", path.display());
                     }
                 };
@@ -94,8 +107,7 @@ impl Plan {
 }
 
 /// The pages that are in memory.
-fn used(ram: &GuestRam) -> io::Result<Runs> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+fn used(ram: &GuestRam, pagemap: &File) -> io::Result<Runs> {
     let mut runs = Runs::new();
     let mut first = 0;
     let mut entries = vec![0; 8 * 512];
@@ -225,9 +237,9 @@ mod tests {
         let runs = read(&written, &state(1)).unwrap();
         assert!(runs.contains(&(1, 2)) && runs.contains(&(1024 + 512, 1)), "{runs:?}");
         let next = map();
-        assert_eq!(used(&next).unwrap(), []);
+        assert_eq!(used(&next, &File::open(PAGEMAP).unwrap()).unwrap(), []);
         read_ahead(&next, &vec![(1, 2), (1024 + 512, 1), (5000, 1), (u64::MAX, u64::MAX)]);
-        let there = used(&next).unwrap();
+        let there = used(&next, &File::open(PAGEMAP).unwrap()).unwrap();
         assert!(there.iter().any(|(first, count)| (*first..first + count).contains(&1536)), "{there:?}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

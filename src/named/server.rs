@@ -33,6 +33,8 @@ struct Shared {
     about: About,
     /// Whether the guest is asked to end by its keyboard: it has one, and no command.
     keyboard: bool,
+    /// Whether its process sees no folders.
+    is_jailed: bool,
     /// Whether it has a command, which is.
     command: bool,
     started: Instant,
@@ -48,6 +50,18 @@ impl Server {
     /// # Errors
     /// When a machine of that name runs, or there can be no socket.
     pub fn bind(name: &Name, config: &Config, started: Instant) -> Result<Self, Error> {
+        Self::bind_for(name, config, started, false)
+    }
+
+    /// The same for a machine whose process will see no folders, as it is in a jail.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub fn bind_jailed(name: &Name, config: &Config, started: Instant) -> Result<Self, Error> {
+        Self::bind_for(name, config, started, true)
+    }
+
+    fn bind_for(name: &Name, config: &Config, started: Instant, is_jailed: bool) -> Result<Self, Error> {
         let path = make_folder()?.join(name.to_string());
         let listener = Listener::bind(&path).map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => Error::InUse(name.clone()),
@@ -66,7 +80,7 @@ impl Server {
         let (watchers, clients) = (Watchers::default(), AtomicUsize::new(0));
         let command = config.command.is_some();
         let keyboard = config.keyboard && !command;
-        let shared = Arc::new(Shared { about, keyboard, command, started, handle, watchers, clients });
+        let shared = Arc::new(Shared { about, keyboard, is_jailed, command, started, handle, watchers, clients });
         Ok(Self { listener, shared, serving: false })
     }
 
@@ -174,6 +188,10 @@ impl Shared {
             Request::Metrics => {
                 let report = handle.report().map_err(|error| error.to_string())?;
                 Ok(json!({"text": report.to_prometheus()}))
+            }
+            Request::Snapshot(_) | Request::Diff(_) if self.is_jailed => {
+                Err("cannot save the machine: it runs in a jail (--jail), in which there is no folder to save it to"
+                    .into())
             }
             Request::Snapshot(folder) => {
                 handle.snapshot(Destination::Folder(folder.clone())).map_err(|error| chain(&error))?;

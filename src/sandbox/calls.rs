@@ -53,6 +53,7 @@ pub(super) const BASE: &List = &[
     (SYS_exit_group, Any),
     (SYS_gettid, Any),
     (SYS_getpid, Any),
+    (SYS_getpgrp, Any),
     (SYS_tgkill, Own(0)),
     (SYS_sched_yield, Any),
     (SYS_sched_getaffinity, Any),
@@ -84,14 +85,12 @@ const FCNTL: &[u32] = &[F_GETFD as u32, F_SETFD as u32, F_GETFL as u32, F_SETFL 
 const TERMINAL: &[u32] =
     &[0x5401, 0x5402, 0x5403, 0x5404, 0x802c_542a, 0x402c_542b, 0x402c_542c, 0x402c_542d, 0x540f, 0x5413];
 
-/// Sockets that are there, and new ones on this host.
+/// Sockets that are there, and new ones on this host. Not sendmsg and recvmsg, by which descriptors are passed.
 pub(super) const SOCKETS: &List = &[
     (SYS_accept, Any),
     (SYS_accept4, Any),
     (SYS_recvfrom, Any),
-    (SYS_recvmsg, Any),
     (SYS_sendto, Any),
-    (SYS_sendmsg, Any),
     (SYS_shutdown, Any),
     (SYS_getsockopt, Any),
     (SYS_setsockopt, Any),
@@ -100,13 +99,22 @@ pub(super) const SOCKETS: &List = &[
     (SYS_socket, Is(0, &[AF_UNIX as u32])),
     (SYS_socketpair, Is(0, &[AF_UNIX as u32])),
     (SYS_connect, Any),
+    (SYS_ioctl, Is(1, &[FIONBIO])),
 ];
 
-/// A virtio device at work.
-pub(super) const DEVICE: &List = &[
+/// A virtio device at work: what it waits for.
+pub(super) const EVENTS: &List = &[
     (SYS_epoll_wait, Any),
     (SYS_epoll_pwait, Any),
     (SYS_epoll_ctl, Any),
+    (SYS_timerfd_create, Any),
+    (SYS_timerfd_settime, Any),
+    (SYS_timerfd_gettime, Any),
+    (SYS_eventfd2, Any),
+];
+
+/// Files that are open, and disks.
+pub(super) const STORAGE: &List = &[
     (SYS_pread64, Any),
     (SYS_pwrite64, Any),
     (SYS_preadv, Any),
@@ -120,11 +128,36 @@ pub(super) const DEVICE: &List = &[
     (SYS_flock, Any),
     (SYS_statx, Any),
     (SYS_newfstatat, Any),
-    (SYS_timerfd_create, Any),
-    (SYS_timerfd_settime, Any),
-    (SYS_timerfd_gettime, Any),
-    (SYS_eventfd2, Any),
-    (SYS_ioctl, Is(1, DEVICE_IOCTLS)),
+    (SYS_ioctl, Is(1, DISK_IOCTLS)),
+];
+
+/// A tap.
+pub(super) const TAP: &List = &[(SYS_ioctl, Is(1, &[TUNSETOFFLOAD]))];
+
+/// The system calls that do something to the file of a descriptor or with it, and by which argument it is named.
+pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
+    (SYS_read, 0),
+    (SYS_write, 0),
+    (SYS_readv, 0),
+    (SYS_writev, 0),
+    (SYS_pread64, 0),
+    (SYS_pwrite64, 0),
+    (SYS_preadv, 0),
+    (SYS_pwritev, 0),
+    (SYS_preadv2, 0),
+    (SYS_pwritev2, 0),
+    (SYS_fsync, 0),
+    (SYS_fdatasync, 0),
+    (SYS_fallocate, 0),
+    (SYS_ftruncate, 0),
+    (SYS_flock, 0),
+    (SYS_lseek, 0),
+    (SYS_fcntl, 0),
+    (SYS_ioctl, 0),
+    (SYS_fchmod, 0),
+    (SYS_fchown, 0),
+    (SYS_copy_file_range, 0),
+    (SYS_mmap, 4),
 ];
 
 const FIONBIO: u32 = 0x5421;
@@ -134,7 +167,12 @@ const BLKROGET: u32 = 0x125e;
 const BLKSSZGET: u32 = 0x1268;
 const TUNSETOFFLOAD: u32 = ioctl::<u32>(WRITES, b'T', 208);
 
-const DEVICE_IOCTLS: &[u32] = &[FIONBIO, BLKDISCARD, TUNSETOFFLOAD, BLKGETSIZE64, BLKROGET, BLKSSZGET];
+const DISK_IOCTLS: &[u32] = &[BLKDISCARD, BLKGETSIZE64, BLKROGET, BLKSSZGET];
+
+/// Memory that comes from another process, and its end.
+pub(super) const MEMORY: &List = &[(SYS_pidfd_open, Any), (SYS_ioctl, Is(1, &[UFFDIO_UNREGISTER]))];
+
+const UFFDIO_UNREGISTER: u32 = ioctl::<[u64; 2]>(READS, 0xaa, 1);
 
 /// Files by their paths, of which Landlock says which.
 pub(super) const FILES: &List = &[
@@ -239,7 +277,6 @@ pub(super) const MAIN: &List = &[
     (SYS_dup2, Any),
     (SYS_dup3, Any),
     (SYS_signalfd4, Any),
-    (SYS_getpgrp, Any),
     (SYS_getppid, Any),
     (SYS_getrusage, Any),
     (SYS_sysinfo, Any),

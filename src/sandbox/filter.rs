@@ -16,6 +16,11 @@ const ARCHITECTURE: u32 = 4;
 const INSTRUCTION: u32 = 8;
 const ARGUMENTS: u32 = 16;
 
+/// The first system call that is newer than this program (Linux 6.10): a C library that tries it goes on without.
+const NEWER: u32 = 462;
+/// Numbers from here on are of the x32 ABI.
+const X32: u32 = 0x4000_0000;
+
 /// When a system call is allowed. Of arguments the low 32 bits are looked at, which is all that the kernel takes of these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum When {
@@ -47,13 +52,18 @@ fn equal(value: u32, jt: usize, jf: usize) -> sock_filter {
     op(BPF_JMP | BPF_JEQ | BPF_K, value, jt, jf)
 }
 
+fn jump_if_at_least(value: u32, jt: usize, jf: usize) -> sock_filter {
+    op(BPF_JMP | BPF_JGE | BPF_K, value, jt, jf)
+}
+
 fn ret(action: u32) -> sock_filter {
     op(BPF_RET | BPF_K, action, 0, 0)
 }
 
-/// The filter that allows what is on any of the `lists`, and makes all else a SIGSYS; but not from the instruction before
-/// `but_at`, if there is one.
-pub(super) fn compile(lists: &[&List], but_at: Option<u64>) -> Vec<sock_filter> {
+/// The filter that allows what is on any of the `lists`, has what is [newer](NEWER) fail as on a kernel without it, and
+/// makes all else a SIGSYS; but not from the instruction before `but_at`, if there is one. What is done with one of the
+/// descriptors `others` is not allowed.
+pub(super) fn compile(lists: &[&List], others: &[u32], but_at: Option<u64>) -> Vec<sock_filter> {
     let number = |number: i64| u32::try_from(number).expect("system calls have small numbers");
     let mut rules: Vec<(u32, When)> = lists.iter().copied().flatten().map(|rule| (number(rule.0), rule.1)).collect();
     rules.sort_unstable_by_key(|rule| rule.0);
@@ -64,18 +74,20 @@ pub(super) fn compile(lists: &[&List], but_at: Option<u64>) -> Vec<sock_filter> 
         program.extend([load(INSTRUCTION), equal(half(low), 0, 3), load(INSTRUCTION + 4), equal(half(high), 0, 1)]);
         program.push(ret(libc::SECCOMP_RET_ALLOW));
     }
-    program.push(load(NUMBER));
+    program.extend([load(NUMBER), jump_if_at_least(NEWER, 0, 2), jump_if_at_least(X32, 1, 0)]);
+    program.push(ret(libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()));
     let rules: Vec<_> = rules.chunk_by(|one, other| one.0 == other.0).collect();
-    search(&rules, &mut program);
+    search(&rules, others, &mut program);
     program
 }
 
 /// Looks for the number among those of the `rules`, of which each slice has one number.
-fn search(rules: &[&[(u32, When)]], program: &mut Vec<sock_filter>) {
+fn search(rules: &[&[(u32, When)]], others: &[u32], program: &mut Vec<sock_filter>) {
     match rules {
         [] => program.push(ret(libc::SECCOMP_RET_TRAP)),
         [rule] => {
-            let code: Vec<_> = rule.iter().flat_map(|(_, when)| allow(*when)).collect();
+            let mut code = deny(rule[0].0, others);
+            code.extend(rule.iter().flat_map(|(_, when)| allow(*when)));
             program.push(equal(rule[0].0, 0, code.len()));
             program.extend(code);
             program.push(ret(libc::SECCOMP_RET_TRAP));
@@ -83,14 +95,26 @@ fn search(rules: &[&[(u32, When)]], program: &mut Vec<sock_filter>) {
         _ => {
             let (low, high) = rules.split_at(rules.len() / 2);
             let at = program.len();
-            search(low, program);
+            search(low, others, program);
             // Over the lower half. A jump of a condition is a byte, that of BPF_JA is not.
             let jump = u32::try_from(program.len() - at).expect("a short program");
-            program.insert(at, op(BPF_JMP | BPF_JGE | BPF_K, high[0][0].0, 0, 1));
+            program.insert(at, jump_if_at_least(high[0][0].0, 0, 1));
             program.insert(at + 1, op(BPF_JMP | libc::BPF_JA, jump, 0, 0));
-            search(high, program);
+            search(high, others, program);
         }
     }
+}
+
+/// What returns for a system call with one of the descriptors `others`, and else goes on behind it.
+fn deny(number: u32, others: &[u32]) -> Vec<sock_filter> {
+    let on = super::calls::ON_DESCRIPTORS.iter().find(|(call, _)| u32::try_from(*call) == Ok(number));
+    let Some((_, index)) = on.filter(|_| !others.is_empty()) else { return vec![] };
+    let tests = others.iter().enumerate().map(|(at, fd)| {
+        let left = others.len() - at - 1;
+        equal(*fd, left, usize::from(left == 0))
+    });
+    let trap = ret(libc::SECCOMP_RET_TRAP);
+    [load(ARGUMENTS + 8 * u32::from(*index))].into_iter().chain(tests).chain([trap]).collect()
 }
 
 /// What returns for a system call that is allowed, and else goes on behind it.
@@ -162,13 +186,13 @@ mod tests {
 
     #[test]
     fn a_filter_allows_what_is_listed_and_nothing_else() {
-        let program = compile(&LISTS, None);
+        let program = compile(&LISTS, &[], None);
         let call = |number, arguments: [u32; 6]| judge(&program, number, arguments, ARCH, 0);
         let (allow, trap) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_TRAP);
         for number in (0..500).chain([u32::MAX, 0x4000_0001]) {
             let expected = match number {
                 1 | 9 => allow,
-                435 => libc::SECCOMP_RET_ERRNO | 38,
+                435 | 462..500 => libc::SECCOMP_RET_ERRNO | 38,
                 _ => trap,
             };
             assert_eq!(call(number, [0; 6]), expected, "{number}");
@@ -181,9 +205,25 @@ mod tests {
     }
 
     #[test]
+    fn some_descriptors_are_for_others() {
+        let lists: [&List; 2] =
+            [&[(libc::SYS_pread64, When::Any), (libc::SYS_mmap, When::Clear(2, 4))], &LISTS[0][..1]];
+        let program = compile(&lists, &[5, 6], None);
+        let call = |number: i64, arguments| judge(&program, number.try_into().unwrap(), arguments, ARCH, 0);
+        let (allow, trap) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_TRAP);
+        for (fd, expected) in [(4, allow), (5, trap), (6, trap), (7, allow)] {
+            for number in [libc::SYS_pread64, libc::SYS_write] {
+                assert_eq!(call(number, [fd, 5, 6, 0, 0, 0]), expected, "{number} {fd}");
+            }
+            assert_eq!(call(libc::SYS_mmap, [5, 0, 0, 0, fd, 0]), expected, "{fd}");
+        }
+        assert_eq!(call(libc::SYS_mmap, [0, 0, 4, 0, 4, 0]), trap);
+    }
+
+    #[test]
     fn one_instruction_may_do_all() {
         let address = 0x7fff_1234_5678;
-        let program = compile(&LISTS, Some(address));
+        let program = compile(&LISTS, &[], Some(address));
         let at = |at| judge(&program, 100, [0; 6], ARCH, at);
         let (allow, trap) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_TRAP);
         assert_eq!([address, address + 1, address & 0xffff_ffff].map(at), [allow, trap, trap]);

@@ -184,7 +184,12 @@ impl Ruleset {
         let (call, fd) = (libc::SYS_landlock_add_rule, self.fd.as_raw_fd());
         // SAFETY: it reads a struct of this kind at `rule`.
         let result = unsafe { libc::syscall(call, fd, LANDLOCK_RULE_PATH_BENEATH, &raw const rule, 0u32) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        match io::Error::last_os_error() {
+            _ if result == 0 => Ok(()),
+            // A pipe or a socket by its descriptor (/dev/fd/N), about which there are no rules: it may be opened.
+            error if error.raw_os_error() == Some(libc::EBADFD) => Ok(()),
+            error => Err(error),
+        }
     }
 
     /// Has this thread, and those that it starts from now on, keep the rules. It has to have given up new privileges
@@ -230,7 +235,9 @@ mod tests {
             (path("replace"), Access::Replace),
             (path("remove"), Access::Remove),
         ];
-        let rules = Ruleset::new(&all).unwrap();
+        let (_reader, writer) = rustix::pipe::pipe().unwrap();
+        let pipe = PathBuf::from(format!("/proc/self/fd/{}", writer.as_raw_fd()));
+        let rules = Ruleset::new(&[&all[..], &[(pipe.clone(), Access::Write)]].concat()).unwrap();
         let open = File::open(path("other/file")).unwrap();
         let tried = std::thread::spawn({
             let folder = folder.path().to_owned();
@@ -255,6 +262,7 @@ mod tests {
                 assert!(denied(read("replace/file")));
                 assert!(denied(write("remove/file")) && denied(make("remove/new")));
                 fs::remove_file(file("remove/file")).unwrap();
+                assert!(File::options().append(true).open(&pipe).is_ok(), "there are no rules about pipes");
                 assert!(std::net::TcpListener::bind("127.0.0.1:0").is_err() || version().unwrap() < 4);
             }
         });

@@ -12,6 +12,7 @@ mod violation;
 
 use std::fmt;
 use std::io;
+use std::os::fd::RawFd;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -66,30 +67,73 @@ pub enum Role {
     Main,
     /// Runs a vCPU, and starts devices.
     Vcpu,
-    /// Does the I/O of a device.
+    /// Does the I/O of a disk,
+    Disk,
+    /// of a network card,
+    Network,
+    /// of a shared folder,
+    Share,
+    /// of the sockets between host and guest,
+    Vsock,
+    /// or of another device.
     Device,
     /// Carries what is printed and typed.
     Stream,
+    /// Watches the process that guest memory comes from.
+    Memory,
     /// Answers who asks for the machine.
     Control,
 }
 
 impl Role {
-    /// The lists of system calls, with those of a machine whose devices open files, or without.
-    fn lists(self, files: bool) -> Vec<&'static List> {
-        use calls::{BASE, DEVICE, FILES, MAIN, SOCKETS, THREADS, VCPU};
+    /// The lists of system calls in a machine whose devices open these files.
+    fn lists(self, files: Files) -> Vec<&'static List> {
+        use calls::{BASE, EVENTS, FILES, MAIN, MEMORY, SOCKETS, STORAGE, TAP, THREADS, VCPU};
         let mut lists: Vec<&List> = match self {
-            Self::Main => vec![BASE, SOCKETS, DEVICE, THREADS, VCPU, MAIN, FILES],
-            Self::Vcpu => vec![BASE, SOCKETS, DEVICE, THREADS, VCPU],
-            Self::Device => vec![BASE, SOCKETS, DEVICE],
+            Self::Main => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, MEMORY, THREADS, VCPU, MAIN, FILES],
+            Self::Vcpu => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, THREADS, VCPU],
+            Self::Disk => vec![BASE, EVENTS, STORAGE],
+            Self::Network => vec![BASE, EVENTS, SOCKETS, TAP],
+            Self::Share => vec![BASE, EVENTS, STORAGE, FILES],
+            Self::Vsock => vec![BASE, EVENTS, SOCKETS],
+            Self::Device => vec![BASE, EVENTS],
             Self::Stream => vec![BASE, SOCKETS],
+            Self::Memory => vec![BASE, MEMORY],
             Self::Control => vec![BASE, SOCKETS, THREADS, FILES],
         };
-        if files && matches!(self, Self::Vcpu | Self::Device) {
-            lists.push(FILES);
+        let opens = match self {
+            Self::Vcpu => files.folders || files.disks,
+            Self::Disk => files.disks,
+            _ => false,
+        };
+        lists.extend(opens.then_some(FILES));
+        if self == Self::Control && files.disks {
+            // A disk's new file is looked at first, and a new limit made with its timer.
+            lists.extend([STORAGE, EVENTS]);
         }
         lists
     }
+
+    /// That of the thread of a device with this ID.
+    fn of_device(device_type: u32) -> Self {
+        use virtio_bindings::virtio_ids as ids;
+        match device_type {
+            ids::VIRTIO_ID_BLOCK => Self::Disk,
+            ids::VIRTIO_ID_NET => Self::Network,
+            ids::VIRTIO_ID_FS => Self::Share,
+            ids::VIRTIO_ID_VSOCK => Self::Vsock,
+            _ => Self::Device,
+        }
+    }
+}
+
+/// What devices open files for while the machine runs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Files {
+    /// Shared folders.
+    folders: bool,
+    /// Other disks.
+    disks: bool,
 }
 
 /// The sandbox of a machine's threads. By default there is none.
@@ -99,21 +143,38 @@ pub struct Sandbox(Option<Arc<Rules>>);
 #[derive(Debug)]
 struct Rules {
     log: bool,
-    files: bool,
+    files: Files,
     kept: CapabilitySet,
     /// The process does without: each thread restricts itself.
     alone: Option<Option<Ruleset>>,
 }
 
 impl Sandbox {
-    /// A sandbox in which system calls are filtered. Of a machine with shared folders, or whose disks are changed while it
-    /// runs, devices open `files`.
+    /// A sandbox in which system calls are filtered, of a machine whose devices open no files while it runs.
     ///
     /// A violation is a SIGSYS, which kills the process unless somebody handles it ([`name_violations`]); with [`Mode::Log`]
     /// somebody has to.
-    pub fn new(mode: Mode, files: bool) -> Self {
-        let rules = Rules { log: mode == Mode::Log, files, kept: CapabilitySet::empty(), alone: None };
+    pub fn new(mode: Mode) -> Self {
+        let rules =
+            Rules { log: mode == Mode::Log, files: Files::default(), kept: CapabilitySet::empty(), alone: None };
         Self((mode != Mode::Off).then(|| Arc::new(rules)))
+    }
+
+    /// The same, of a machine that may have shared `folders`, and whose `disks` may be given other files while it runs.
+    pub fn with_files(mut self, folders: bool, disks: bool) -> Self {
+        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+            rules.files = Files { folders, disks };
+        }
+        self
+    }
+
+    /// The sandbox of the thread of a device with this virtio device ID, which has nothing to do with the descriptors
+    /// `others`.
+    pub fn device(&self, device_type: u32, others: impl Iterator<Item = RawFd>) -> Device {
+        // Where disks change, descriptors come and go, and a number may be another's.
+        let is_fixed = self.0.as_ref().is_some_and(|rules| !rules.files.disks);
+        let others = if is_fixed { others.filter_map(|fd| fd.try_into().ok()).collect() } else { Arc::default() };
+        Device { sandbox: self.clone(), role: Role::of_device(device_type), others }
     }
 
     /// The same, and of the capabilities no others are kept by threads that give them up.
@@ -138,6 +199,10 @@ impl Sandbox {
     /// # Errors
     /// When the kernel does not take the rules. One without seccomp is no error.
     pub fn enter(&self, role: Role) -> io::Result<()> {
+        self.enter_without(role, &[])
+    }
+
+    fn enter_without(&self, role: Role, others: &[u32]) -> io::Result<()> {
         let Some(rules) = &self.0 else { return Ok(()) };
         if let Some(ruleset) = rules.alone.as_ref().filter(|_| !matches!(role, Role::Main | Role::Control)) {
             rules.give_up()?;
@@ -148,7 +213,7 @@ impl Sandbox {
             // These cannot be made from a handler.
             lists.push(calls::THREADS);
         }
-        let program = filter::compile(&lists, rules.log.then(violation::passage_end));
+        let program = filter::compile(&lists, others, rules.log.then(violation::passage_end));
         let installed = match filter::install(&program) {
             // It has not given up new privileges yet.
             Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
@@ -158,8 +223,9 @@ impl Sandbox {
             installed => installed,
         };
         match installed {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) => {
-                log::info!("this kernel has no filters of system calls (seccomp)");
+            // EPERM is what a container's own filter says.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)) => {
+                log::info!("system calls are not filtered: this kernel or container has no seccomp for it ({error})");
             }
             installed => installed?,
         }
@@ -175,6 +241,25 @@ impl Sandbox {
     pub fn enter_first(&self, role: Role) -> io::Result<()> {
         self.0.as_ref().filter(|rules| rules.alone.is_none()).map_or(Ok(()), |rules| rules.give_up())?;
         self.enter(role)
+    }
+}
+
+/// The sandbox of a device's thread.
+#[derive(Debug, Clone)]
+pub struct Device {
+    sandbox: Sandbox,
+    role: Role,
+    /// Descriptors that are not its own.
+    others: Arc<[u32]>,
+}
+
+impl Device {
+    /// Restricts this thread for good.
+    ///
+    /// # Errors
+    /// As [`Sandbox::enter`].
+    pub fn enter(&self) -> io::Result<()> {
+        self.sandbox.enter_without(self.role, &self.others)
     }
 }
 
@@ -216,18 +301,24 @@ mod tests {
 
     #[test]
     fn a_child_has_no_more_than_its_parent() {
-        let may = |role: Role, files| {
-            let lists = role.lists(files).into_iter().flatten();
+        let may = |role: Role, folders, disks| {
+            let lists = role.lists(Files { folders, disks }).into_iter().flatten();
             lists.map(|(number, _)| *number).collect::<std::collections::BTreeSet<_>>()
         };
-        for files in [false, true] {
-            assert!(may(Role::Device, files).is_subset(&may(Role::Vcpu, files)));
-            for role in [Role::Vcpu, Role::Stream, Role::Control] {
-                assert!(may(role, files).is_subset(&may(Role::Main, files)), "{role:?}");
+        for (folders, disks) in [(false, false), (true, false), (false, true)] {
+            // A share is there only with folders.
+            let share = folders.then_some(Role::Share);
+            for role in [Role::Disk, Role::Network, Role::Vsock, Role::Device].into_iter().chain(share) {
+                assert!(may(role, folders, disks).is_subset(&may(Role::Vcpu, folders, disks)), "{role:?}");
             }
+            for role in [Role::Vcpu, Role::Stream, Role::Control] {
+                assert!(may(role, folders, disks).is_subset(&may(Role::Main, folders, disks)), "{role:?}");
+            }
+            let opens = |role: Role| may(role, folders, disks).contains(&libc::SYS_openat);
+            assert_eq!((opens(Role::Disk), opens(Role::Network), opens(Role::Share)), (disks, false, true));
+            assert!(!may(Role::Main, folders, disks).contains(&libc::SYS_execve));
+            assert!(!may(Role::Disk, folders, disks).contains(&libc::SYS_sendto));
         }
-        assert!(!may(Role::Device, false).contains(&libc::SYS_openat));
-        assert!(!may(Role::Main, true).contains(&libc::SYS_execve));
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -54,6 +54,11 @@ pub trait VirtioDevice: Send {
 
     /// The device configuration space as the driver reads it, little-endian.
     fn config(&self) -> &[u8];
+
+    /// The open files of the host that are this device's alone, whatever other device's thread is taken over: a disk's.
+    fn own_files(&self) -> Vec<RawFd> {
+        vec![]
+    }
 
     /// The field of the configuration that the driver may write, if there is one.
     fn driver_field(&self) -> Option<Arc<DriverField>> {

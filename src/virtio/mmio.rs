@@ -27,7 +27,7 @@ use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
-use crate::sandbox::Sandbox;
+use crate::sandbox;
 use crate::snapshot::{self, Hex};
 
 /// Offset of `QueueNotify`, where an ioeventfd for each of [`Mmio::kicks`] belongs.
@@ -54,7 +54,7 @@ pub struct Mmio {
     metrics: Arc<dyn Metrics>,
     kicks: Vec<Arc<EventFd>>,
     owner: Owner,
-    sandbox: Sandbox,
+    sandbox: sandbox::Device,
 
     // What the device is; the driver may read it while its thread has the device.
     device_type: u32,
@@ -169,12 +169,12 @@ impl Mmio {
             queue_sel: 0,
             queues: sizes.iter().map(|max| QueueRegisters::new(*max)).collect(),
             owner: Owner::Transport(device),
-            sandbox: Sandbox::default(),
+            sandbox: sandbox::Sandbox::default().device(0, std::iter::empty()),
         })
     }
 
     /// Has the device's thread be in `sandbox`.
-    pub fn sandboxed(mut self, sandbox: Sandbox) -> Self {
+    pub fn sandboxed(mut self, sandbox: sandbox::Device) -> Self {
         self.sandbox = sandbox;
         self
     }

@@ -23,7 +23,7 @@ use super::change::{self, Change};
 use super::device::{Error, HOST_TOKEN, Io, VirtioDevice};
 use super::queue::{InterruptState, Queue};
 use crate::memory::GuestRam;
-use crate::sandbox::{Role, Sandbox};
+use crate::sandbox;
 
 /// What moves to the thread and back: a device, and its queues by index (`None` if not set up).
 pub type Parts = (Box<dyn VirtioDevice>, Vec<Option<virtio_queue::Queue>>);
@@ -107,7 +107,7 @@ impl Worker {
         ram: &GuestRam,
         kicks: &[Arc<EventFd>],
         interrupt: &Arc<InterruptState>,
-        sandbox: &Sandbox,
+        sandbox: &sandbox::Device,
     ) -> Result<Self, (io::Error, Parts)> {
         // The thread comes first and is handed the device when nothing can fail any more.
         let prepare = || {
@@ -133,11 +133,11 @@ impl Worker {
         }
     }
 
-    fn spawn(name: &str, wake: Arc<OwnedFd>, sandbox: Sandbox) -> io::Result<Self> {
+    fn spawn(name: &str, wake: Arc<OwnedFd>, sandbox: sandbox::Device) -> io::Result<Self> {
         let _blocked = BlockedSignals::new();
         let (messages, inbox) = mpsc::channel();
         let thread = thread::Builder::new().name(format!("bantam-{name}")).spawn(move || {
-            let entered = sandbox.enter(Role::Device);
+            let entered = sandbox.enter();
             match inbox.recv() {
                 Ok(Message::Take(device)) => Some(device.run(&inbox, entered)),
                 _ => None,
@@ -269,7 +269,7 @@ struct Loop {
     io: Io,
     features: u64,
     wake: Arc<OwnedFd>,
-    sandbox: Sandbox,
+    sandbox: sandbox::Device,
     state: State,
 }
 

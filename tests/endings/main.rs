@@ -8,6 +8,7 @@ mod support;
 mod console;
 mod embedded;
 mod guest;
+mod jail;
 mod killed;
 mod sandbox;
 mod stuck;

@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use crate::eventually;
 use crate::support::{Guest, Kernel};
+use crate::{eventually, started_by};
 use rustix::process::Signal;
 
 /// Of each thread by its name, the fields of its status.
@@ -32,7 +32,10 @@ fn a_machine_with_all_devices_runs_with_little() {
     let script = "dd if=/dev/zero of=/dev/vda bs=4k count=9 conv=fsync && echo written; head -c 9 /dev/hwrng | wc -c; sleep 1000";
     let guest = Guest::new(Kernel::Tiny).script(script).disk(path("disk").display()).option("--vsock", vsock);
     let guest = guest.option("--balloon", "16M").option("--sandbox", "on");
-    let running = guest.option("--serial", format_args!("socket={}", console.display())).start();
+    let guest = guest.option("--serial", format_args!("socket={}", console.display()));
+    // Others forget to close theirs.
+    let opens = "exec 7</etc/passwd 9</etc/passwd; exec \"$0\" \"$@\"";
+    let running = started_by(guest, "sh", &["-c", opens]).start();
     eventually(|| UnixStream::connect(&console).is_ok());
     let pid = running.pid().as_raw_pid();
     eventually(|| threads(pid).contains_key("bantam-blk0"));
@@ -47,6 +50,17 @@ fn a_machine_with_all_devices_runs_with_little() {
         is("CapInh", "0000000000000000");
         is("CapAmb", "0000000000000000");
     }
+    let open = |name: &str| fs::read_link(path(name)).unwrap_or_else(|_| path(name));
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let file = fs::read_link(entry.unwrap().path()).unwrap();
+        let kind = file.to_str().unwrap().split(':').next().unwrap();
+        let is_its = ["anon_inode", "socket", "pipe", "/dev/kvm", "/dev/null", "/dev/hwrng"].contains(&kind);
+        assert!(is_its || file == open("disk"), "{} is open", file.display());
+    }
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let limit = |name: &str| limits.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
+    assert_eq!(limit("Max core file size"), Some("0"));
+    assert_eq!(limit("Max open files"), Some("1537"), "one CPU and a vsock device");
     running.signal(Signal::TERM);
     let ended = running.wait();
     assert_eq!(ended.status, 128 + Signal::TERM.as_raw(), "{}", ended.stderr);

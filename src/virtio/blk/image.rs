@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -117,6 +118,11 @@ impl Image {
     /// Opens and locks the image at `path`.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
         Self::with_file(open(path, readonly)?, path, readonly)
+    }
+
+    /// The descriptors that it is open as.
+    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        [&self.file].into_iter().chain(&self._claim).map(AsRawFd::as_raw_fd)
     }
 
     /// The image at `path` in place of this one. If that is the same file, this one's lock is its own, and it has the size

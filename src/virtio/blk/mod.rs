@@ -8,6 +8,7 @@ mod ioctl;
 mod layout;
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -490,6 +491,10 @@ fn config(sectors: u64) -> [u8; CONFIG_SIZE] {
 impl VirtioDevice for Blk {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
+    }
+
+    fn own_files(&self) -> Vec<RawFd> {
+        self.image.descriptors().collect()
     }
 
     fn features(&self) -> u64 {

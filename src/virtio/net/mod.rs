@@ -41,7 +41,6 @@ use super::queue::Chain;
 use super::rate_limiter::RateLimiter;
 use crate::limit::{Directions, Limit};
 use crate::metrics::{Counter, Metrics};
-use crate::sandbox::Sandbox;
 
 /// Index of the queue of receive buffers.
 const RX: usize = 0;
@@ -295,14 +294,15 @@ impl Net {
         Self { host, features, config, offloads: 0, limits: [None, None], statistics: Arc::default(), running: None }
     }
 
-    /// Waits until what it is on is ready; a tap is at once. What thread that takes is in `sandbox`.
+    /// Waits until what it is on is ready; a tap is at once. What passt says from then on is to be
+    /// [passed on](passt::Messages::pass_on).
     ///
     /// # Errors
     /// When passt could not do what it was started for.
-    pub fn wait_until_ready(&mut self, sandbox: &Sandbox) -> Result<(), Error> {
+    pub fn wait_until_ready(&mut self) -> Result<Option<passt::Messages>, Error> {
         match &mut self.host {
-            Backend::Tap(_) => Ok(()),
-            Backend::User(passt) => Ok(passt.wait_until_ready(sandbox)?),
+            Backend::Tap(_) => Ok(None),
+            Backend::User(passt) => Ok(passt.wait_until_ready()?),
         }
     }
 

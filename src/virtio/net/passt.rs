@@ -132,9 +132,9 @@ impl Passt {
         (Self { child: None, stream, messages: None, ports: vec![] }, theirs)
     }
 
-    /// Waits until it has its ports and serves the guest. The thread that passes its messages on is in `sandbox`.
-    pub fn wait_until_ready(&mut self, sandbox: &Sandbox) -> Result<(), Error> {
-        let Some(mut messages) = self.messages.take() else { return Ok(()) };
+    /// Waits until it has its ports and serves the guest. Its messages are then to be [passed on](Messages::pass_on).
+    pub fn wait_until_ready(&mut self) -> Result<Option<Messages>, Error> {
+        let Some(mut messages) = self.messages.take() else { return Ok(None) };
         let deadline = Instant::now() + START_LIMIT;
         loop {
             match self.stream.skip_frame() {
@@ -152,12 +152,7 @@ impl Passt {
                 Err(error) => return Err(Error::Start(error.into())),
             }
         }
-        let sandbox = sandbox.clone();
-        let log = move || match sandbox.enter_first(Role::Stream) {
-            Ok(()) => self::log(messages),
-            Err(error) => log::error!("cannot restrict the thread of passt's messages: {error}"),
-        };
-        thread::Builder::new().name("bantam-passt".into()).spawn(log).map(drop).map_err(Error::Start)
+        Ok(Some(Messages(messages)))
     }
 
     /// Why it ended.
@@ -198,6 +193,25 @@ impl Passt {
     /// What goes to it and comes from it.
     pub fn stream(&mut self) -> &mut Stream {
         &mut self.stream
+    }
+}
+
+/// What a passt says while it serves a guest.
+#[derive(Debug)]
+pub struct Messages(ChildStderr);
+
+impl Messages {
+    /// Passes them on to the log, by a thread in `sandbox`.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub fn pass_on(self, sandbox: &Sandbox) -> io::Result<()> {
+        let sandbox = sandbox.clone();
+        let log = move || match sandbox.enter(Role::Stream) {
+            Ok(()) => self::log(self.0),
+            Err(error) => log::error!("cannot restrict the thread of passt's messages: {error}"),
+        };
+        thread::Builder::new().name("bantam-passt".into()).spawn(log).map(drop)
     }
 }
 

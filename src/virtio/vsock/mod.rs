@@ -41,7 +41,7 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// `VIRTIO_VSOCK_F_STREAM`.
 const F_STREAM: u64 = 1 << 0;
 /// The most connections at once, and the token of the listening socket.
-const MAX_CONNECTIONS: u32 = 1024;
+pub const MAX_CONNECTIONS: u32 = 1024;
 const LISTENER: u32 = MAX_CONNECTIONS;
 /// The most resets that wait for receive buffers. Then the guest's packets wait, too.
 const MAX_RESETS: usize = 256;

@@ -1,0 +1,175 @@
+//! `--jail`: the machine in a process that sees nothing of the host but what was opened for it.
+//!
+//! ```text
+//!  bantam run --jail                                    a PID namespace, and a user namespace unless root does it
+//!   launcher: waits  -- fork -->  builds the machine (files, taps, sockets as ever)
+//!     signals        -- pipe -->  enters: mount (an empty root), network, IPC, UTS and cgroup namespaces, a user of its own
+//!     files written  <-- pipe --  runs the machine, in the sandbox
+//!     exit status    <-- exit --
+//! ```
+//!
+//! The launcher is the process that users know: it has the ID that they see, gets their signals, and exits as the other one
+//! does. When one of them ends, so does the other.
+
+mod launcher;
+mod namespaces;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bantam::config::Config;
+use bantam::config::file::Jail;
+use bantam::sandbox::drop_capabilities;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, set_parent_process_death_signal};
+use rustix::thread::CapabilitySet;
+
+pub use launcher::Launcher;
+
+/// Users from here on belong to nobody (systemd's UIDs and GIDs).
+const FIRST_UID: u32 = 0x7000_0000;
+
+/// Why there is no jail.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "cannot make namespaces for a jail (--jail): that takes root, or user namespaces, which this host or container \
+         keeps from this user (`bantam check` tells)"
+    )]
+    Namespaces(#[source] io::Error),
+    #[error("cannot {what} for a jail (--jail)")]
+    Failed {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot run as user {0} in a jail (--jail): only root can be another user there")]
+    User(u32),
+    #[error("cannot have {0} in a jail (--jail): {1}")]
+    Unfit(&'static str, &'static str),
+}
+
+fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error::Failed { what, source: error.into() }
+}
+
+/// Refuses what cannot be had in a jail: what opens files by path when the machine runs.
+pub fn check(config: &Config, retries: bool, is_warm: bool) -> Result<(), Error> {
+    let unfit = [
+        (
+            config.has_folders(),
+            "shared folders (--share, --rw)",
+            "there is no folder to share; use a disk image, or --overlay",
+        ),
+        (retries, "other attempts (--retry)", "files are opened once; have `bantam test` or the caller try again"),
+        (is_warm, "a warm start (--warm)", "a snapshot is opened or written when the machine runs"),
+    ];
+    let found = unfit.into_iter().find(|(is_wanted, ..)| *is_wanted);
+    found.map_or(Ok(()), |(_, what, why)| Err(Error::Unfit(what, why)))
+}
+
+/// What becomes of the process that starts a jail.
+pub enum Side {
+    Launcher(Launcher),
+    Inside(Inside),
+}
+
+/// The process of the machine.
+#[derive(Debug)]
+pub struct Inside {
+    /// Who it becomes, if that is another user.
+    user: Option<(u32, u32)>,
+    /// Where the launcher tells of signals.
+    signals: OwnedFd,
+    /// Where it takes what is to be written to files.
+    files: Arc<File>,
+    /// The process that users know.
+    pub launcher: u32,
+}
+
+impl Inside {
+    /// Where the launcher tells of signals.
+    pub fn signals(&self) -> io::Result<OwnedFd> {
+        self.signals.try_clone()
+    }
+
+    /// Where it takes what is to be written to files.
+    pub fn files(&self) -> Arc<File> {
+        self.files.clone()
+    }
+
+    /// Leaves the host, for good and without privileges. The process has one thread, and all is open.
+    pub fn enter(&self) -> Result<(), Error> {
+        only_thread()?;
+        namespaces::leave()?;
+        if let Some((uid, gid)) = self.user {
+            namespaces::become_user(uid, gid)?;
+        }
+        drop_capabilities(CapabilitySet::empty()).map_err(failed("give up capabilities"))?;
+        // With another user this is forgotten.
+        set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))
+    }
+}
+
+/// Splits into the process of the machine, and one that waits for it.
+pub fn start(spec: &Jail) -> Result<Side, Error> {
+    only_thread()?;
+    let privileged = CapabilitySet::SYS_ADMIN | CapabilitySet::SETUID | CapabilitySet::SETGID;
+    let has = rustix::thread::capabilities(None).map_err(failed("look at the privileges"))?.effective;
+    let pid = std::process::id();
+    let user = if has.contains(privileged) {
+        let uid = spec.uid.unwrap_or(FIRST_UID | pid & 0x00ff_ffff);
+        Some((uid, spec.gid.unwrap_or(uid)))
+    } else {
+        match spec.uid.or(spec.gid) {
+            Some(uid) if uid != geteuid().as_raw() => return Err(Error::User(uid)),
+            _ => None,
+        }
+    };
+    let (from_launcher, to_machine) =
+        pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed("make a pipe"))?;
+    let (from_machine, to_launcher) = pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
+    // First: a signal from now on is for the machine.
+    let signals = launcher::signals().map_err(failed("wait for signals"))?;
+    namespaces::split(user.is_none())?;
+    match crate::process::fork().map_err(failed("make a process"))? {
+        Some(child) => {
+            let child = pidfd_open(child, PidfdFlags::empty()).map_err(failed("watch the process"))?;
+            Ok(Side::Launcher(Launcher::new(child, signals, to_machine, from_machine)))
+        }
+        None => {
+            set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))?;
+            drop(to_machine);
+            launcher::must_live(&from_launcher);
+            let stat = File::open("/proc/self/stat").map_err(failed("look at the process"))?;
+            bantam::terminal::look_from_outside(stat);
+            let files = Arc::new(File::from(to_launcher));
+            Ok(Side::Inside(Inside { user, signals: from_launcher, files, launcher: pid }))
+        }
+    }
+}
+
+/// Namespaces and users are those of a thread: there must be no other.
+fn only_thread() -> Result<(), Error> {
+    let tasks = std::fs::read_dir("/proc/self/task").map_err(failed("look at the process's threads"))?;
+    match tasks.count() {
+        1 => Ok(()),
+        _ => Err(Error::Failed { what: "have no other thread", source: io::ErrorKind::ResourceBusy.into() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jail_may_be_given_a_user() {
+        let read = |text| Jail::read(text).map(|spec| (spec.uid, spec.gid)).ok();
+        assert_eq!(read(""), Some((None, None)));
+        assert_eq!(read("uid=1000,gid=5"), Some((Some(1000), Some(5))));
+        assert_eq!(read("1000"), Some((Some(1000), None)));
+        assert_eq!([read("uid=-1"), read("user=x")], [None; 2]);
+    }
+}

@@ -1,0 +1,162 @@
+//! The process that waits for one in a jail.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+
+use bantam::config::Config;
+use bantam::devices::console;
+use bantam::signal::{self, SignalFd};
+use bantam::{cgroup, socket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr, write};
+use rustix::process::{Signal, WaitId, WaitIdOptions, getpid, kill_process, pidfd_send_signal, waitid};
+
+use crate::cli::attempts::Attempts;
+use crate::process::ExitCode;
+
+/// The most bytes that the machine's process has written to files.
+const FILES_MAX: u64 = 256 << 20;
+
+/// The signals that the launcher passes on, and the one of a terminal's Ctrl-Z.
+pub fn signals() -> io::Result<SignalFd> {
+    SignalFd::new(&[&signal::ENDING[..], &[libc::SIGCONT, libc::SIGWINCH, libc::SIGTSTP]].concat())
+}
+
+/// Ends this process if the launcher has.
+pub fn must_live(from_launcher: &OwnedFd) {
+    let mut pipe = [PollFd::new(from_launcher, PollFlags::empty())];
+    if poll(&mut pipe, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
+        std::process::exit(1);
+    }
+}
+
+/// The process that waits.
+pub struct Launcher {
+    child: OwnedFd,
+    signals: SignalFd,
+    to_machine: Option<OwnedFd>,
+    from_machine: File,
+}
+
+impl Launcher {
+    pub(super) fn new(child: OwnedFd, signals: SignalFd, to_machine: OwnedFd, from_machine: OwnedFd) -> Self {
+        Self { child, signals, to_machine: Some(to_machine), from_machine: from_machine.into() }
+    }
+
+    /// Waits until the machine that `config` makes has ended, and writes and removes what its process cannot; what that one
+    /// exited with.
+    ///
+    /// # Errors
+    /// When it cannot be waited for, or a file not be written.
+    pub fn finish(self, config: &Config, attempts: &Attempts) -> Result<ExitCode, Box<dyn Error>> {
+        let ended = self.wait().map_err(|error| format!("cannot wait for the machine in a jail: {error}"));
+        let vsock = config.vsock.iter().map(|vsock| &vsock.socket);
+        let console = if let console::Spec::Socket(path) = &config.serial { Some(path) } else { None };
+        // A process that is killed leaves them.
+        vsock.chain(console).filter(|path| socket::is_stale(path)).for_each(|path| drop(std::fs::remove_file(path)));
+        cgroup::clear();
+        let (status, told) = ended?;
+        split(&told).into_iter().try_for_each(|(number, content)| attempts.write(number, content))?;
+        Ok(status)
+    }
+
+    /// Waits until the machine's process has ended, which gets the signals that this one gets: its status, and what it told.
+    fn wait(mut self) -> io::Result<(ExitCode, Vec<u8>)> {
+        let (mut told, mut is_open) = (vec![], true);
+        loop {
+            let watched = if is_open { PollFlags::IN } else { PollFlags::empty() };
+            let mut fds = [
+                PollFd::new(&self.signals, PollFlags::IN),
+                PollFd::new(&self.child, PollFlags::IN),
+                PollFd::new(&self.from_machine, watched),
+            ];
+            let polled = if is_open { &mut fds[..] } else { &mut fds[..2] };
+            retry_on_intr(|| poll(polled, None))?;
+            let [signaled, ended, tells] = fds.each_ref().map(|fd| !fd.revents().is_empty());
+            if tells && is_open {
+                let mut part = [0; 4096];
+                let count = self.from_machine.read(&mut part)?;
+                is_open = count > 0 && told.len() as u64 <= FILES_MAX;
+                told.extend_from_slice(&part[..count]);
+            }
+            if signaled {
+                self.pass_on();
+            }
+            if ended {
+                break;
+            }
+        }
+        if is_open {
+            // The other end is closed.
+            (&self.from_machine).take(FILES_MAX).read_to_end(&mut told)?;
+        }
+        Ok((self.status()?, told))
+    }
+
+    /// Passes a signal on.
+    fn pass_on(&mut self) {
+        let Some((number, record)) = self.signals.take_record() else { return };
+        match number {
+            libc::SIGTSTP => {
+                // The first process of a namespace is stopped by nothing else.
+                let _ = pidfd_send_signal(&self.child, Signal::STOP);
+                let _ = kill_process(getpid(), Signal::STOP);
+                return;
+            }
+            libc::SIGCONT => drop(pidfd_send_signal(&self.child, Signal::CONT)),
+            _ => {}
+        }
+        let sent = self.to_machine.as_ref().map_or(Err(Errno::PIPE), |pipe| write(pipe, &record));
+        // It does not listen any more, and is ended as it would end by itself.
+        if sent.is_err() && signal::ENDING.contains(&number) {
+            self.to_machine = None;
+            let _ = pidfd_send_signal(&self.child, Signal::KILL);
+        }
+    }
+
+    /// The status that the machine's process has ended with. If a signal has killed it, this one is, too.
+    fn status(&self) -> io::Result<ExitCode> {
+        let ended = retry_on_intr(|| waitid(WaitId::PidFd(self.child.as_fd()), WaitIdOptions::EXITED))?;
+        let status = ended.as_ref().and_then(|ended| ended.exit_status());
+        match (status, ended.and_then(|ended| ended.terminating_signal())) {
+            (Some(status), _) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))),
+            (_, Some(number)) => {
+                Signal::from_named_raw(number).map(|signal| kill_process(getpid(), signal));
+                Ok(ExitCode::from(u8::try_from(128 + number).unwrap_or(u8::MAX)))
+            }
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+/// The files in what was told: each is a number, the length in 8 bytes, and the content.
+fn split(mut told: &[u8]) -> Vec<(u8, &[u8])> {
+    let mut files = vec![];
+    while let Some(((number, length), rest)) = told.split_first().and_then(|(number, rest)| {
+        let (length, rest) = rest.split_first_chunk()?;
+        Some(((*number, u64::from_le_bytes(*length)), rest))
+    }) {
+        let Some((content, rest)) = usize::try_from(length).ok().and_then(|length| rest.split_at_checked(length))
+        else {
+            break;
+        };
+        files.push((number, content));
+        told = rest;
+    }
+    files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_told_one_after_another() {
+        let told = [&[0][..], &3u64.to_le_bytes(), b"abc", &[1], &0u64.to_le_bytes()].concat();
+        assert_eq!(split(&told), [(0, &b"abc"[..]), (1, &[])]);
+        assert_eq!(split(&told[..told.len() - 1]), [(0, &b"abc"[..])]);
+        assert!(split(&[7, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1]).is_empty());
+    }
+}

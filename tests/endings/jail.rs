@@ -1,0 +1,162 @@
+//! What the process of a machine in a jail sees of the host, and that it ends as any other.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use crate::support::{Guest, Kernel, Running};
+use crate::{eventually, started_by};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The process in the jail that `launcher` waits for.
+fn machine_of(launcher: i32) -> i32 {
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let mut children = processes.filter(|pid: &i32| status(*pid).get("PPid") == Some(&launcher.to_string()));
+    children.next().unwrap()
+}
+
+/// The fields of a process's status; none if it is gone.
+fn status(pid: i32) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |line: &str| line.split_once(':').map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
+    text.lines().filter_map(field).collect()
+}
+
+/// Checks that the process has nothing of this one's but the user namespace if root started it.
+fn sees_nothing(pid: i32, uid: u32) {
+    let namespace = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+    for name in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
+        assert_ne!(namespace(&pid.to_string(), name), namespace("self", name), "{name}");
+    }
+    assert_eq!(fs::read_dir(format!("/proc/{pid}/root/")).unwrap().count(), 0, "an empty root");
+    let status = status(pid);
+    let is = |field: &str, value: &str| assert_eq!(status[field], value, "{field}");
+    is("Uid", &vec![uid.to_string(); 4].join("\t"));
+    is("CapPrm", "0000000000000000");
+    is("CapEff", "0000000000000000");
+    is("NoNewPrivs", "1");
+    is("Seccomp", "2");
+    assert!(status["NSpid"].ends_with("\t1"), "{}", status["NSpid"]);
+}
+
+/// A guest that copies what it is sent by vsock to its disk, and answers.
+fn guest(folder: &Path, disk: &Path) -> Guest {
+    let vsock = format!("cid=3,socket={}", folder.join("vsock").display());
+    let script = "head -c 9 /dev/vda; ip link set eth0 up && echo; read -r line && echo \"got $line\" && dd if=/dev/zero \
+                  of=/dev/vda bs=4k count=1 conv=fsync 2>/dev/null && echo written; read -r line && poweroff -f";
+    let guest = Guest::new(Kernel::Tiny).script(script).disk(disk.display()).option("--vsock", vsock);
+    guest.flag("--jail")
+}
+
+/// Talks to the guest by its console's socket.
+fn talk(running: &Running, console: &Path, pid: impl Fn(i32)) {
+    let client = || UnixStream::connect(console);
+    eventually(|| client().is_ok());
+    let mut client = client().unwrap();
+    let mut heard = String::new();
+    let mut hear = |client: &mut UnixStream, word: &str| {
+        while !heard.contains(word) {
+            let mut part = [0; 256];
+            let count = client.read(&mut part).unwrap();
+            assert!(count > 0, "the guest went away: {heard}");
+            heard += &String::from_utf8_lossy(&part[..count]);
+        }
+    };
+    client.write_all(b"hello\n").unwrap();
+    hear(&mut client, "got hello");
+    hear(&mut client, "written");
+    pid(machine_of(running.pid().as_raw_pid()));
+    client.write_all(b"bye\n").unwrap();
+}
+
+#[test]
+fn root_is_nobody_in_a_jail() {
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, console) = (folder.path().join("disk"), folder.path().join("console"));
+    fs::write(&disk, vec![b'x'; 1 << 20]).unwrap();
+    let tap = "bantamjail0";
+    let guest = guest(folder.path(), &disk).net(format_args!("tap={tap}"));
+    let running = guest.option("--serial", format_args!("socket={}", console.display())).start();
+    let launcher = running.pid().as_raw_pid();
+    talk(&running, &console, |pid| {
+        sees_nothing(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff);
+        assert!(Path::new("/sys/class/net").join(tap).exists(), "the tap is where it was made");
+    });
+    let ended = running.wait();
+    assert_eq!(ended.status, 0, "{}", ended.stderr);
+    assert_eq!(ended.report["outcome"], "halted");
+    assert!(fs::read(&disk).unwrap()[..4096].iter().all(|byte| *byte == 0), "what was flushed is there");
+    assert!(!console.exists() && !folder.path().join("vsock").exists(), "sockets are removed");
+}
+
+/// A folder that others may use, with a disk.
+fn others_folder() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![b'x'; 1 << 20]).unwrap();
+    fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    fs::set_permissions(&disk, PermissionsExt::from_mode(0o666)).unwrap();
+    (folder, disk)
+}
+
+const AS_USER: [&str; 6] = ["--reuid", "1000", "--regid", "1000", "--clear-groups", "--"];
+
+#[test]
+fn a_user_has_a_jail_by_a_user_namespace() {
+    let (folder, disk) = others_folder();
+    let console = folder.path().join("console");
+    let guest =
+        guest(folder.path(), &disk).net("user").option("--serial", format_args!("socket={}", console.display()));
+    fs::set_permissions(guest.folder(), PermissionsExt::from_mode(0o777)).unwrap();
+    let running = started_by(guest, "setpriv", &AS_USER).start();
+    talk(&running, &console, |pid| sees_nothing(pid, 1000));
+    let ended = running.wait();
+    assert_eq!(ended.status, 0, "{}", ended.stderr);
+    assert_eq!(ended.report["outcome"], "halted");
+}
+
+#[test]
+fn signals_and_limits_end_a_jail_as_any_other() {
+    let guest = || {
+        let guest = Guest::new(Kernel::Tiny).script("echo up; sleep 1000").flag("--jail");
+        guest.option("--cpu-quota", "150%")
+    };
+    for signal in [Signal::TERM, Signal::INT] {
+        let running = guest().spawn();
+        running.wait_for("up");
+        running.signal(signal);
+        let ended = running.wait();
+        assert_eq!(ended.status, 128 + signal.as_raw(), "{}", ended.stderr);
+        assert_eq!(ended.report["outcome"], "signaled");
+    }
+    let running = guest().spawn();
+    running.wait_for("up");
+    let machine = machine_of(running.pid().as_raw_pid());
+    running.signal(Signal::KILL);
+    running.wait();
+    eventually(|| status(machine).get("State").is_none_or(|state| state.starts_with('Z')));
+    let running = guest().spawn();
+    running.wait_for("up");
+    let machine = Pid::from_raw(machine_of(running.pid().as_raw_pid())).unwrap();
+    kill_process(machine, Signal::KILL).unwrap();
+    assert!(running.wait().status >= 128, "it ends as the machine's process does");
+    let ended = guest().option("--timeout", "1s").run();
+    assert_eq!((ended.status, &ended.report["outcome"]), (124, &"timed-out".into()), "{}", ended.stderr);
+}
+
+#[test]
+fn where_there_are_no_namespaces_there_is_no_jail() {
+    let limit = Path::new("/proc/self/ns/user");
+    assert!(limit.exists());
+    let (folder, disk) = others_folder();
+    // None in the namespace that it is started from: a namespace in which none more may be made.
+    let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --reuid 0 --bounding-set -sys_admin \
+                  --inh-caps -sys_admin -- \"$0\" \"$@\"";
+    let guest = guest(folder.path(), &disk);
+    let ended = started_by(guest, "unshare", &["--user", "--map-root-user", "sh", "-c", script]).run();
+    assert_eq!(ended.status, 125, "{}", ended.stderr);
+    assert!(ended.stderr.contains("cannot make namespaces for a jail (--jail)"), "{}", ended.stderr);
+}
