@@ -268,3 +268,22 @@ fn the_list_of_unsafe_code_is_whole() {
     assert!(!found.is_empty());
     assert_eq!(listed, found, "docs/SECURITY.md");
 }
+
+/// The names of the dependencies of the program, its tests and its fuzz targets.
+fn dependencies() -> BTreeSet<String> {
+    let manifests = ["Cargo.toml", "tests/fuzz/Cargo.toml"].map(read).join("\n");
+    let lists = manifests.split("\n[").filter(|part| part.starts_with("dependencies]") || part.starts_with("dev-dep"));
+    let lines = lists.flat_map(|list| list.lines().skip(1));
+    let names = lines.filter_map(|line| Some(line.split_once('=')?.0.trim().to_owned()));
+    names.filter(|name| name != "bantam").collect()
+}
+
+#[test]
+fn every_dependency_has_its_reason() {
+    let page = read("docs/DEPENDENCIES.md");
+    let first_cells = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once(" |"));
+    let explained: BTreeSet<_> =
+        first_cells.flat_map(|(names, _)| names.split(", ")).map(|name| name.trim_matches('`').to_owned()).collect();
+    assert!(explained.len() > 20, "the tables are found: {explained:?}");
+    assert_eq!(explained, dependencies());
+}
