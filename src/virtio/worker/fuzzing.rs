@@ -17,7 +17,7 @@ impl Paused {
             Err(error) => return Err((error, (device, rings))),
         };
         let io = io(rings, ram, kicks, interrupt, events);
-        let (name, sandbox) = (name.into(), Sandbox::default());
+        let (name, sandbox) = (name.into(), sandbox::Sandbox::default().device(0, std::iter::empty()));
         Ok(Self(Box::new(Loop { name, device, io, features, wake, sandbox, state: State::New })))
     }
 
