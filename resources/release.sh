@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds bantam for others: a static program with the list of its dependencies in it, the same bytes wherever it is built.
+# Builds bantam for others, with the list of its dependencies in it, as the same bytes wherever it is built.
 #     release.sh               into target/dist
 #     release.sh --twice       also builds it in another folder, from nothing, and compares
 #     release.sh --list FILE   prints the dependencies that a program tells of, as JSON
@@ -28,8 +28,7 @@ build() {
         rust=$(rustc --print sysroot)
         export CARGO_TARGET_DIR=$2 CARGO_INCREMENTAL=0 PATH=$tools/bin:$PATH
         # Where source, crates and the compiler lie is nobody's business.
-        export RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$PWD=bantam
-            --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo --remap-path-prefix=$rust=rust"
+        export RUSTFLAGS="--remap-path-prefix=$PWD=bantam --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo --remap-path-prefix=$rust=rust"
         cargo auditable build --release --locked --quiet --bin bantam --target "$target"
     )
 }
