@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, fdatasync, flock, seek};
 use rustix::io::{Errno, retry_on_intr};
@@ -104,7 +105,7 @@ pub enum Error {
 
 /// An open disk image.
 pub struct Image {
-    file: File,
+    file: Arc<Locked>,
     /// Keeps the host from mounting a block device that the guest writes.
     _claim: Option<File>,
     block_device: bool,
@@ -114,33 +115,42 @@ pub struct Image {
     flush_failed: bool,
 }
 
+/// An open file with a lock that ends here: a process that another thread starts at this time has the file open a moment longer.
+struct Locked(File);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 impl Image {
     /// Opens and locks the image at `path`.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
-        Self::with_file(open(path, readonly)?, path, readonly)
+        Self::with_file(Arc::new(Locked(open(path, readonly)?)), path, readonly)
     }
 
     /// The descriptors that it is open as.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        [&self.file].into_iter().chain(&self._claim).map(AsRawFd::as_raw_fd)
+        [self.file()].into_iter().chain(&self._claim).map(AsRawFd::as_raw_fd)
     }
 
     /// The image at `path` in place of this one. If that is the same file, this one's lock is its own, and it has the size
     /// that the file has now.
     pub fn replace(&self, path: &Path, readonly: bool) -> Result<Self, Error> {
         let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|it| (it.dev(), it.ino(), it.rdev()));
-        match (identity(self.file.metadata()), identity(fs::metadata(path))) {
+        match (identity(self.file().metadata()), identity(fs::metadata(path))) {
             (Ok(this), Ok(other)) if this == other && !self.block_device => {
-                let file = self.file.try_clone();
-                let file = file.map_err(|source| Error::Open { path: path.into(), source })?;
-                let image = Self::with_file(file, path, readonly)?;
+                let image = Self::with_file(self.file.clone(), path, readonly)?;
                 Ok(Self { flush_failed: self.flush_failed, ..image })
             }
             _ => Self::open(path, readonly),
         }
     }
 
-    fn with_file(file: File, path: &Path, readonly: bool) -> Result<Self, Error> {
+    fn with_file(file: Arc<Locked>, path: &Path, readonly: bool) -> Result<Self, Error> {
+        let locked = file;
+        let file = &locked.0;
         let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
         let metadata = file.metadata().map_err(examine("examine"))?;
         let kind = metadata.file_type();
@@ -154,7 +164,7 @@ impl Image {
             };
             return Err(Error::Type { path: path.into(), kind });
         }
-        if let Some(format) = foreign_format(&file) {
+        if let Some(format) = foreign_format(file) {
             log::warn!(
                 "disk image {} looks like {format}, and is used as a raw image: convert it first",
                 path.display()
@@ -162,7 +172,7 @@ impl Image {
         }
         // The size in a block device's metadata is zero.
         let bytes = if block_device {
-            seek(&file, SeekFrom::End(0)).map_err(|error| examine("find the size of")(error.into()))?
+            seek(file, SeekFrom::End(0)).map_err(|error| examine("find the size of")(error.into()))?
         } else {
             metadata.size()
         };
@@ -172,7 +182,7 @@ impl Image {
         if !bytes.is_multiple_of(SECTOR) {
             return Err(Error::Size { path: path.into(), bytes });
         }
-        lock(&file, path, readonly)?;
+        lock(file, path, readonly)?;
         let claim = if block_device && !readonly { Some(claim(path)?) } else { None };
         let serial = if block_device {
             format!("{:x}", metadata.rdev())
@@ -180,7 +190,11 @@ impl Image {
             format!("{:x}-{:x}", metadata.dev(), metadata.ino())
         };
         let sectors = bytes / SECTOR;
-        Ok(Self { file, _claim: claim, block_device, sectors, serial, flush_failed: false })
+        Ok(Self { file: locked, _claim: claim, block_device, sectors, serial, flush_failed: false })
+    }
+
+    fn file(&self) -> &File {
+        &self.file.0
     }
 
     /// Its size in sectors.
@@ -196,7 +210,7 @@ impl Image {
     /// Fills `buffers` from byte `offset` on; those that remain were not filled.
     pub fn read(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
         while !buffers.is_empty() {
-            let count = buffers.preadv(&self.file, offset)?;
+            let count = buffers.preadv(self.file(), offset)?;
             if count == 0 {
                 // The file was larger when it was opened.
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -210,7 +224,7 @@ impl Image {
     /// Writes `buffers` to byte `offset` on.
     pub fn write(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
         while !buffers.is_empty() {
-            let count = buffers.pwritev(&self.file, offset)?;
+            let count = buffers.pwritev(self.file(), offset)?;
             if count == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -226,7 +240,7 @@ impl Image {
         if self.flush_failed {
             return Err(io::Error::other("data was lost when an earlier flush failed"));
         }
-        let result = retry_on_intr(|| fdatasync(&self.file));
+        let result = retry_on_intr(|| fdatasync(self.file()));
         self.flush_failed = result.is_err();
         Ok(result?)
     }
@@ -240,7 +254,7 @@ impl Image {
     /// Gives the blocks of the range back to the host, if it takes them; what is read there is undefined.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let result = if self.block_device {
-            discard_blocks(&self.file, offset, len)
+            discard_blocks(self.file(), offset, len)
         } else {
             self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
         };
@@ -264,7 +278,7 @@ impl Image {
         let zeros = [0; 16 << 10];
         while len > 0 {
             let count = usize::try_from(len).map_or(zeros.len(), |len| len.min(zeros.len()));
-            self.file.write_all_at(&zeros[..count], offset)?;
+            self.file().write_all_at(&zeros[..count], offset)?;
             offset += count as u64;
             len -= count as u64;
         }
@@ -272,7 +286,7 @@ impl Image {
     }
 
     fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
-        retry_on_intr(|| fallocate(&self.file, mode, offset, len))
+        retry_on_intr(|| fallocate(self.file(), mode, offset, len))
     }
 }
 
