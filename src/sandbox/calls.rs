@@ -157,6 +157,10 @@ pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
     (SYS_fchmod, 0),
     (SYS_fchown, 0),
     (SYS_copy_file_range, 0),
+    (SYS_copy_file_range, 2),
+    (SYS_close, 0),
+    (SYS_fchownat, 0),
+    (SYS_utimensat, 0),
     (SYS_mmap, 4),
 ];
 
@@ -203,7 +207,6 @@ pub(super) const FILES: &List = &[
     (SYS_rename, Any),
     (SYS_renameat, Any),
     (SYS_renameat2, Any),
-    (SYS_truncate, Any),
     (SYS_chmod, Any),
     (SYS_fchmod, Any),
     (SYS_fchmodat, Any),

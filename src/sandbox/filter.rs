@@ -107,14 +107,19 @@ fn search(rules: &[&[(u32, When)]], others: &[u32], program: &mut Vec<sock_filte
 
 /// What returns for a system call with one of the descriptors `others`, and else goes on behind it.
 fn deny(number: u32, others: &[u32]) -> Vec<sock_filter> {
-    let on = super::calls::ON_DESCRIPTORS.iter().find(|(call, _)| u32::try_from(*call) == Ok(number));
-    let Some((_, index)) = on.filter(|_| !others.is_empty()) else { return vec![] };
-    let tests = others.iter().enumerate().map(|(at, fd)| {
-        let left = others.len() - at - 1;
-        equal(*fd, left, usize::from(left == 0))
-    });
-    let trap = ret(libc::SECCOMP_RET_TRAP);
-    [load(ARGUMENTS + 8 * u32::from(*index))].into_iter().chain(tests).chain([trap]).collect()
+    if others.is_empty() {
+        return vec![];
+    }
+    let on = super::calls::ON_DESCRIPTORS.iter().filter(|(call, _)| u32::try_from(*call) == Ok(number));
+    on.flat_map(|(_, index)| {
+        let tests = others.iter().enumerate().map(|(at, fd)| {
+            let left = others.len() - at - 1;
+            equal(*fd, left, usize::from(left == 0))
+        });
+        let trap = ret(libc::SECCOMP_RET_TRAP);
+        [load(ARGUMENTS + 8 * u32::from(*index))].into_iter().chain(tests).chain([trap])
+    })
+    .collect()
 }
 
 /// What returns for a system call that is allowed, and else goes on behind it.
