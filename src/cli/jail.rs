@@ -14,6 +14,7 @@
 mod launcher;
 mod namespaces;
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,8 +24,8 @@ use bantam::config::Config;
 use bantam::config::file::Jail;
 use bantam::sandbox::drop_capabilities;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{PidfdFlags, Signal, geteuid, pidfd_open, set_parent_process_death_signal};
-use rustix::thread::CapabilitySet;
+use rustix::process::{PidfdFlags, Signal, getegid, geteuid, pidfd_open, set_parent_process_death_signal};
+use rustix::thread::{CapabilitySet, set_no_new_privs};
 
 pub use launcher::Launcher;
 
@@ -45,8 +46,10 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    #[error("cannot run as user {0} in a jail (--jail): only root can be another user there")]
-    User(u32),
+    #[error("cannot run as {0} {1} in a jail (--jail): only root can be another user there")]
+    User(&'static str, u32),
+    #[error("cannot run as root in a jail (--jail): give it a uid and a gid above 0, or neither")]
+    Root,
     #[error("cannot have {0} in a jail (--jail): {1}")]
     Unfit(&'static str, &'static str),
 }
@@ -82,7 +85,7 @@ pub struct Inside {
     /// Who it becomes, if that is another user.
     user: Option<(u32, u32)>,
     /// Where the launcher tells of signals.
-    signals: OwnedFd,
+    signals: RefCell<Option<OwnedFd>>,
     /// Where it takes what is to be written to files.
     files: Arc<File>,
     /// The process that users know.
@@ -90,9 +93,9 @@ pub struct Inside {
 }
 
 impl Inside {
-    /// Where the launcher tells of signals.
+    /// Where the launcher tells of signals, once: when it is closed the launcher knows that nobody listens any more.
     pub fn signals(&self) -> io::Result<OwnedFd> {
-        self.signals.try_clone()
+        self.signals.take().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// Where it takes what is to be written to files.
@@ -107,9 +110,12 @@ impl Inside {
         if let Some((uid, gid)) = self.user {
             namespaces::become_user(uid, gid)?;
         }
+        set_no_new_privs(true).map_err(failed("give up new privileges"))?;
         drop_capabilities(CapabilitySet::empty()).map_err(failed("give up capabilities"))?;
         // With another user this is forgotten.
-        set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))
+        set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))?;
+        launcher::must_live(&self.files);
+        Ok(())
     }
 }
 
@@ -123,11 +129,16 @@ pub fn start(spec: &Jail) -> Result<Side, Error> {
         let uid = spec.uid.unwrap_or(FIRST_UID | pid & 0x00ff_ffff);
         Some((uid, spec.gid.unwrap_or(uid)))
     } else {
-        match spec.uid.or(spec.gid) {
-            Some(uid) if uid != geteuid().as_raw() => return Err(Error::User(uid)),
-            _ => None,
+        let other = [("user", spec.uid, geteuid().as_raw()), ("group", spec.gid, getegid().as_raw())];
+        let other = other.into_iter().find(|(_, asked, own)| asked.is_some_and(|asked| asked != *own));
+        if let Some((what, Some(asked), _)) = other {
+            return Err(Error::User(what, asked));
         }
+        None
     };
+    if user.is_some_and(|(uid, gid)| uid == 0 || gid == 0) {
+        return Err(Error::Root);
+    }
     let (from_launcher, to_machine) =
         pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed("make a pipe"))?;
     let (from_machine, to_launcher) = pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
@@ -146,7 +157,7 @@ pub fn start(spec: &Jail) -> Result<Side, Error> {
             let stat = File::open("/proc/self/stat").map_err(failed("look at the process"))?;
             bantam::terminal::look_from_outside(stat);
             let files = Arc::new(File::from(to_launcher));
-            Ok(Side::Inside(Inside { user, signals: from_launcher, files, launcher: pid }))
+            Ok(Side::Inside(Inside { user, signals: RefCell::new(Some(from_launcher)), files, launcher: pid }))
         }
     }
 }

@@ -108,8 +108,10 @@ const AS_USER: [&str; 6] = ["--reuid", "1000", "--regid", "1000", "--clear-group
 fn a_user_has_a_jail_by_a_user_namespace() {
     let (folder, disk) = others_folder();
     let console = folder.path().join("console");
-    let guest =
-        guest(folder.path(), &disk).net("user").option("--serial", format_args!("socket={}", console.display()));
+    let guest = guest(folder.path(), &disk)
+        .net("user")
+        .option("--cpu-quota", "150%")
+        .option("--serial", format_args!("socket={}", console.display()));
     fs::set_permissions(guest.folder(), PermissionsExt::from_mode(0o777)).unwrap();
     let running = started_by(guest, "setpriv", &AS_USER).start();
     talk(&running, &console, |pid| sees_nothing(pid, 1000));

@@ -24,9 +24,9 @@ pub fn signals() -> io::Result<SignalFd> {
     SignalFd::new(&[&signal::ENDING[..], &[libc::SIGCONT, libc::SIGWINCH, libc::SIGTSTP]].concat())
 }
 
-/// Ends this process if the launcher has.
-pub fn must_live(from_launcher: &OwnedFd) {
-    let mut pipe = [PollFd::new(from_launcher, PollFlags::empty())];
+/// Ends this process if the launcher has, to which this pipe leads.
+pub fn must_live(launcher: &impl AsFd) {
+    let mut pipe = [PollFd::new(launcher, PollFlags::empty())];
     if poll(&mut pipe, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) {
         std::process::exit(1);
     }
@@ -38,11 +38,13 @@ pub struct Launcher {
     signals: SignalFd,
     to_machine: Option<OwnedFd>,
     from_machine: File,
+    /// The signal that the machine's process was killed for, as nobody there took it.
+    untaken: Option<i32>,
 }
 
 impl Launcher {
     pub(super) fn new(child: OwnedFd, signals: SignalFd, to_machine: OwnedFd, from_machine: OwnedFd) -> Self {
-        Self { child, signals, to_machine: Some(to_machine), from_machine: from_machine.into() }
+        Self { child, signals, to_machine: Some(to_machine), from_machine: from_machine.into(), untaken: None }
     }
 
     /// Waits until the machine that `config` makes has ended, and writes and removes what its process cannot; what that one
@@ -57,13 +59,20 @@ impl Launcher {
         // A process that is killed leaves them.
         vsock.chain(console).filter(|path| socket::is_stale(path)).for_each(|path| drop(std::fs::remove_file(path)));
         cgroup::clear();
-        let (status, told) = ended?;
+        let (end, told) = ended?;
         split(&told).into_iter().try_for_each(|(number, content)| attempts.write(number, content))?;
-        Ok(status)
+        Ok(match end {
+            End::Exited(status) => ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
+            // This process is killed, too.
+            End::Killed(number) => {
+                Signal::from_named_raw(number).map(|signal| kill_process(getpid(), signal));
+                ExitCode::from(u8::try_from(128 + number).unwrap_or(u8::MAX))
+            }
+        })
     }
 
-    /// Waits until the machine's process has ended, which gets the signals that this one gets: its status, and what it told.
-    fn wait(mut self) -> io::Result<(ExitCode, Vec<u8>)> {
+    /// Waits until the machine's process has ended, which gets the signals that this one gets: its end, and what it told.
+    fn wait(mut self) -> io::Result<(End, Vec<u8>)> {
         let (mut told, mut is_open) = (vec![], true);
         loop {
             let watched = if is_open { PollFlags::IN } else { PollFlags::empty() };
@@ -92,7 +101,7 @@ impl Launcher {
             // The other end is closed.
             (&self.from_machine).take(FILES_MAX).read_to_end(&mut told)?;
         }
-        Ok((self.status()?, told))
+        Ok((self.end()?, told))
     }
 
     /// Passes a signal on.
@@ -111,24 +120,27 @@ impl Launcher {
         let sent = self.to_machine.as_ref().map_or(Err(Errno::PIPE), |pipe| write(pipe, &record));
         // It does not listen any more, and is ended as it would end by itself.
         if sent.is_err() && signal::ENDING.contains(&number) {
-            self.to_machine = None;
+            (self.to_machine, self.untaken) = (None, Some(number));
             let _ = pidfd_send_signal(&self.child, Signal::KILL);
         }
     }
 
-    /// The status that the machine's process has ended with. If a signal has killed it, this one is, too.
-    fn status(&self) -> io::Result<ExitCode> {
+    /// How the machine's process has ended.
+    fn end(&self) -> io::Result<End> {
         let ended = retry_on_intr(|| waitid(WaitId::PidFd(self.child.as_fd()), WaitIdOptions::EXITED))?;
         let status = ended.as_ref().and_then(|ended| ended.exit_status());
         match (status, ended.and_then(|ended| ended.terminating_signal())) {
-            (Some(status), _) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX))),
-            (_, Some(number)) => {
-                Signal::from_named_raw(number).map(|signal| kill_process(getpid(), signal));
-                Ok(ExitCode::from(u8::try_from(128 + number).unwrap_or(u8::MAX)))
-            }
+            (Some(status), _) => Ok(End::Exited(status)),
+            (_, Some(number)) => Ok(End::Killed(self.untaken.unwrap_or(number))),
             _ => Err(io::ErrorKind::NotFound.into()),
         }
     }
+}
+
+/// How a process has ended: with a status, or by a signal.
+enum End {
+    Exited(i32),
+    Killed(i32),
 }
 
 /// The files in what was told: each is a number, the length in 8 bytes, and the content.
