@@ -41,7 +41,7 @@ pub fn host() -> Table {
             rows.push(Row::missing(KVM, format!("cannot be opened: {}. {advice}", reason(&error))));
         }
     }
-    rows.extend([tun(), io_uring(), userfaultfd(), seccomp(), landlock(), user_namespaces()]);
+    rows.extend([tun(), io_uring(), userfaultfd(), seccomp(), landlock(), user_namespaces(), passt()]);
     Table(rows)
 }
 
@@ -224,6 +224,15 @@ fn landlock() -> Row {
     }
 }
 
+/// The program that `--net user` starts.
+fn passt() -> Row {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&folders).map(|folder| folder.join("passt")).find(|path| path.is_file()) {
+        Some(path) => Row::ok("passt", format!("--net user, by {}", path.display())),
+        None => Row::absent("passt", "no --net user: it is not in PATH: sudo apt install passt"),
+    }
+}
+
 fn user_namespaces() -> Row {
     let name = "user namespaces";
     let sysctl = |path: &str| std::fs::read_to_string(Path::new("/proc/sys").join(path)).ok();
@@ -239,7 +248,7 @@ fn user_namespaces() -> Row {
         }
         () => return Row::ok(name, "--jail without root, and passt"),
     };
-    Row::absent(name, format!("--jail takes root, and passt has fewer barriers: {cure}"))
+    Row::absent(name, format!("--jail takes root, and so does --net user: {cure}"))
 }
 
 /// An error's text without the number.
