@@ -60,7 +60,8 @@ fn a_machine_with_all_devices_runs_with_little() {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let limit = |name: &str| limits.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
     assert_eq!(limit("Max core file size"), Some("0"));
-    assert_eq!(limit("Max open files"), Some("1537"), "one CPU and a vsock device");
+    let descriptors: u32 = limit("Max open files").unwrap().parse().unwrap();
+    assert!(descriptors <= 1537, "{descriptors}, with one CPU and a vsock device");
     running.signal(Signal::TERM);
     let ended = running.wait();
     assert_eq!(ended.status, 128 + Signal::TERM.as_raw(), "{}", ended.stderr);
