@@ -511,18 +511,32 @@ fn load_parameters(
     Ok((kernel.entry, acpi))
 }
 
+/// Tells Linux of a virtio device (Documentation/admin-guide/kernel-parameters.txt).
+const DEVICE: &str = "virtio_mmio.device=";
+
+fn push_devices(cmdline: &mut Cmdline, windows: &[VirtioWindow]) -> Result<(), cmdline::Error> {
+    windows.iter().try_for_each(|VirtioWindow { base, gsi }| {
+        cmdline.push(&format!("{DEVICE}{:#x}@{base:#x}:{gsi}", layout::VIRTIO_MMIO_SIZE)).map(drop)
+    })
+}
+
 /// The kernel's command line, and whether the kernel will use ACPI.
 fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> Result<(Cmdline, bool), cmdline::Error> {
     let mut user = Cmdline::default();
     user.push(&config.cmdline)?;
     let acpi = kernel.acpi && !user.acpi_off();
-    if config.cmdline_only {
-        if config.command.is_some() {
-            user.push(command::PARAMETER)?;
-        }
-        return Ok((user, acpi));
-    }
     let mut cmdline = Cmdline::default();
+    if config.cmdline_only {
+        // Who names devices has named all.
+        if !acpi && !config.cmdline.contains(DEVICE) {
+            push_devices(&mut cmdline, windows)?;
+        }
+        if config.command.is_some() {
+            cmdline.push(command::PARAMETER)?;
+        }
+        cmdline.push(&config.cmdline)?;
+        return Ok((cmdline, acpi));
+    }
     cmdline.push(cmdline::DEFAULT)?;
     if config.command.is_some() {
         cmdline.push(command::PARAMETER)?;
@@ -534,9 +548,7 @@ fn command_line(config: &Config, kernel: &Kernel, windows: &[VirtioWindow]) -> R
         cmdline.push(if root.readonly { "root=/dev/vda ro" } else { "root=/dev/vda rw" })?;
     }
     if !acpi {
-        for VirtioWindow { base, gsi } in windows {
-            cmdline.push(&format!("virtio_mmio.device={:#x}@{base:#x}:{gsi}", layout::VIRTIO_MMIO_SIZE))?;
-        }
+        push_devices(&mut cmdline, windows)?;
     }
     // Last, because the user's word counts more, and `--` in it ends the kernel's part.
     cmdline.push(&config.cmdline)?;

@@ -106,3 +106,18 @@ fn bzimage_of_unknown_compression_is_unpacked_by_the_guest() {
     assert!(inspect(image.path()).unwrap().packed);
     boots(Kernel::Debian612, image.path(), "6.12.");
 }
+
+#[test]
+fn a_kernel_without_acpi_is_told_of_its_devices_whatever_else_it_is_told() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(disk.path(), vec![7; 512]).unwrap();
+    for text in
+        ["console=ttyS0 reboot=k panic=-1", "console=ttyS0 reboot=k panic=-1 virtio_mmio.device=0x1000@0xd0000000:5"]
+    {
+        let script = "echo disk=$(wc -c </dev/vda) devices=$(grep -o virtio_mmio.device /proc/cmdline | wc -l)x";
+        let guest = Guest::new(Kernel::Tiny).disk(disk.path().display()).script(script);
+        let ended = guest.flag("--cmdline-only").cmdline(text).run().succeeded();
+        let devices = if text.contains("device") { 1 } else { 2 };
+        assert!(ended.stdout.contains(&format!("disk=512 devices={devices}x")), "{}", ended.stdout);
+    }
+}
