@@ -111,6 +111,15 @@ pub trait VirtioDevice: Send {
     /// [`start`]: VirtioDevice::start
     fn replace(&mut self) {}
 
+    /// Whether the host has lost what the driver wrote, and the driver is told so whenever it asks: a saved machine must not
+    /// forget it.
+    fn has_lost_data(&self) -> bool {
+        false
+    }
+
+    /// The host had lost some in the machine that was saved.
+    fn restore_lost_data(&mut self) {}
+
     /// The device is being stopped, also after a failure: finish what is in flight, or leave it unused. The last
     /// callback; the device may be started again.
     fn stop(&mut self, io: &mut Io) {

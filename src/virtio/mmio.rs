@@ -385,6 +385,9 @@ struct State {
     config: Hex,
     /// What the driver has written to its field of the configuration.
     driver_field: Option<u32>,
+    /// The host has lost data that the driver wrote.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    lost_data: bool,
 }
 
 fn position(ring: &virtio_queue::Queue) -> Option<(u16, u16)> {
@@ -511,6 +514,11 @@ impl BusDevice for Mmio {
             generation,
             config: Hex(config.into()),
             driver_field: self.driver_field.as_ref().map(|field| field.value.load(Ordering::Relaxed)),
+            lost_data: match &self.owner {
+                Owner::Transport(device) | Owner::Restored(device, _) => device.has_lost_data(),
+                Owner::Paused(paused) => paused.has_lost_data(),
+                Owner::Thread(_) | Owner::Nobody => false,
+            },
         };
         serde_json::to_value(state).expect("numbers and text are JSON")
     }
@@ -567,6 +575,9 @@ impl BusDevice for Mmio {
         self.queue_sel = state.queue_sel;
         self.queues = state.queues;
         self.interrupt.restore(state.interrupt_status, state.needs_reset);
+        if let (true, Owner::Transport(device)) = (state.lost_data, &mut self.owner) {
+            device.restore_lost_data();
+        }
         if runs && let Owner::Transport(mut device) = std::mem::replace(&mut self.owner, Owner::Nobody) {
             device.replace();
             self.owner = Owner::Restored(device, rings);

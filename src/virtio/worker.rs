@@ -237,6 +237,11 @@ impl Paused {
         io.queues.iter().map(|queue| queue.as_ref().map(Queue::position)).collect()
     }
 
+    /// Whether the host has lost what its driver wrote.
+    pub fn has_lost_data(&self) -> bool {
+        self.0.device.has_lost_data()
+    }
+
     /// Starts a thread for the device again.
     ///
     /// # Errors

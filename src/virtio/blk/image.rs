@@ -245,8 +245,12 @@ impl Image {
         Ok(result?)
     }
 
+    /// Whether a flush has failed.
+    pub fn flush_has_failed(&self) -> bool {
+        self.flush_failed
+    }
+
     /// As if a flush had failed.
-    #[cfg(test)]
     pub fn fail_flushes(&mut self) {
         self.flush_failed = true;
     }

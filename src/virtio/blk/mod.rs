@@ -493,6 +493,14 @@ impl VirtioDevice for Blk {
         VIRTIO_ID_BLOCK
     }
 
+    fn has_lost_data(&self) -> bool {
+        self.image.flush_has_failed()
+    }
+
+    fn restore_lost_data(&mut self) {
+        self.image.fail_flushes();
+    }
+
     fn own_files(&self) -> Vec<RawFd> {
         self.image.descriptors().collect()
     }

@@ -325,6 +325,24 @@ fn nothing_is_called_safe_that_is_not_on_the_disk() {
 }
 
 #[test]
+fn a_saved_machine_remembers_that_a_flush_failed() {
+    use crate::bus::BusDevice as _;
+
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let driver = || Driver::new(Box::new(Blk::open(&Spec { readonly: true, ..Spec::new(file.path()) }).unwrap()));
+    let mut healthy = driver();
+    let state = healthy.mmio.save();
+    assert!(state.get("lost-data").is_none(), "{state}");
+    let mut blk = Blk::open(&Spec { readonly: true, ..Spec::new(file.path()) }).unwrap();
+    blk.image.fail_flushes();
+    let state = Driver::new(Box::new(blk)).mmio.save();
+    assert_eq!(state["lost-data"], true);
+    healthy.mmio.restore(&state).unwrap();
+    assert_eq!(healthy.mmio.save()["lost-data"], true);
+}
+
+#[test]
 fn a_file_that_shrinks_fails_reads_beyond_its_end() {
     let mut disk = Disk::new();
     disk.file.as_file().set_len(10 * 512 + 100).unwrap();
