@@ -211,8 +211,12 @@ mod tests {
 
     #[test]
     fn some_descriptors_are_for_others() {
-        let lists: [&List; 2] =
-            [&[(libc::SYS_pread64, When::Any), (libc::SYS_mmap, When::Clear(2, 4))], &LISTS[0][..1]];
+        let own: &List = &[
+            (libc::SYS_pread64, When::Any),
+            (libc::SYS_mmap, When::Clear(2, 4)),
+            (libc::SYS_copy_file_range, When::Any),
+        ];
+        let lists = [own, &LISTS[0][..1]];
         let program = compile(&lists, &[5, 6], None);
         let call = |number: i64, arguments| judge(&program, number.try_into().unwrap(), arguments, ARCH, 0);
         let (allow, trap) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_TRAP);
@@ -221,6 +225,9 @@ mod tests {
                 assert_eq!(call(number, [fd, 5, 6, 0, 0, 0]), expected, "{number} {fd}");
             }
             assert_eq!(call(libc::SYS_mmap, [5, 0, 0, 0, fd, 0]), expected, "{fd}");
+            for copied in [[fd, 0, 4, 0, 9, 0], [4, 0, fd, 0, 9, 0]] {
+                assert_eq!(call(libc::SYS_copy_file_range, copied), expected, "{copied:?}");
+            }
         }
         assert_eq!(call(libc::SYS_mmap, [0, 0, 4, 0, 4, 0]), trap);
     }
