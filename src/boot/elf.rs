@@ -43,6 +43,9 @@ pub enum Error {
         /// Length of the file.
         len: u64,
     },
+    /// A payload that is something else.
+    #[error("it is not an ELF file")]
+    Magic,
     /// A kernel for another machine.
     #[error("it is an ELF file for {0}, not for x86-64")]
     Architecture(String),
@@ -192,6 +195,9 @@ impl Header {
         let mut header = [0; HEADER];
         within(image, "the ELF header", 0, HEADER as u64)?;
         image.read(0, &mut header).map_err(|source| Error::Read { what: "ELF header", source })?;
+        if !header.starts_with(&MAGIC) {
+            return Err(Error::Magic);
+        }
         let no_kernel = |why: String| Err(Error::NotKernel(why));
         let machine = match header[5] {
             1 => u16_at(&header, 18),

@@ -544,6 +544,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_payload_that_is_not_elf_is_refused() {
+        let mut contents = elf();
+        contents[0] = b'X';
+        let size = u32::try_from(contents.len()).unwrap().to_le_bytes();
+        let packed = lz4_flex::block::compress(&contents);
+        let block = u32::try_from(packed.len()).unwrap().to_le_bytes();
+        let refusal = refusal(&bzimage(&[&[0x02, 0x21, 0x4c, 0x18][..], &block, &packed, &size].concat()));
+        assert!(refusal.ends_with("bad contents of its payload: it is not an ELF file"), "{refusal}");
+    }
+
     proptest! {
         #[test]
         fn no_damage_to_a_kernel_is_fatal(
