@@ -2,7 +2,8 @@
 # Fuzzes bantam: tests/fuzz has the targets, target/fuzz what comes of them.
 #     fuzz.sh build                     compiles all targets
 #     fuzz.sh run TARGET [SECONDS]      replays what is known, then tries new inputs, for ever or so long
-#     fuzz.sh check [SECONDS]           the same with each target, two at a time; 20 seconds each
+#     fuzz.sh check [SECONDS]           the same with each target, two at a time; 20 seconds each, always from the
+#                                       same seed, so that what passed passes again
 #     fuzz.sh try TARGET FILE...        replays inputs, such as the one that a finding was told of
 #     fuzz.sh minimize TARGET           has tests/fuzz/corpus keep few inputs that reach all that is reached
 #     fuzz.sh list                      names the targets
@@ -51,10 +52,16 @@ run() { # target, seconds
     fuzz "$1" "$work/corpus/$1" "tests/fuzz/corpus/$1" -max_total_time="${2:-0}"
 }
 
+repeatable() { # target, seconds
+    local new
+    new=$(mktemp -d "$work/new.XXXXXX")
+    fuzz "$1" "$new" "tests/fuzz/corpus/$1" -seed=1 -max_total_time="$2" && rm -rf "$new"
+}
+
 check_one() { # target, seconds
     local log=$work/$1.log
-    if ! run "$1" "$2" >"$log" 2>&1; then
-        tail -n 60 "$log" >&2
+    if ! repeatable "$1" "$2" >"$log" 2>&1; then
+        grep -A 60 -m 1 "panicked at\|ERROR: libFuzzer" "$log" >&2 || tail -n 60 "$log" >&2
         echo "fuzz target $1 found something (above); resources/fuzz.sh try $1 $work/findings/$1-..." >&2
         return 1
     fi
@@ -70,7 +77,7 @@ case ${1:-} in
     try) build && fuzz "${@:2}" ;;
     check)
         build
-        export -f run fuzz fuzz_in check_one
+        export -f repeatable fuzz fuzz_in check_one
         export work programs
         targets | xargs -P 2 -I '{}' bash -euo pipefail -c "check_one {} ${2:-20}"
         ;;
@@ -80,5 +87,5 @@ case ${1:-} in
         fuzz "$2" -set_cover_merge=1 -use_counters=0 "$small" "tests/fuzz/corpus/$2" "$work/corpus/$2"
         rm -rf "tests/fuzz/corpus/$2" && mv "$small" "tests/fuzz/corpus/$2"
         ;;
-    *) sed -n 's/^# \{0,1\}//; 2,8p' "$0" >&2 && exit 2 ;;
+    *) sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2 && exit 2 ;;
 esac

@@ -3,11 +3,12 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
 
 use bantam::virtio::change::{Change, Rates};
 use bantam::virtio::device::VirtioDevice;
 use bantam::virtio::mmio::Mmio;
-use bantam::virtio::net::{MacAddr, Net, Tap};
+use bantam::virtio::net::{MacAddr, Net, Statistics, Tap};
 use bantam_fuzz::device::{Device, run};
 use bantam_fuzz::input::{self, Result, Unstructured};
 use bantam_fuzz::memory::Memory;
@@ -23,6 +24,9 @@ enum Host {
 struct Card {
     host: Host,
     limited: bool,
+    statistics: Arc<Statistics>,
+    /// Packets that were dropped by the last look.
+    drops: u64,
 }
 
 fn mac() -> MacAddr {
@@ -41,7 +45,8 @@ impl Card {
             tap.set_nonblocking(true).expect("a socket");
             (Host::Tap(host), Net::new(Tap::of_socket(tap), mac(), None))
         };
-        (Self { host, limited: false }, net)
+        let statistics = net.statistics().clone();
+        (Self { host, limited: false, statistics, drops: 0 }, net)
     }
 
     fn limit(&mut self, mmio: &mut Mmio, limited: bool) {
@@ -110,6 +115,11 @@ impl Device for Card {
             }
         }
         Ok(())
+    }
+
+    fn underestimates(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.drops, self.statistics.rx_drops.get());
+        self.drops > before
     }
 
     fn probe(&self) -> (u16, Vec<u8>, u32) {

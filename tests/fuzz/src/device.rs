@@ -5,7 +5,7 @@
 //!
 //! - guest memory is as it was, but for buffers that the device was given, and its part of the rings;
 //! - the used index has moved by buffers that were given, in their order, and no length is more than there was room for;
-//! - no byte behind that length has changed;
+//! - no byte behind that length has changed, unless something longer was dropped;
 //! - a driver that wants to hear of used buffers was interrupted;
 //! - the device comes to rest, and has done what it can;
 //! - its status is one that a driver can have brought about.
@@ -58,6 +58,11 @@ pub trait Device: Sized {
     /// Whether a page may have become so although it was not given.
     fn explains(&self, page: &[u8]) -> bool {
         let _ = page;
+        false
+    }
+    /// Whether a buffer may have been written behind the length that it was used with: one that more was read into at
+    /// first, which was dropped (virtio 1.2, 2.7.8.2, has the length be an underestimate).
+    fn underestimates(&mut self) -> bool {
         false
     }
     /// A proper request by a queue, and how many bytes there are for the answer.
@@ -441,6 +446,7 @@ impl<D: Device> Guest<D> {
         }
         let fresh = |at, bytes| self.memory.fresh(at, bytes).expect("rings are in memory");
         // Of used buffers, as much as the device says; that is in memory, which was not looked at yet.
+        let underestimates = self.device.underestimates();
         let mut elements = vec![];
         for (index, before, count) in used {
             for i in 0..count {
@@ -449,7 +455,8 @@ impl<D: Device> Guest<D> {
                 let given = &self.pending[index].given[usize::from(i)];
                 assert_eq!(id, given.head, "queue {index} used another buffer than the next");
                 assert!(len <= given.room(), "queue {index} used {len} bytes of {}", given.room());
-                elements.extend(given.first(if given.is_memory(&self.memory) { len } else { u64::MAX }));
+                let exact = given.is_memory(&self.memory) && !underestimates;
+                elements.extend(given.first(if exact { len } else { u64::MAX }));
                 elements.extend(given.last().filter(|_| D::STATUS_LAST));
             }
             if let Some(Some(after)) = rings.get(index).filter(|_| count > 0) {
