@@ -385,6 +385,7 @@ fn mistaken_device_options_are_refused() {
     folder.refuses(&["--disk", "disk,path=disk"], &["--disk", "`path` is given twice"]);
     folder.refuses(&["--disk", "disk,speed=9"], &["--disk", "`speed` is not known", "readonly"]);
     folder.refuses(&["--disk", "disk,readonly=maybe"], &["readonly=maybe", "on or off"]);
+    folder.refuses(&["--disk", "disk,direct=maybe"], &["direct=maybe", "on or off"]);
     folder.refuses(&["--disk", "disk,cache=none"], &["cache=none", "writeback or unsafe"]);
     folder.refuses(&["--disk", "disk,errors=none"], &["errors=none", "report or stop"]);
     folder.refuses(&["--disk", "disk,errors=stop"], &["cannot stop the machine", "disk disk (errors=stop)", "--name"]);
@@ -581,6 +582,9 @@ fn a_disk_that_cannot_be_used_is_refused() {
     folder.refuses(&["--disk", "folder"], &["folder"]);
     folder.refuses(&["--disk", "odd"], &["odd", "513", "512"]);
     folder.refuses(&["--disk", "disk", "--disk", "disk"], &["cannot lock disk image disk"]);
+    // What sysfs has are files of 4096 bytes, so they say.
+    let direct = ["--disk", "/sys/kernel/uevent_seqnum,readonly=on,direct=on"];
+    folder.refuses(&direct, &["disk image /sys/kernel/uevent_seqnum with direct=on", "no direct I/O", "direct=off"]);
 }
 
 #[test]

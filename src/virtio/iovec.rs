@@ -68,6 +68,14 @@ impl Iovecs {
         self.bytes
     }
 
+    /// Whether all buffers begin at multiples of `address` and have lengths that are such of `len`.
+    pub fn are_multiples_of(&self, address: usize, len: u64) -> bool {
+        let is = |iovec: &libc::iovec| {
+            iovec.iov_base.addr().is_multiple_of(address) && (iovec.iov_len as u64).is_multiple_of(len)
+        };
+        self.list.iter().all(is)
+    }
+
     /// Forgets all buffers.
     pub fn clear(&mut self) {
         self.truncate(0);

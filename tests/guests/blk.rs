@@ -21,6 +21,11 @@ impl Images {
         Self(TempDir::new().unwrap())
     }
 
+    /// Where there is direct I/O: in the emulated host not in memory.
+    fn on_disk() -> Self {
+        Self(TempDir::new_in("/var/tmp").unwrap())
+    }
+
     fn add(&self, name: &str, content: &[u8]) -> PathBuf {
         let path = self.0.path().join(name);
         File::create_new(&path).unwrap().write_all(content).unwrap();
@@ -79,7 +84,7 @@ fn a_limited_disk_is_slow_and_right() {
 
 #[test]
 fn disks_come_in_order_each_with_its_own_ways() {
-    let images = Images::new();
+    let images = Images::on_disk();
     let first = images.add("first", &noise(8 * MIB));
     let second = images.add("second", &noise(4 * MIB));
     // Not a multiple of anything but sectors.
@@ -99,9 +104,9 @@ fn disks_come_in_order_each_with_its_own_ways() {
         sync
     "#;
     let ended = Guest::new(Kernel::Debian61)
-        .disk(format!("path={},id=first", first.display()))
+        .disk(format!("path={},id=first,direct=on", first.display()))
         .disk(format!("{},readonly=on,id=twenty-characters-no", second.display()))
-        .disk(format!("path={},cache=unsafe", odd.display()))
+        .disk(format!("path={},cache=unsafe,direct=on", odd.display()))
         .script(script);
     let mut expected = fs::read(&odd).unwrap();
     let before = sha256(&expected);

@@ -11,6 +11,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, fdatasync,
 use rustix::io::{Errno, retry_on_intr};
 
 use super::SECTOR;
+use super::direct::Direct;
 use super::ioctl::discard_blocks;
 use crate::virtio::iovec::Iovecs;
 
@@ -93,6 +94,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Its file system cannot do without the page cache.
+    #[error(
+        "cannot use disk image {path} with direct=on: its file system has no direct I/O (direct=off uses the page cache)"
+    )]
+    NoDirect {
+        /// The image.
+        path: PathBuf,
+    },
     /// The serial number is too long.
     #[error("cannot give disk image {path} the id {id:?}: it has more than 20 bytes")]
     Id {
@@ -111,6 +120,8 @@ pub struct Image {
     block_device: bool,
     sectors: u64,
     serial: String,
+    /// Set if it is read and written past the host's page cache.
+    direct: Option<Direct>,
     /// Data that was to be flushed is lost: the host reports that once, and then forgets it.
     flush_failed: bool,
 }
@@ -139,13 +150,26 @@ impl Image {
     /// that the file has now.
     pub fn replace(&self, path: &Path, readonly: bool) -> Result<Self, Error> {
         let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|it| (it.dev(), it.ino(), it.rdev()));
-        match (identity(self.file().metadata()), identity(fs::metadata(path))) {
+        let mut image = match (identity(self.file().metadata()), identity(fs::metadata(path))) {
             (Ok(this), Ok(other)) if this == other && !self.block_device => {
                 let image = Self::with_file(self.file.clone(), path, readonly)?;
-                Ok(Self { flush_failed: self.flush_failed, ..image })
+                Self { flush_failed: self.flush_failed, ..image }
             }
-            _ => Self::open(path, readonly),
+            _ => Self::open(path, readonly)?,
+        };
+        if self.direct.is_some() {
+            image.pass_page_cache(path)?;
         }
+        Ok(image)
+    }
+
+    /// Has the image at `path`, which this one is, be read and written past the host's page cache.
+    pub fn pass_page_cache(&mut self, path: &Path) -> Result<(), Error> {
+        let direct = Direct::new(self.file());
+        let direct =
+            direct.map_err(|source| Error::Examine { path: path.into(), what: "set up direct I/O of", source })?;
+        self.direct = Some(direct.ok_or_else(|| Error::NoDirect { path: path.into() })?);
+        Ok(())
     }
 
     fn with_file(file: Arc<Locked>, path: &Path, readonly: bool) -> Result<Self, Error> {
@@ -190,7 +214,7 @@ impl Image {
             format!("{:x}-{:x}", metadata.dev(), metadata.ino())
         };
         let sectors = bytes / SECTOR;
-        Ok(Self { file: locked, _claim: claim, block_device, sectors, serial, flush_failed: false })
+        Ok(Self { file: locked, _claim: claim, block_device, sectors, serial, direct: None, flush_failed: false })
     }
 
     fn file(&self) -> &File {
@@ -207,10 +231,16 @@ impl Image {
         &self.serial
     }
 
+    /// What its offsets and lengths should be multiples of, in bytes, if the host has said so.
+    pub fn unit(&self) -> Option<u64> {
+        self.direct.as_ref().map(Direct::unit)
+    }
+
     /// Fills `buffers` from byte `offset` on; those that remain were not filled.
     pub fn read(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
         while !buffers.is_empty() {
-            let count = buffers.preadv(self.file(), offset)?;
+            let is_direct = self.takes(buffers, offset);
+            let count = self.by(is_direct, || buffers.preadv(self.file(), offset))?;
             if count == 0 {
                 // The file was larger when it was opened.
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -224,7 +254,8 @@ impl Image {
     /// Writes `buffers` to byte `offset` on.
     pub fn write(&self, buffers: &mut Iovecs, mut offset: u64) -> io::Result<()> {
         while !buffers.is_empty() {
-            let count = buffers.pwritev(self.file(), offset)?;
+            let is_direct = self.takes(buffers, offset);
+            let count = self.by(is_direct, || buffers.pwritev(self.file(), offset))?;
             if count == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
@@ -232,6 +263,19 @@ impl Image {
             offset += count as u64;
         }
         Ok(())
+    }
+
+    /// Whether the buffers can be read or written as the image is open.
+    fn takes(&self, buffers: &Iovecs, offset: u64) -> bool {
+        self.direct.as_ref().is_none_or(|direct| direct.takes(buffers, offset))
+    }
+
+    /// Makes a `call` as the image is open, or by the page cache in any case.
+    fn by<T>(&self, as_open: bool, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match &self.direct {
+            Some(direct) if !as_open => direct.by_page_cache(self.file(), call),
+            _ => call(),
+        }
     }
 
     /// Returns when all that was written is on the disk. After it failed once it always fails: the host drops what it
@@ -273,7 +317,9 @@ impl Image {
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let how = if unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
         match self.fallocate(how | FallocateFlags::KEEP_SIZE, offset, len) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => self.write_zeroes_by_hand(offset, len),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.by(false, || self.write_zeroes_by_hand(offset, len))
+            }
             other => Ok(other?),
         }
     }
@@ -357,7 +403,11 @@ mod tests {
     use super::*;
 
     fn image(bytes: u64) -> NamedTempFile {
-        let file = NamedTempFile::new().unwrap();
+        image_in(std::env::temp_dir(), bytes)
+    }
+
+    fn image_in(folder: impl AsRef<Path>, bytes: u64) -> NamedTempFile {
+        let file = NamedTempFile::new_in(folder).unwrap();
         file.as_file().set_len(bytes).unwrap();
         file
     }
@@ -381,6 +431,30 @@ mod tests {
         let status = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
         assert!(status.success());
         assert!(error(&path, false).contains("a pipe"));
+    }
+
+    #[test]
+    fn direct_io_is_had_or_refused() {
+        // Attributes of sysfs say that they have 4096 bytes, and have no direct I/O.
+        let path = Path::new("/sys/kernel/uevent_seqnum");
+        let mut image = Image::open(path, true).unwrap();
+        let error = image.pass_page_cache(path).unwrap_err().to_string();
+        assert!(error.contains("uevent_seqnum with direct=on: its file system has no direct I/O"), "{error}");
+
+        let file = image_in("/var/tmp", 8192);
+        let mut image = Image::open(file.path(), false).unwrap();
+        let flags = |image: &Image| rustix::fs::fcntl_getfl(image.file()).unwrap() & rustix::fs::OFlags::DIRECT;
+        assert!(flags(&image).is_empty());
+        if let Err(error) = image.pass_page_cache(file.path()) {
+            return eprintln!("skipped: {error}");
+        }
+        assert!(!flags(&image).is_empty());
+        image.by(false, || image.write_zeroes_by_hand(512, 512)).unwrap();
+        assert!(!flags(&image).is_empty());
+        // The same file, and another.
+        for path in [file.path(), image_in("/var/tmp", 512).path()] {
+            assert!(!flags(&image.replace(path, false).unwrap()).is_empty());
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Requests are done one after the other on the device's thread, straight between guest memory and the host's page
 //! cache.
 
+mod direct;
 mod image;
 mod ioctl;
 mod layout;
@@ -75,6 +76,9 @@ pub struct Spec {
     /// When what the guest wrote is safe.
     #[serde(default)]
     pub cache: Cache,
+    /// Whether it is read and written past the host's page cache.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
     /// How many bytes may be read and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bw: Option<Limit>,
@@ -89,8 +93,10 @@ pub struct Spec {
 impl Spec {
     /// A writable disk at `path`, safe when the guest flushes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
+        let (readonly, direct) = (false, false);
         let (id, bw, iops) = (None, None, None);
-        Self { path: path.into(), readonly: false, id, cache: Cache::default(), bw, iops, errors: Errors::default() }
+        let (cache, errors) = (Cache::default(), Errors::default());
+        Self { path: path.into(), readonly, id, cache, direct, bw, iops, errors }
     }
 }
 
@@ -180,7 +186,10 @@ enum Failure {
 impl Blk {
     /// Opens and locks the image.
     pub fn open(spec: &Spec) -> Result<Self, Error> {
-        let image = Image::open(&spec.path, spec.readonly)?;
+        let mut image = Image::open(&spec.path, spec.readonly)?;
+        if spec.direct {
+            image.pass_page_cache(&spec.path)?;
+        }
         let id = match &spec.id {
             Some(text) if text.len() > ID_BYTES => {
                 return Err(Error::Id { path: spec.path.clone(), id: text.clone() });
@@ -194,7 +203,7 @@ impl Blk {
             cache: spec.cache,
             id,
             default_id: spec.id.is_none(),
-            config: config(image.sectors()),
+            config: config(&image),
             image,
             counts: Arc::default(),
             features: 0,
@@ -222,7 +231,7 @@ impl Blk {
         if self.default_id {
             self.id = id_bytes(image.serial());
         }
-        self.config = config(image.sectors());
+        self.config = config(&image);
         self.path = path.into();
         self.image = image;
         Ok(())
@@ -470,18 +479,22 @@ fn little_endian(bytes: &[u8]) -> u64 {
 }
 
 /// `struct virtio_blk_config` (5.2.4), up to the last field that a feature offered here needs.
-fn config(sectors: u64) -> [u8; CONFIG_SIZE] {
+fn config(image: &Image) -> [u8; CONFIG_SIZE] {
     let mut config = [0; CONFIG_SIZE];
     let mut set = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-    set(0, &sectors.to_le_bytes());
+    // Only hints say what the host likes best: with another blk_size a partition table would mean something else.
+    let unit = (image.unit().unwrap_or_default() / SECTOR).clamp(1 << PHYSICAL_BLOCK_EXP, 1 << 15);
+    let unit = u16::try_from(unit).expect("it was clamped");
+    let exp = u8::try_from(unit.trailing_zeros()).expect("at most 15");
+    set(0, &image.sectors().to_le_bytes());
     set(8, &SIZE_MAX.to_le_bytes());
     set(12, &SEG_MAX.to_le_bytes());
     set(20, &512u32.to_le_bytes()); // blk_size
-    set(24, &[PHYSICAL_BLOCK_EXP]);
-    set(26, &(1u16 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // min_io_size
+    set(24, &[exp]); // physical_block_exp
+    set(26, &unit.to_le_bytes()); // min_io_size
     set(36, &DISCARD_SECTORS_MAX.to_le_bytes());
     set(40, &DISCARD_SEG_MAX.to_le_bytes());
-    set(44, &(1u32 << PHYSICAL_BLOCK_EXP).to_le_bytes()); // discard_sector_alignment
+    set(44, &u32::from(unit).to_le_bytes()); // discard_sector_alignment
     set(48, &WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
     set(52, &WRITE_ZEROES_SEG_MAX.to_le_bytes());
     set(56, &[1]); // write_zeroes_may_unmap

@@ -30,7 +30,8 @@ impl Disk {
     }
 
     fn with(change: impl FnOnce(&mut Spec)) -> Self {
-        let file = NamedTempFile::new().unwrap();
+        // Not in memory, where there may be no direct I/O.
+        let file = NamedTempFile::new_in("/var/tmp").unwrap();
         let data: Vec<u8> = (0..SECTORS).flat_map(sector).collect();
         file.as_file().write_all_at(&data, 0).unwrap();
         let mut spec = Spec::new(file.path());
@@ -113,10 +114,10 @@ fn the_driver_learns_what_the_disk_can_do() {
 fn a_spec_is_its_options() {
     let spec: Spec = serde_json::from_str(r#"{"path": "a"}"#).unwrap();
     assert_eq!(spec, Spec::new("a"));
-    let text = r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe","errors":"stop"}"#;
+    let text = r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe","direct":true,"errors":"stop"}"#;
     let spec: Spec = serde_json::from_str(text).unwrap();
     assert_eq!((spec.readonly, spec.id.as_deref(), spec.cache), (true, Some("x"), Cache::Unsafe));
-    assert_eq!(spec.errors, Errors::Stop);
+    assert_eq!((spec.direct, spec.errors), (true, Errors::Stop));
     assert_eq!(serde_json::to_string(&spec).unwrap(), text);
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","ro":true}"#).is_err());
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","cache":"none"}"#).is_err());
@@ -214,6 +215,42 @@ proptest! {
         prop_assert_eq!(disk.driver.get(read_end, 1536), [sector(7), sector(8), sector(9)].concat());
         prop_assert_eq!(disk.driver.get(read_end + 1536, 1), [OK]);
     }
+}
+
+#[test]
+fn past_the_page_cache_every_request_is_done() {
+    let file = NamedTempFile::new_in("/var/tmp").unwrap();
+    file.as_file().set_len(512).unwrap();
+    match Blk::open(&Spec { direct: true, ..Spec::new(file.path()) }).map(drop) {
+        Err(error @ Error::NoDirect { .. }) => return eprintln!("skipped: {error}"),
+        result => result.unwrap(),
+    }
+    let mut disk = Disk::with(|spec| spec.direct = true);
+    // Aligned for any host, for some, and for none.
+    for (first, at) in [(64u64, DATA), (129, DATA + 512), (200, DATA + 3), (321, DATA + 5000)] {
+        disk.driver.put(at, &[first.to_le_bytes()[0]; 4096]);
+        assert_eq!(disk.request(VIRTIO_BLK_T_OUT, first, &[(at, 4096, false)]), (OK, 1));
+        assert_eq!(disk.request(VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+        disk.driver.put(at, &[0; 4096]);
+        assert_eq!(disk.request(VIRTIO_BLK_T_IN, first - 1, &[(at, 512, true), (at + 512, 4608, true)]), (OK, 5121));
+        let expected = [&sector(first - 1)[..], &[first.to_le_bytes()[0]; 4096], &sector(first + 8)].concat();
+        assert_eq!(disk.driver.get(at, 5120), expected, "{first}");
+        assert_eq!(disk.host((first - 1) * 512, 5120), expected, "{first}");
+    }
+    // In pieces of which only some are aligned, over data that the page cache still has.
+    disk.driver.put(DATA, &[7; 8192]);
+    let pieces = [(DATA, 4096, false), (DATA + 4100, 12, false), (DATA + 4112, 500, false), (DATA, 3584, false)];
+    assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 200, &pieces), (OK, 1));
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 200, &[(DATA + 0x4000, 8192, true)]), (OK, 8193));
+    assert_eq!(disk.driver.get(DATA + 0x4000, 8192), [7; 8192]);
+    let segments = disk.segments(&[(1000, 8, 1)]);
+    assert_eq!(disk.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[segments]), (OK, 1));
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 1000, &[(DATA, 4096, true)]), (OK, 4097));
+    assert_eq!(disk.driver.get(DATA, 4096), [0; 4096]);
+    // A file that ends early.
+    disk.file.as_file().set_len(100 * 512 + 100).unwrap();
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 96, &[(DATA, 4096, true)]), (IOERR, 2148));
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 200, &[(DATA, 4096, true)]), (IOERR, 0));
 }
 
 #[test]
