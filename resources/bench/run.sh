@@ -2,9 +2,9 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, restore, memory, boot, clones, pause, disk, net, share, commands, warm, images; all without any. `images` needs no KVM,
-# `start` and `restore` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others need VT-x or SVM, or run in the
-# emulated KVM host.
+# Items: start, restore, density, memory, boot, clones, pause, disk, net, share, commands, warm, images; all without any. `images` needs
+# no KVM, `start`, `restore` and `density` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
+# need VT-x or SVM, or run in the emulated KVM host. A plot of each item goes to target/bench.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -19,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|restore|memory|boot|clones|pause|disk|net|share|commands|warm|images]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|restore|density|memory|boot|clones|pause|disk|net|share|commands|warm|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start restore memory boot clones pause disk net share commands warm images)
+(($#)) || items=(start restore density memory boot clones pause disk net share commands warm images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -42,6 +42,7 @@ build() {
     rm -rf "$built"
     mkdir -p "$built"
     gcc -O2 -o "$built/measure" resources/bench/measure.c
+    gcc -nostdlib -static -Wl,-N,-Ttext=0x100000,--build-id=none,--no-warn-rwx-segments -o "$built/idle" resources/bench/idle.S
     local root=$built/root library
     mkdir -p "$root"/{bin,tmp}
     cp resources/bench/init "$root/bench"
@@ -143,7 +144,7 @@ in_turn() {
     done
 }
 
-figure() { printf '%s\t%s\t%s\t%s\n' "$where" "$2" "$1" "$3"; }
+figure() { printf '%s\t%s\t%s\t%s\t%s\n' "$where" "$2" "$1" "$3" "$item"; }
 
 # measured SECONDS MARKER... runs `command` with measure(1), and keeps what the guest says in the log.
 measured() { "$built/measure" "$@" -- "${command[@]}" </dev/null 2>"$built/log"; }
@@ -289,6 +290,80 @@ clone_memory() {
     wait "${pids[@]}" || true
     figure "$1" "host memory (PSS) of each of 4 clones, MiB" "$(cut -d ' ' -f 1 "$built/rollup")"
     figure "$1" "of it private, MiB" "$(cut -d ' ' -f 2 "$built/rollup")"
+}
+
+density() {
+    step "Many machines at once"
+    local count pids=() to=$built/saved-idle tries
+    mkdir -p "$built/crowd"
+    rm -f "$built/said"
+    mkfifo "$built/said"
+    for count in 10 100; do in_turn 3 1 crowd "$count"; done
+    vmms=(bantam)
+    in_turn 1 1 crowd 1000
+    rm -rf "$to"
+    XDG_RUNTIME_DIR=$built "$bantam" run --memory 128M --kernel "$built/idle" --name bench </dev/null >"$built/log" 2>&1 &
+    pids=($!)
+    for ((tries = 0; tries < 100; tries++)); do
+        ! XDG_RUNTIME_DIR=$built "$bantam" snapshot bench "$to" 2>"$built/refused" || break
+        sleep 0.1
+    done
+    kill "${pids[@]}"
+    wait "${pids[@]}" || true
+    for count in 10 100 1000; do in_turn 1 1 crowd "$count" clones; done
+    vmms=(bantam qemu)
+    rm "$built/said"
+}
+
+# crowd VMM COUNT [clones]: so many machines whose guest has nothing to do, started one by one without waiting.
+crowd() {
+    local vmm=$1 count=$2 kind=${3:-machines} i pid begin end before after cpu said=0 line pids=() command
+    if [[ $kind == clones ]]; then
+        command=("$bantam" restore "$built/saved-idle" --events "$built/said")
+    elif [[ $vmm == bantam ]]; then
+        command=("$bantam" run --memory 128M --kernel "$built/idle" --events "$built/said")
+    else
+        command=(qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -nographic -serial stdio
+            -M "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on"
+            -cpu "host,arch-capabilities=off" -smp 1 -m 128M -kernel "$built/idle")
+    fi
+    # It is open at both ends all the time, so that nobody waits for the other.
+    exec 9<>"$built/said"
+    before=$(available)
+    begin=$EPOCHREALTIME
+    for ((i = 0; i < count; i++)); do
+        if [[ $vmm == bantam ]]; then
+            "${command[@]}" </dev/null >"$built/crowd/$i" 2>&1 9>&- &
+        else
+            "${command[@]}" </dev/null >"$built/said" 2>"$built/crowd/$i" 9>&- &
+        fi
+        pids+=($!)
+    done
+    while ((said < count)) && read -r -t 60 line <&9; do
+        [[ $line != *bench-idle* && $line != *'"event":"started"'* ]] || ((++said))
+    done
+    end=$EPOCHREALTIME
+    sleep 5
+    after=$(available)
+    cpu=$(running "${pids[@]}")
+    sleep 10
+    cpu=$(($(running "${pids[@]}") - cpu))
+    # All are still there.
+    kill "${pids[@]}" || said=0
+    wait "${pids[@]}" || true
+    exec 9>&-
+    ((said == count)) || return 1
+    figure "$vmm" "$count $kind at once: host memory for each, MiB" "$(awk "BEGIN { print ($before - $after) / 1024 / $count }")"
+    figure "$vmm" "$count $kind at once: until the last one runs, s" "$(awk "BEGIN { print $end - $begin }")"
+    figure "$vmm" "$count $kind at once: CPU time of all while they sleep, ms/min" "$(awk "BEGIN { print $cpu / 1e6 * 6 }")"
+}
+
+available() { awk '/^MemAvailable/ { print $2 }' /proc/meminfo; }
+
+# The CPU time that processes took so far, in ns.
+running() {
+    local pid
+    for pid; do cat "/proc/$pid/task/"*/schedstat || true; done | awk '{ time += $1 } END { printf "%.0f", time }'
 }
 
 pause() {
@@ -505,17 +580,18 @@ own=(resources/bench/run.sh ${quick:+--quick} --figures)
 hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 for item in "${items[@]}"; do
     case $item in
-    start | restore | images) "${own[@]}" own "$item" ;;
+    start | restore | density | images) "${own[@]}" own "$item" ;;
     net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
 : >"$built/figures.emulated"
 guests=()
-for item in "${items[@]}"; do [[ $item =~ start|restore|images || -n $hardware ]] || guests+=("$item"); done
+for item in "${items[@]}"; do [[ $item =~ start|restore|density|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
     KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
 cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
+cat "$built/figures.own" "$built/figures.emulated" | awk -v folder="$built" -f resources/bench/plot.awk
 step "Done"
