@@ -291,7 +291,7 @@ pub struct Run {
     /// A control group does that if this user may make one; else vCPUs pause, and devices are not counted.
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     cpu_quota: Option<Quota>,
-    /// What bantam may still do when the machine runs [default: off, with --jail on].
+    /// What bantam may still do when the machine runs [default: on].
     ///
     /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
     /// log: such a system call is told, and made. off: all that the user may do.

@@ -80,7 +80,7 @@ pub struct Flags {
     /// The most bytes in the body of a request.
     #[arg(long, value_name = "BYTES", default_value_t = 51200, help_heading = "Limits")]
     http_api_max_payload_size: usize,
-    /// What bantam may still do when the machine runs [default: off].
+    /// What bantam may still do when the machine runs [default: on].
     ///
     /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
     /// log: such a system call is told, and made. off: all that the user may do.

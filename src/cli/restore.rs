@@ -61,7 +61,7 @@ pub struct Restore {
     /// End the machine after this time.
     #[arg(long, value_name = "TIME", value_parser = duration::parse, help_heading = "Limits")]
     timeout: Option<Duration>,
-    /// What bantam may still do when the machine runs [default: off].
+    /// What bantam may still do when the machine runs [default: on].
     ///
     /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
     /// log: such a system call is told, and made. off: all that the user may do.

@@ -13,7 +13,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use rustix::thread::CapabilitySet;
 
 /// What there is without `--sandbox`.
-const DEFAULT: Mode = Mode::Off;
+const DEFAULT: Mode = Mode::On;
 
 /// The sandbox of a machine's process.
 #[derive(Debug)]
@@ -132,7 +132,7 @@ impl Process {
             .sandbox()
             .enter(Role::Main)
             .map_err(|error| format!("cannot filter system calls (--sandbox): {error}"))?;
-        log::info!("the sandbox is {}", self.mode);
+        log::debug!("the sandbox is {}", self.mode);
         Ok(())
     }
 
