@@ -55,9 +55,9 @@ pub trait Device: Sized {
         let _ = queue;
         false
     }
-    /// Whether a page may have become so although it was not given.
-    fn explains(&self, page: &[u8]) -> bool {
-        let _ = page;
+    /// Whether a page may have become so, from what it was and what the device may write, although it was not given.
+    fn explains(&self, page: &[u8], before: &[u8]) -> bool {
+        let _ = (page, before);
         false
     }
     /// Whether a buffer may have been written behind the length that it was used with: one that more was read into at
@@ -472,7 +472,7 @@ impl<D: Device> Guest<D> {
         }
         may.extend(elements);
         let device = &self.device;
-        self.memory.check(&may, |page| device.explains(page));
+        self.memory.check(&may, |page, before| device.explains(page, before));
         self.forget_stopped();
         result
     }

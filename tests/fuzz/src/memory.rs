@@ -116,7 +116,7 @@ impl Memory {
 
     /// Compares memory with what was known, outside of what `may` change: those bytes are not looked at. Then takes what
     /// is there for known. A change elsewhere is one that `explained` has a reason for.
-    pub fn check(&mut self, may: &[Range<u64>], explained: impl Fn(&[u8]) -> bool) {
+    pub fn check(&mut self, may: &[Range<u64>], explained: impl Fn(&[u8], &[u8]) -> bool) {
         for range in may {
             for region in self.regions().collect::<Vec<_>>() {
                 let start = (range.start as usize).max(region.start);
@@ -133,7 +133,7 @@ impl Memory {
                 continue;
             }
             for (page, known) in now.chunks(0x1000).zip(self.known[region.clone()].chunks(0x1000)) {
-                if page != known && !explained(page) {
+                if page != known && !explained(page, known) {
                     let i = (0..page.len()).find(|i| page[*i] != known[*i]).expect("they differ");
                     let at = page.as_ptr() as usize - now.as_ptr() as usize + region.start + i;
                     panic!("memory at {at:#x} was not given, and is {:#x} instead of {:#x}", page[i], known[i]);
