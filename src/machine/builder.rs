@@ -138,8 +138,9 @@ impl Builder {
         self
     }
 
-    /// Has [`Machine::run`] call `then` when its vCPUs run, and after each look at whether they have halted: a second later,
-    /// each time after twice as long, and at least every minute. It can give back what is not used any more.
+    /// Has [`Machine::run`] call `then` when its vCPUs run, and after each look at whether they have halted (a second later,
+    /// each time after twice as long, and at least every minute), as soon as nothing has happened for 20 ms. It can give back
+    /// what is not used any more.
     pub fn upkeep(mut self, then: fn()) -> Self {
         self.upkeep = Some(then);
         self
@@ -293,6 +294,7 @@ impl Builder {
             started,
             times: Durations { kernel_loaded, ..Durations::default() },
             upkeep,
+            due_upkeep: None,
             outcome: None,
             start_paused: paused,
             sandbox,

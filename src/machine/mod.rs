@@ -223,6 +223,8 @@ pub struct Machine {
     started: Instant,
     times: Durations,
     upkeep: Option<fn()>,
+    /// It is to be called as soon as nothing goes on.
+    due_upkeep: Option<fn()>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     vm: kvm::Vm,

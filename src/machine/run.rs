@@ -28,6 +28,8 @@ const INPUT_BYTES: usize = 4096;
 const SILENCE_AFTER_PANIC: Duration = Duration::from_secs(1);
 /// Until the next try to send input, when a vCPU has the serial port: it may be waiting for the console's reader.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
+/// When nothing has happened for so long, the machine's threads are at rest.
+const CALM: Duration = Duration::from_millis(20);
 /// How the loop goes on.
 type Step = Option<Result<Outcome, Error>>;
 
@@ -176,7 +178,7 @@ impl Machine {
                     self.times.first_kvm_run = Some(self.started.elapsed());
                     self.tell("started", serde_json::json!({"pid": self.pid}));
                     self.tell_metrics(Instant::now());
-                    self.upkeep.into_iter().for_each(|then| then());
+                    self.due_upkeep = self.upkeep;
                 }
             }
             Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {
@@ -202,7 +204,7 @@ impl Machine {
                     }
                     return Some(Ok(Outcome::Halted));
                 }
-                self.upkeep.into_iter().for_each(|then| then());
+                self.due_upkeep = self.upkeep;
             }
             Event::Vcpu(_, vcpu::Report::Paused) => return self.vcpu_paused().err().map(Err),
             Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
@@ -330,17 +332,21 @@ impl Machine {
     }
 
     /// Waits for an event, a signal, input if it is `wanted`, or the deadline.
-    pub(super) fn wait(&self, deadline: Option<Instant>, wanted: bool) -> Ready {
-        let timeout = deadline.map(|deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
-        });
+    pub(super) fn wait(&mut self, deadline: Option<Instant>, wanted: bool) -> Ready {
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut fds = vec![PollFd::from_borrowed_fd(self.inbox.wake(), PollFlags::IN)];
         let signals = self.signals.as_ref().map(|fd| fd.as_fd());
         let input = self.input.as_ref().filter(|input| wanted || input.is_terminal()).map(|input| input.fd());
         fds.extend(signals.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(input.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         fds.extend(self.told.wanting().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::OUT)));
+        let may_be_calm = self.due_upkeep.is_some() && deadline.is_none_or(|deadline| left(deadline) > CALM);
+        let is_calm = may_be_calm && poll(&mut fds, Some(&timespec(CALM))) == Ok(0);
+        let timeout = deadline.map(|deadline| timespec(left(deadline)));
+        // It is the last thing that is done, so that little of the program is used after it.
+        if let Some(upkeep) = self.due_upkeep.take_if(|_| is_calm) {
+            upkeep();
+        }
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ready::default(),
@@ -398,4 +404,8 @@ impl Machine {
 pub(super) struct Ready {
     pub(super) signal: bool,
     pub(super) input: bool,
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec { tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: time.subsec_nanos().into() }
 }
