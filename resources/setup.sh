@@ -16,7 +16,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
 [[ $purpose == quickstart ]] || packages+=(
     g++                                                          # libFuzzer
     make flex bison bc libelf-dev                                # the small guest kernel
-    iproute2 iputils-ping util-linux strace shellcheck # tests
+    iproute2 iputils-ping util-linux strace valgrind shellcheck # tests
     passt dnsmasq-base                                           # networks without root
     erofs-utils umoci skopeo docker-registry debootstrap         # images
     curl openssl                                                 # registries with TLS

@@ -193,7 +193,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     if run.retries() > 0 {
         prepare_retries(&config)?;
     }
-    let console_was_seen = config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
+    let is_on_stdout = config.serial == console::Spec::Stdio;
     let has_command = config.command.is_some();
     let mut image = None;
     let mut process = process(&run, &attempts);
@@ -251,7 +251,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     }
     // The terminal is the user's again before anything is said.
     drop(machine);
-    tell(&outcome, console_was_seen);
+    tell(&outcome, is_on_stdout);
     if attempts.last().ran_out_of_memory() {
         say(attempts.last().cause());
     }
@@ -279,7 +279,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let outputs = [("report", report), ("log", log_file), ("events", events), ("metrics", metrics)];
     cli::outputs::check(&snapshot.config, &outputs.map(|(what, path)| (what, path.as_deref())))?;
     let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
-    let console_was_seen = snapshot.config.serial == console::Spec::Stdio && are_one_terminal(stdout(), stderr());
+    let is_on_stdout = snapshot.config.serial == console::Spec::Stdio;
     let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
     let signals = signals(false, None)?;
     let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
@@ -299,7 +299,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let outcome = machine.run()?;
     let told = machine.report();
     drop(machine);
-    tell(&outcome, console_was_seen);
+    tell(&outcome, is_on_stdout);
     if let Some(file) = report {
         file.write(format!("{:#}\n", serde_json::to_value(told)?).as_bytes())?;
     }
@@ -448,12 +448,13 @@ fn are_one_terminal(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
     device(one).is_some() && device(one) == device(other)
 }
 
-/// Says how the machine ended, if it was not by the guest's own will.
-fn tell(outcome: &Outcome, console_was_seen: bool) {
+/// Says how the machine ended, if it was not by the guest's own will. Its console may have been on standard output.
+fn tell(outcome: &Outcome, console_is_on_stdout: bool) {
+    let console_was_seen = || console_is_on_stdout && are_one_terminal(stdout(), stderr());
     match outcome {
         Outcome::Exited(_) | Outcome::Killed(_) => log::info!("{outcome}"),
         Outcome::PoweredOff | Outcome::Rebooted | Outcome::Halted | Outcome::Stopped => log::info!("{outcome}"),
-        Outcome::Panicked(panic) if !console_was_seen => {
+        Outcome::Panicked(panic) if !console_was_seen() => {
             say(&format!("{outcome}; the last lines of its console:\n{}", indent(&panic.console_tail)));
         }
         Outcome::Crashed(crash) => {

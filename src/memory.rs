@@ -42,13 +42,21 @@ pub enum Error {
     Layout(Vec<Range<u64>>),
 }
 
-/// Has all threads of this process allocate from one arena. glibc gives each its own otherwise: five system calls, and
-/// a few pages that nobody shares. Allocations are rare in a machine that runs.
+/// Has all threads of this process allocate from one arena, which grows and shrinks in large steps. glibc gives each its own
+/// otherwise: five system calls, and a few pages that nobody shares. Allocations are rare in a machine that runs.
 pub fn use_one_arena() {
+    /// More than starting takes, in bytes.
     #[cfg(target_env = "gnu")]
-    // SAFETY: changes a parameter of the allocator, at any time.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
+    const STEP: libc::c_int = 512 << 10;
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_TOP_PAD, STEP),
+        (libc::M_TRIM_THRESHOLD, 2 * STEP),
+        (libc::M_MMAP_THRESHOLD, STEP / 2),
+    ] {
+        // SAFETY: changes a parameter of the allocator, at any time.
+        unsafe { libc::mallopt(parameter, value) };
     }
 }
 

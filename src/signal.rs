@@ -26,7 +26,7 @@ pub struct SignalFd {
 pub type Record = [u8; size_of::<libc::signalfd_siginfo>()];
 
 impl SignalFd {
-    /// Blocks `signals`, except those that the process was started to ignore (`nohup`), and takes them from here on.
+    /// Blocks `signals` and takes them from here on, but for those that the process was started to ignore (`nohup`).
     pub fn new(signals: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises the set that it is given.
@@ -34,10 +34,8 @@ impl SignalFd {
         // SAFETY: initialised just above.
         let mut set = unsafe { set.assume_init() };
         for signal in signals {
-            if !is_ignored(*signal) {
-                // SAFETY: `set` is an initialised signal set.
-                unsafe { libc::sigaddset(&mut set, *signal) };
-            }
+            // SAFETY: `set` is an initialised signal set.
+            unsafe { libc::sigaddset(&mut set, *signal) };
         }
         let mut before = MaybeUninit::uninit();
         // SAFETY: `set` is initialised, and `before` has room for a set.
@@ -62,7 +60,7 @@ impl SignalFd {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn passed_on(signals: &[i32], pipe: OwnedFd) -> io::Result<Self> {
-        let taken = signals.iter().copied().filter(|signal| !is_ignored(*signal)).collect();
+        let taken = signals.to_vec();
         let mut signals = Self::new(signals)?;
         (signals.fd, signals.passed_on) = (pipe, Some(taken));
         Ok(signals)
@@ -81,10 +79,16 @@ impl SignalFd {
     /// The number of the signal that arrived first, if one has, and what tells another process of it.
     pub fn take_record(&self) -> Option<(i32, Record)> {
         let mut info: Record = [0; size_of::<Record>()];
-        // ssi_signo comes first.
-        match rustix::io::read(&self.fd, &mut info) {
-            Ok(len) if len == info.len() => Some((i32::from_ne_bytes([info[0], info[1], info[2], info[3]]), info)),
-            _ => None,
+        loop {
+            match rustix::io::read(&self.fd, &mut info) {
+                Ok(len) if len == info.len() => {}
+                _ => return None,
+            }
+            // ssi_signo comes first. A signal that is ignored is queued nevertheless where it is blocked.
+            let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+            if !is_ignored(number) {
+                return Some((number, info));
+            }
         }
     }
 }

@@ -148,7 +148,7 @@ impl Thread {
         report: impl Fn(Report) + Send + 'static,
     ) -> io::Result<Self> {
         let signal = signal::kick_signal()?;
-        let kicker = vcpu.kicker().map_err(io::Error::other)?;
+        let kicker = vcpu.kicker();
         let command = AtomicU8::new(if paused { PAUSE } else { NONE });
         if paused {
             kicker.kick();

@@ -1,9 +1,12 @@
 //! bantam as a library: machines built, run and stopped by this very process.
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
+#![expect(unsafe_code, reason = "an allocator that counts")]
 
 mod support;
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError, RwLock};
@@ -51,6 +54,72 @@ impl Lab {
         let mut machine = self.build();
         (machine.handle(), thread::spawn(move || machine.run()))
     }
+}
+
+thread_local! {
+    /// How often this thread has allocated memory, and how many bytes.
+    static ALLOCATED: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+}
+
+struct Counting;
+
+impl Counting {
+    fn count(bytes: usize) {
+        // A thread that ends has none any more.
+        let _ = ALLOCATED.try_with(|allocated| {
+            let (count, before) = allocated.get();
+            allocated.set((count + 1, before + bytes));
+        });
+    }
+}
+
+// SAFETY: all is done by the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::count(layout.size());
+        // SAFETY: as the caller says.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller says.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        Self::count(size);
+        // SAFETY: as the caller says.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+#[test]
+fn few_allocations_make_a_machine() {
+    const COUNT: usize = 300;
+    const BYTES: usize = 64 << 10;
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let build = |memory| {
+        let config = Config::new().kernel(Kernel::Tiny.vmlinux()).initrd(Kernel::Tiny.file("initramfs.cpio"));
+        let builder = Builder::new(config.memory(memory)).console(Console::to(io::sink()));
+        let before = ALLOCATED.get();
+        let machine = builder.build().unwrap();
+        let after = ALLOCATED.get();
+        drop(machine);
+        (after.0 - before.0, after.1 - before.1)
+    };
+    // The first one finds what the process has only once.
+    build(Size::mib(128));
+    let (count, bytes) = build(Size::mib(128));
+    eprintln!("{count} allocations, {bytes} bytes");
+    assert!(count <= COUNT && bytes <= BYTES, "{count} allocations of {COUNT}, {bytes} bytes of {BYTES}");
+    let larger = build(Size::gib(5));
+    assert!(
+        larger.0 <= count + 8 && larger.1 <= bytes + 1024,
+        "{larger:?} with 5 GiB, {count} and {bytes} with 128 MiB"
+    );
 }
 
 #[test]

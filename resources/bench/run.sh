@@ -179,7 +179,7 @@ start_calls() {
     machine "$1" "$tiny" "$built/boot.cpio" ""
     command=(strace -f -o "$built/calls" "${command[@]}")
     measured -r 20 >/dev/null
-    figure "$1" "system calls before the first KVM_RUN (budget 200)" \
+    figure "$1" "system calls before the first KVM_RUN (budget 120)" \
         "$(awk '/KVM_RUN/ { exit } !/resumed>|---|\+\+\+/ { calls++ } END { print calls }' "$built/calls")"
 }
 

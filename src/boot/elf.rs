@@ -13,7 +13,7 @@ use super::image::Image;
 use super::{find, low_memory_end, mib};
 use crate::arch::x86_64::layout::{HIGH_MEMORY, PVH_START_INFO, ZERO_PAGE};
 use crate::arch::x86_64::regs::Entry;
-use crate::memory::{GuestRam, prefer_huge_pages};
+use crate::memory::{GuestRam, page_size, prefer_huge_pages};
 
 /// What an ELF file begins with.
 pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
@@ -27,6 +27,8 @@ const SEGMENTS_MAX: u16 = 64;
 const SECTIONS_MAX: u16 = 4096;
 /// More bytes of section names, or of notes, than a kernel has.
 const STRINGS_MAX: u64 = 64 << 10;
+/// More bytes of section names than most kernels have.
+const NAMES: u64 = 4 << 10;
 /// The note with the 32-bit physical entry point of PVH (`XEN_ELFNOTE_PHYS32_ENTRY`).
 const PHYS32_ENTRY: u32 = 18;
 
@@ -131,6 +133,7 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
     }
     for segment in &segments {
         let size = sections.as_ref().map_or(segment.file_size, |sections| sections.file_size(segment));
+        let size = if image.seekable() { whole_pages(segment, size, image.len(), &segments) } else { size };
         image
             .load(segment.offset, size, ram, segment.memory.start)
             .map_err(|source| Error::Read { what: "segments", source })?;
@@ -159,6 +162,18 @@ pub(super) fn load(image: &mut impl Image, ram: &GuestRam) -> Result<Elf, Error>
             .any(|segment| has_acpi(ram, segment.memory.start..segment.memory.start + segment.file_size)),
     };
     Ok(Elf { entry, range: start..end, acpi })
+}
+
+/// `size`, of what is loaded of a segment, or that up to the end of the last page, so that all of it is mapped: if the
+/// segment has nothing but what is in the file, nobody else has anything there.
+fn whole_pages(segment: &Segment, size: u64, len: u64, segments: &[Segment]) -> u64 {
+    let start = &segment.memory.start;
+    let whole = start.saturating_add(size).next_multiple_of(page_size()) - start;
+    let end = start + whole;
+    let is_in_file = segment.offset.checked_add(whole).is_some_and(|end| end <= len);
+    let is_zeros = whole > segment.file_size && segment.memory.end - start > segment.file_size;
+    let is_other = segments.iter().any(|other| other.memory.start > *start && other.memory.start < end);
+    if is_in_file && !is_zeros && !is_other { whole } else { size }
 }
 
 /// Checks that every segment has memory of its own.
@@ -268,8 +283,11 @@ impl Header {
         if self.section_headers == 0 || self.sections == 0 || self.sections > SECTIONS_MAX {
             return None;
         }
-        let mut table = vec![0; usize::from(self.sections) * SECTION_HEADER];
-        image.read(self.section_headers, &mut table).ok()?;
+        // Linkers put their names right before them.
+        let before = self.section_headers.min(NAMES);
+        let mut end = vec![0; usize::try_from(before).ok()? + usize::from(self.sections) * SECTION_HEADER];
+        image.read(self.section_headers - before, &mut end).ok()?;
+        let (names, table) = end.split_at(usize::try_from(before).ok()?);
         let headers: Vec<_> = table
             .chunks_exact(SECTION_HEADER)
             .map(|header| Section {
@@ -281,8 +299,16 @@ impl Header {
             })
             .collect();
         let strings = headers.get(usize::from(self.names)).filter(|strings| strings.size <= STRINGS_MAX)?;
-        let mut names = vec![0; usize::try_from(strings.size).ok()?];
-        image.read(strings.offset, &mut names).ok()?;
+        let size = usize::try_from(strings.size).ok()?;
+        let within = strings.offset.checked_sub(self.section_headers - before).and_then(|at| usize::try_from(at).ok());
+        let names = match within.and_then(|at| names.get(at..at.checked_add(size)?)) {
+            Some(names) => names.to_vec(),
+            None => {
+                let mut names = vec![0; size];
+                image.read(strings.offset, &mut names).ok()?;
+                names
+            }
+        };
         let init_data = headers.iter().find(|section| {
             let name = usize::try_from(section.name).ok().and_then(|name| names.get(name..));
             !section.nobits && name.is_some_and(|name| name.starts_with(b".init.data\0"))

@@ -379,6 +379,11 @@ impl Config {
 
     /// Checks the figures that can be judged without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
+        /// Every host has more than this, and is not asked.
+        const SMALL: Size = Size::mib(512);
+        if self.memory <= SMALL {
+            return self.validate_on(SMALL);
+        }
         let info = rustix::system::sysinfo();
         self.validate_on(Size::bytes(info.totalram.saturating_mul(info.mem_unit.into())))
     }

@@ -136,9 +136,10 @@ impl Console {
 
     fn stdio() -> io::Result<Self> {
         let output = Stdout::new()?;
-        let raw = Raw::enter()?;
+        let is_terminal = rustix::termios::isatty(rustix::stdio::stdin());
+        let raw = if is_terminal { Raw::enter()? } else { None };
         // A background process that reads its terminal is stopped; without it the guest just has no input.
-        let background = raw.is_none() && rustix::termios::isatty(rustix::stdio::stdin());
+        let background = raw.is_none() && is_terminal;
         let terminal = raw.as_ref().and_then(|_| reopen(rustix::stdio::stdin()));
         let stdin = Stdin { raw, terminal, escapes: Escapes::default() };
         let input: Option<Box<dyn Input>> = if background { None } else { Some(Box::new(stdin)) };

@@ -3,7 +3,7 @@
 //! A vCPU puts one byte at a time into a bounded buffer; a thread of its own takes what has gathered and writes it, so
 //! that there is no write(2) per byte, and no vCPU waits for the host's reader until the buffer is full. Then it does
 //! wait: a slow reader slows the guest down, as a pipe does to any program, and nothing is lost. A reader that is gone
-//! stops nothing: the rest is dropped.
+//! stops nothing: the rest is dropped. The thread begins with the first byte: a guest is not waited for that says nothing.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,15 @@ struct State {
     closed: bool,
     /// Whoever has no room drops instead of waiting.
     released: bool,
+    /// The writer, until there is something to write.
+    idle: Option<Idle>,
+}
+
+/// A thread that has not begun. One that never does ends when this is dropped.
+struct Idle {
+    /// Has somebody [begin](Output::begin) it.
+    wanted: Box<dyn Fn() + Send>,
+    begin: Box<dyn FnOnce() -> io::Result<JoinHandle<()>> + Send>,
 }
 
 #[derive(Default)]
@@ -50,28 +59,45 @@ impl Shared {
 pub struct Output(Arc<Shared>);
 
 impl Output {
-    /// Starts the thread that writes to `host`. It tells `on_sight` what it recognises, and calls `on_end` when, after
+    /// Prepares the thread that writes to `host`; `wanted` is called when there is something to write, and has somebody
+    /// [begin](Self::begin) it. It tells `on_sight` what it recognises. `on_end` is called when, after
     /// [`Output::close`], all is written, or when `host` panicked.
     /// The thread is in `sandbox`.
-    pub fn start(
+    pub fn prepare(
         &self,
         host: Box<dyn Write + Send>,
         sandbox: &Sandbox,
+        wanted: impl Fn() + Send + 'static,
         on_sight: impl Fn(Sight) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
-    ) -> io::Result<JoinHandle<()>> {
+    ) {
         let end = End { output: self.clone(), on_end: Some(on_end) };
         let sandbox = sandbox.clone();
-        thread::Builder::new().name("bantam-console".into()).spawn(move || match sandbox.enter(Role::Stream) {
+        let pump = move || match sandbox.enter(Role::Stream) {
             Ok(()) => end.output.0.pump(host, on_sight),
             Err(error) => log::error!("cannot restrict the console's thread: {error}"),
-        })
+        };
+        let begin = || thread::Builder::new().name("bantam-console".into()).spawn(pump);
+        self.0.state().idle = Some(Idle { wanted: Box::new(wanted), begin: Box::new(begin) });
+    }
+
+    /// Begins the thread, if it is prepared and has not begun.
+    ///
+    /// # Errors
+    /// When the host has no thread. Then it has ended.
+    pub fn begin(&self) -> io::Result<Option<JoinHandle<()>>> {
+        let idle = self.0.state().idle.take();
+        idle.map(|idle| (idle.begin)()).transpose()
     }
 
     /// Nothing more will come: once all is written the thread ends.
     pub fn close(&self) {
-        self.0.state().closed = true;
+        let mut state = self.0.state();
+        state.closed = true;
+        let unused = if state.waiting.is_empty() { state.idle.take() } else { None };
+        drop(state);
         self.0.work.notify_all();
+        drop(unused);
     }
 
     /// From now on a byte that finds no room is dropped, so that nobody waits for the host's reader.
@@ -95,6 +121,11 @@ impl Write for Output {
         if state.waiting.len() + bytes.len() <= CAPACITY {
             let before = state.waiting.len();
             state.waiting.extend_from_slice(bytes);
+            if before == 0
+                && let Some(idle) = &state.idle
+            {
+                (idle.wanted)();
+            }
             if before == 0 || (before < FULL_BATCH && state.waiting.len() >= FULL_BATCH) {
                 self.0.work.notify_one();
             }
@@ -175,8 +206,41 @@ mod tests {
 
     fn start(output: &Output, host: impl Write + Send + 'static) -> mpsc::Receiver<()> {
         let (ended, end) = mpsc::channel();
-        output.start(Box::new(host), &Sandbox::default(), |_| (), move || ended.send(()).unwrap()).unwrap();
+        output.prepare(Box::new(host), &Sandbox::default(), || (), |_| (), move || ended.send(()).unwrap());
+        output.begin().unwrap().expect("it has not begun");
         end
+    }
+
+    #[test]
+    fn the_thread_is_wanted_with_the_first_byte() {
+        let (mut output, host) = (Output::default(), Host::default());
+        let ((want, wanted), (ended, end)) = (mpsc::channel(), mpsc::channel());
+        let want = move || want.send(()).unwrap();
+        output.prepare(Box::new(host.clone()), &Sandbox::default(), want, |_| (), move || ended.send(()).unwrap());
+        assert!(wanted.try_recv().is_err());
+        output.write_all(b"x").unwrap();
+        output.write_all(b"y").unwrap();
+        output.close();
+        assert!(wanted.try_recv().is_ok() && wanted.try_recv().is_err(), "once");
+        assert!(end.try_recv().is_err(), "it has to be written");
+        assert!(output.begin().unwrap().is_some() && output.begin().unwrap().is_none());
+        end.recv().unwrap();
+        assert_eq!(host.0.lock().unwrap().0, b"xy");
+    }
+
+    #[test]
+    fn a_thread_that_nobody_wanted_ends_at_once() {
+        let output = Output::default();
+        let (ended, end) = mpsc::channel();
+        output.prepare(
+            Box::new(Host::default()),
+            &Sandbox::default(),
+            || panic!("nothing was written"),
+            |_| (),
+            move || ended.send(()).unwrap(),
+        );
+        output.close();
+        assert!(end.try_recv().is_ok() && output.begin().unwrap().is_none());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
@@ -57,8 +58,7 @@ pub enum Access {
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: u32,
-    run: RunPage,
-    run_size: usize,
+    run: Arc<RunPage>,
     /// Stays mapped while the guest may run, whoever goes first. Dropped after `fd`.
     _ram: GuestRam,
 }
@@ -73,6 +73,7 @@ impl Vcpu {
     ) -> Result<Self, Error> {
         let run = RunPage::map(&fd, run_size)
             .map_err(|source| Error::Ioctl { what: format!("map the run page of vCPU {index}"), source })?;
+        let run = Arc::new(run);
         let cpuid = CpuId::from_entries(cpuid).map_err(|_| Error::Ioctl {
             what: format!("make the CPUID of vCPU {index}"),
             source: io::Error::other("more leaves than KVM takes"),
@@ -80,7 +81,7 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(Error::ioctl(format!("set the CPUID of vCPU {index} (KVM_SET_CPUID2)")))?;
         let msrs = Msrs::from_entries(&regs::msrs()).expect("two MSRs fit");
         fd.set_msrs(&msrs).map_err(Error::ioctl(format!("set the MSRs of vCPU {index} (KVM_SET_MSRS)")))?;
-        Ok(Vcpu { fd, index, run, run_size, _ram: ram })
+        Ok(Vcpu { fd, index, run, _ram: ram })
     }
 
     /// Has the boot vCPU start at `entry`. The others wait for it to send INIT and SIPI.
@@ -124,10 +125,8 @@ impl Vcpu {
     }
 
     /// What kicks this vCPU from another thread.
-    pub fn kicker(&self) -> Result<Kicker, Error> {
-        RunPage::map(&self.fd, self.run_size)
-            .map(Kicker)
-            .map_err(|source| Error::Ioctl { what: format!("map the run page of vCPU {}", self.index), source })
+    pub fn kicker(&self) -> Kicker {
+        Kicker(Arc::clone(&self.run))
     }
 
     /// Enters the guest until it needs a device, and serves that access; or until something else happens.
@@ -210,7 +209,7 @@ impl Vcpu {
 
 /// Has a vCPU leave the guest, or not enter it, from another thread. It takes effect at once if the vCPU's thread
 /// also gets a signal.
-pub struct Kicker(RunPage);
+pub struct Kicker(Arc<RunPage>);
 
 impl Kicker {
     /// Every `KVM_RUN` returns at once until the vCPU takes the kick back.

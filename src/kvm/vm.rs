@@ -11,7 +11,7 @@ use kvm_bindings::{
     kvm_cpuid_entry2, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_msi, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,9 +28,6 @@ pub enum Error {
     /// `/dev/kvm` cannot be opened.
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
-    /// `/dev/kvm` speaks another API than the one that has been stable since Linux 2.6.22.
-    #[error("/dev/kvm has API version {0}, not 12")]
-    ApiVersion(i32),
     /// More vCPUs than this host's KVM allows.
     #[error("cannot create {asked} vCPUs: KVM on this host allows at most {max}")]
     TooManyVcpus {
@@ -79,22 +76,16 @@ impl Vm {
     /// Creates a virtual machine for `cpus` vCPUs with the memory `ram`.
     pub fn new(ram: GuestRam, cpus: u32) -> Result<Self, Error> {
         let kvm = Kvm::new().map_err(|error| Error::Open(io::Error::from_raw_os_error(error.errno())))?;
-        match kvm.get_api_version() {
-            12 => {}
-            -1 => {
-                let source = io::Error::last_os_error();
-                return Err(Error::Ioctl { what: "read its API version (KVM_GET_API_VERSION)".into(), source });
+        // One vCPU there can always be.
+        if cpus > 1 {
+            let max = kvm.get_max_vcpus();
+            if usize::try_from(cpus).map_or(true, |cpus| cpus > max) {
+                return Err(Error::TooManyVcpus { asked: cpus, max });
             }
-            other => return Err(Error::ApiVersion(other)),
-        }
-        let max = kvm.get_max_vcpus();
-        if usize::try_from(cpus).map_or(true, |cpus| cpus > max) {
-            return Err(Error::TooManyVcpus { asked: cpus, max });
         }
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::ioctl("read the supported CPUID (KVM_GET_SUPPORTED_CPUID)"))?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let fd = loop {
             // A signal, a debugger's say, interrupts KVM_CREATE_VM.
             match kvm.create_vm() {
@@ -102,12 +93,11 @@ impl Vm {
                 other => break other.map_err(Error::ioctl("create a virtual machine (KVM_CREATE_VM)"))?,
             }
         };
-        let vm = Vm { fd: Arc::new(fd), kvm, x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline };
+        // Since Linux 3.3 local APICs of KVM have that timer, but the supported CPUID does not tell.
+        let vm = Vm { fd: Arc::new(fd), kvm, x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline: true };
         // First: it waits for an SRCU grace period, which takes a timer tick once the others have begun one.
         vm.map_memory()?;
-        vm.fd
-            .set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(Error::ioctl("place the identity map (KVM_SET_IDENTITY_MAP_ADDR)"))?;
+        // The identity map stays where KVM has it: below the TSS.
         let tss = usize::try_from(layout::KVM_TSS).expect("the TSS lies below 4 GiB");
         vm.fd.set_tss_address(tss).map_err(Error::ioctl("place the TSS (KVM_SET_TSS_ADDR)"))?;
         vm.create_interrupt_controllers()?;

@@ -299,7 +299,7 @@ impl Builder {
             start_paused: paused,
             sandbox,
             passts,
-            pid: pid.unwrap_or_else(std::process::id),
+            pid,
             generation,
             origin,
             save,

@@ -1,6 +1,7 @@
 //! The end of a machine: what runs is stopped, the console is written, and it is said what it all was.
 
 use std::collections::VecDeque;
+use std::error::Error as _;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -74,9 +75,6 @@ impl Machine {
     /// Waits until all threads have ended and the console has been written. A guest that ended by itself is owed that; it
     /// takes a signal or the time limit to give it up. Otherwise the reader has a moment.
     fn drain(&mut self, mut ended: Result<Outcome, Error>) -> Result<Outcome, Error> {
-        if self.writer.is_none() {
-            return ended;
-        }
         let patient = matches!(
             ended,
             Ok(Outcome::Exited(_)
@@ -93,6 +91,11 @@ impl Machine {
         loop {
             while let Some(event) = self.inbox.take() {
                 match event {
+                    Event::Output => {
+                        if let Err(error) = self.start_console() {
+                            log::error!("{error}: {}", error.source().map(ToString::to_string).unwrap_or_default());
+                        }
+                    }
                     Event::OutputEnd => self.watch.output_ended = true,
                     Event::Sight(sight) => self.see(sight),
                     _ => {}

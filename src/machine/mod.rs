@@ -211,7 +211,7 @@ pub struct Machine {
     /// What passt processes say, until somebody listens.
     passts: Vec<virtio::net::passt::Messages>,
     /// The process that users know.
-    pid: u32,
+    pid: Option<u32>,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
     generation: Option<EventFd>,
     /// The snapshot that its memory is mapped from.

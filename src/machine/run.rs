@@ -60,17 +60,14 @@ impl Machine {
 
     fn start(&mut self) -> Result<(), Error> {
         let output = self.console_output.take().ok_or(Error::RanBefore)?;
-        let (sights, end) = (self.sender.clone(), self.sender.clone());
-        let writer = self
-            .output
-            .start(
-                output,
-                &self.sandbox,
-                move |sight| sights.send(Event::Sight(sight)),
-                move || end.send(Event::OutputEnd),
-            )
-            .map_err(|source| Error::Thread { what: "console", source })?;
-        self.writer = Some(writer);
+        let [first, sights, end] = [(); 3].map(|()| self.sender.clone());
+        self.output.prepare(
+            output,
+            &self.sandbox,
+            move || first.send(Event::Output),
+            move |sight| sights.send(Event::Sight(sight)),
+            move || end.send(Event::OutputEnd),
+        );
         for messages in self.passts.drain(..) {
             messages.pass_on(&self.sandbox).map_err(|source| Error::Thread { what: "passt", source })?;
         }
@@ -101,6 +98,13 @@ impl Machine {
         // The guest does not wait for it.
         self.recorder = std::mem::take(&mut self.working_set).start(self.vm.ram());
         started.map_err(|source| Error::Thread { what: "vCPU", source })
+    }
+
+    /// Starts the console's thread.
+    pub(super) fn start_console(&mut self) -> Result<(), Error> {
+        let begun = self.output.begin().map_err(|source| Error::Thread { what: "console", source })?;
+        self.writer = begun.or(self.writer.take());
+        Ok(())
     }
 
     fn start_vcpus(&mut self, idle: Vec<kvm::Vcpu>, budget: Option<&Arc<Budget>>) -> io::Result<()> {
@@ -176,7 +180,10 @@ impl Machine {
             Event::Vcpu(_, vcpu::Report::Started) => {
                 if self.times.first_kvm_run.is_none() {
                     self.times.first_kvm_run = Some(self.started.elapsed());
-                    self.tell("started", serde_json::json!({"pid": self.pid}));
+                    if self.told.events.is_some() {
+                        let pid = self.pid.unwrap_or_else(std::process::id);
+                        self.tell("started", serde_json::json!({"pid": pid}));
+                    }
                     self.tell_metrics(Instant::now());
                     self.due_upkeep = self.upkeep;
                 }
@@ -239,6 +246,7 @@ impl Machine {
             Event::Command(report) => return self.hear(report),
             Event::Stop => return Some(Ok(Outcome::Stopped)),
             Event::MemoryLost => return Some(Err(snapshot::Error::HandlerEnded.into())),
+            Event::Output => return self.start_console().err().map(Err),
             Event::OutputEnd => self.watch.output_ended = true,
             Event::InputRoom | Event::Input(_) => {}
         }
@@ -348,7 +356,7 @@ impl Machine {
             upkeep();
         }
         match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) => {}
+            Ok(_) => self.inbox.woken(!fds[0].revents().is_empty()),
             Err(rustix::io::Errno::INTR) => return Ready::default(),
             Err(error) => log::error!("cannot wait for events: {error}"),
         }

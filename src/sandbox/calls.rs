@@ -289,6 +289,8 @@ pub(super) const MAIN: &List = &[
     (SYS_memfd_create, Any),
     (SYS_setpriority, Is(0, &[PRIO_PROCESS])),
     (SYS_rt_sigaction, Is(0, REAL_TIME)),
+    // Asks only: the new action is at no address.
+    (SYS_rt_sigaction, Is(1, &[0])),
     (SYS_ioctl, Is(1, MAIN_IOCTLS)),
 ];
 

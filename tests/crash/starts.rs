@@ -86,7 +86,7 @@ fn each_ioctl_of_kvm_that_fails_is_named() {
         ended.require(ended.status == 125 && ended.stderr.contains(said), &format!("expected words of {call}"));
         seen += 1;
     }
-    assert!(seen > 15, "{calls:?}");
+    assert!(seen > 10, "{calls:?}");
     // Later than any of the first thread.
     let ended = lab.fail("ioctl", "EIO", calls.len() + 10, "knock");
     ended.require(ended.status == 125 && ended.stderr.contains("KVM_RUN"), "expected words of KVM_RUN");
@@ -125,7 +125,7 @@ fn a_thread_or_a_mapping_that_cannot_be_had_is_said() {
         let calls = lab.calls(call);
         // Those before guest memory are the dynamic linker's.
         let first = calls.iter().position(|call| call.contains(first)).unwrap();
-        assert!(calls.len() - first > 3, "{calls:?}");
+        assert!(calls.len() - first > 2, "{calls:?}");
         for number in first + 1..=calls.len() {
             let ended = lab.fail(call, error, number, "reboot");
             // The machine has ended when the last thread is started, which is for that.

@@ -47,9 +47,7 @@ pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Every CPU's local APIC.
 pub const LAPIC: u64 = 0xfee0_0000;
-/// KVM's identity-map page (`KVM_SET_IDENTITY_MAP_ADDR`).
-pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
-/// KVM's task state segment, three pages (`KVM_SET_TSS_ADDR`).
+/// KVM's task state segment, three pages (`KVM_SET_TSS_ADDR`). The page below is where KVM has its identity map.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
 /// The global system interrupts of virtio devices, one each, in this order: first those that no driver for an old device
