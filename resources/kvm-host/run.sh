@@ -58,7 +58,7 @@ machine=(
     "${emulator[@]}" -nodefaults -no-user-config -no-reboot -display none -serial "file:$run/console"
     -machine "q35,memory-backend=memory" -accel tcg -cpu "$cpu" -smp "${KVM_HOST_CPUS:-1}"
     -object "memory-backend-ram,id=memory,reserve=off,size=${KVM_HOST_MEMORY:-7G}"
-    -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off quiet"
+    -kernel "$files/vmlinux" -initrd "$files/initramfs.cpio" -append "console=ttyS0 panic=-1 mitigations=off no_timer_check quiet"
     -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe"
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
     -virtfs "local,path=$run,mount_tag=run,security_model=none"
