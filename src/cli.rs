@@ -234,6 +234,9 @@ pub struct Run {
     /// The guest's memory: 512M, 4G, ... [default: 256M].
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true, help_heading = "Machine")]
     memory: Option<Size>,
+    /// Have it in huge pages of 2 MiB that the host has reserved (sysctl vm.nr_hugepages), all of it from the start.
+    #[arg(long, help_heading = "Machine")]
+    hugepages: bool,
 
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
     #[arg(
@@ -466,6 +469,7 @@ impl Run {
             cmdline_only: self.cmdline_only || config.cmdline_only,
             cpus: self.cpus.unwrap_or(config.cpus),
             memory: self.memory.unwrap_or(config.memory),
+            hugepages: config.hugepages || self.hugepages,
             rootfs: self.rootfs.clone().or(config.rootfs),
             overlay: self.overlay.clone().or(config.overlay),
             disks,

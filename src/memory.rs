@@ -37,6 +37,20 @@ pub enum Error {
         #[source]
         source: MmapRegionError,
     },
+    /// The host has not so many huge pages.
+    #[error(
+        "cannot reserve {} MiB of guest memory in huge pages: the host has {free} of {} MiB left (`sysctl vm.nr_hugepages=N` sets how many there are)",
+        .bytes >> 20, HUGE_PAGE >> 20
+    )]
+    HugePages {
+        /// Length of the region in bytes.
+        bytes: u64,
+        /// Pages that nobody has or has reserved.
+        free: u64,
+        /// What the host said.
+        #[source]
+        source: MmapRegionError,
+    },
     /// The ranges do not make a guest memory: they overlap, are empty, or do not fit the address space.
     #[error("cannot lay out guest memory over {0:#x?}")]
     Layout(Vec<Range<u64>>),
@@ -70,6 +84,27 @@ pub fn use_one_arena() {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn reserve(ranges: &[Range<u64>]) -> Result<GuestRam, Error> {
+    reserve_as(ranges, libc::MAP_NORESERVE, |start, bytes, source| Error::Map { start, bytes, source })
+}
+
+/// The same in the host's huge pages (hugetlbfs) of 2 MiB, which ranges begin and end at. They are the guest's from now on: none
+/// is given back before all are.
+///
+/// # Errors
+/// When there are not so many.
+pub fn reserve_huge(ranges: &[Range<u64>]) -> Result<GuestRam, Error> {
+    reserve_as(ranges, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB, |_, bytes, source| Error::HugePages {
+        bytes,
+        free: free_huge_pages(),
+        source,
+    })
+}
+
+fn reserve_as(
+    ranges: &[Range<u64>],
+    flags: libc::c_int,
+    error: fn(u64, u64, MmapRegionError) -> Error,
+) -> Result<GuestRam, Error> {
     let layout = || Error::Layout(ranges.to_vec());
     let regions = ranges
         .iter()
@@ -77,13 +112,25 @@ pub fn reserve(ranges: &[Range<u64>]) -> Result<GuestRam, Error> {
             let bytes = range.end.checked_sub(range.start).ok_or_else(layout)?;
             let pages = MmapRegionBuilder::new(usize::try_from(bytes).map_err(|_| layout())?)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
                 .build()
-                .map_err(|source| Error::Map { start: range.start, bytes, source })?;
+                .map_err(|source| error(range.start, bytes, source))?;
             GuestRegionMmap::new(pages, GuestAddress(range.start)).ok_or_else(layout)
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(|_| layout())
+}
+
+fn free_huge_pages() -> u64 {
+    let pool = |file| {
+        let text = std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{file}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    pool("free_hugepages").zip(pool("resv_hugepages")).map_or(0, |(free, reserved)| free.saturating_sub(reserved))
+}
+
+fn is_huge(region: &GuestRegionMmap<()>) -> bool {
+    region.flags() & libc::MAP_HUGETLB != 0
 }
 
 /// Gives the pages of `range`, of guest-physical addresses, back to the host: whole pages, none of which is counted as
@@ -120,7 +167,7 @@ pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
 }
 
 /// The size of a huge page on x86-64 and AArch64 hosts, in bytes.
-const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Asks the host to back `range`, which is about to be filled, by huge pages: they come hundreds of times rarer, and
 /// the guest finds its way through them faster. A host that has none to give goes on with small ones.
@@ -201,6 +248,9 @@ pub fn map_file(ram: &GuestRam, address: u64, file: &File, offset: u64, len: u64
     }
     let len = usize::try_from(len).map_err(|_| invalid())?;
     let pages = ram.get_slice(GuestAddress(address), len).map_err(|_| invalid())?;
+    if ram.find_region(GuestAddress(address)).is_none_or(is_huge) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "a part of a huge page cannot be mapped from a file"));
+    }
     let start = pages.ptr_guard_mut().as_ptr().cast();
     let access = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;

@@ -31,6 +31,7 @@ pub use share::{BadShare, Share};
 use crate::arch::x86_64::template::Template;
 use crate::command::{self, BadSpec};
 use crate::devices::console;
+use crate::memory::HUGE_PAGE;
 use crate::virtio::{balloon, blk, net, vsock};
 
 /// The least guest memory that a Linux kernel boots in.
@@ -68,6 +69,15 @@ pub enum Error {
         /// What was asked for.
         asked: Size,
     },
+    /// Memory that ends within a huge page.
+    #[error("cannot have {asked} of memory in huge pages: it is not a multiple of {} MiB", HUGE_PAGE >> 20)]
+    PartOfHugePage {
+        /// What was asked for.
+        asked: Size,
+    },
+    /// Memory that is never given back, and a device for giving it back.
+    #[error("cannot have a balloon with memory in huge pages: it gives back pages of {PAGE} bytes")]
+    HugeBalloon,
     /// A balloon that cannot be.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
@@ -134,6 +144,8 @@ pub struct Config {
     pub cpus: u32,
     /// The guest's memory.
     pub memory: Size,
+    /// Whether it is in huge pages that the host has reserved (hugetlbfs), of 2 MiB.
+    pub hugepages: bool,
     /// The root file system: a raw image or a block device, which comes before the other disks; with a command that
     /// writes to it (`rw`) also a folder.
     pub rootfs: Option<PathBuf>,
@@ -189,6 +201,7 @@ impl Default for Config {
             cmdline_only: false,
             cpus: 1,
             memory: Size::mib(256),
+            hugepages: false,
             rootfs: None,
             overlay: None,
             disks: vec![],
@@ -251,6 +264,12 @@ impl Config {
     /// Sets the size of the guest's memory.
     pub fn memory(mut self, memory: Size) -> Self {
         self.memory = memory;
+        self
+    }
+
+    /// Sets whether the guest's memory is in huge pages of the host.
+    pub fn hugepages(mut self, hugepages: bool) -> Self {
+        self.hugepages = hugepages;
         self
     }
 
@@ -398,6 +417,10 @@ impl Config {
             Err(Error::MuchMemory { asked, host })
         } else if !asked.get().is_multiple_of(PAGE) {
             Err(Error::PartOfPage { asked })
+        } else if self.hugepages && !asked.get().is_multiple_of(HUGE_PAGE) {
+            Err(Error::PartOfHugePage { asked })
+        } else if self.hugepages && self.balloon.is_some() {
+            Err(Error::HugeBalloon)
         } else if let Some(tap) = given_twice(self.nets.iter().filter_map(|net| net.tap.as_deref())) {
             Err(Error::SameTap(tap.to_owned()))
         } else if let Some(fd) = given_twice(self.nets.iter().filter_map(|net| net.fd)) {
@@ -457,6 +480,12 @@ mod tests {
         assert!(refused(Config::new().memory(Size::gib(4))).contains("with 4G of memory: the host has 2048 MiB"));
         assert_eq!(Config::new().memory(host).validate_on(host), Ok(()));
         assert!(refused(Config::new().memory(Size::bytes((64 << 20) + 1))).contains("not a multiple of 4096 bytes"));
+        let huge = |memory| Config::new().hugepages(true).memory(memory);
+        assert!(refused(huge(Size::mib(129))).contains("129M of memory in huge pages: it is not a multiple of 2 MiB"));
+        assert!(
+            refused(huge(Size::mib(128)).balloon(Default::default())).contains("a balloon with memory in huge pages")
+        );
+        assert_eq!(huge(Size::mib(128)).validate_on(host), Ok(()));
         let card = |tap: Option<&str>, fd| net::Spec { tap: tap.map(Into::into), fd, ..Default::default() };
         let cards = |one: net::Spec, other: net::Spec| Config::new().net(one).net(other);
         assert!(refused(cards(card(Some("t"), None), card(Some("t"), None))).contains("tap `t`"));

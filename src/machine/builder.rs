@@ -208,6 +208,7 @@ impl Builder {
         let ranges = layout::ram_ranges(config.memory.get());
         let (ram, memory_handler) = match &snapshot {
             Some(snapshot) => snapshot.map_memory(&ranges, &sandbox)?,
+            None if config.hugepages => (memory::reserve_huge(&ranges)?, None),
             None => (memory::reserve(&ranges)?, None),
         };
         let mut vm = Vm::new(ram.clone(), config.cpus)?;

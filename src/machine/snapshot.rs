@@ -411,6 +411,9 @@ pub(super) fn saveable(config: &Config) -> Result<(), Error> {
     } else if !config.shares.is_empty() {
         // The guest knows files by numbers that stand for what is open here.
         Err(Error::Unsaveable("shared folders, of which the guest has files open on the host: use a disk"))
+    } else if config.hugepages {
+        // A child that has the memory as it was would need as many again.
+        Err(Error::Unsaveable("memory in huge pages, of which the host has no copy: run it without --hugepages"))
     } else {
         Ok(())
     }

@@ -30,6 +30,9 @@ pub enum Unfit {
     /// Files are open on the host.
     #[error("cannot start warm with shared folders, of which the guest has files open on the host")]
     Share,
+    /// It cannot be saved.
+    #[error("cannot start warm with memory in huge pages, which is not saved: run it without --hugepages")]
+    HugePages,
     /// It can be used once.
     #[error(
         "cannot start warm with the network card fd={0}: the machine is built anew when its snapshot cannot be used"
@@ -156,6 +159,9 @@ fn check(config: &Config) -> Result<(), Unfit> {
     if !config.shares.is_empty() {
         return Err(Unfit::Share);
     }
+    if config.hugepages {
+        return Err(Unfit::HugePages);
+    }
     for disk in config.all_disks() {
         let path = disk.path.display().to_string();
         if !disk.readonly {
@@ -266,6 +272,7 @@ mod tests {
             (rw, "with --rw"),
             (config().overlay(Overlay::new("x")), "with --overlay"),
             (config().share(share), "shared folders"),
+            (config().hugepages(true), "huge pages"),
             (config().disk(blk::Spec::new("/data")), "the disk /data, which is not readonly=on"),
             (on(net::Spec { fd: Some(3), ..Default::default() }), "fd=3"),
             (on(net::Spec { tap: Some("tap%d".into()), ..Default::default() }), "first free tap `tap%d`"),

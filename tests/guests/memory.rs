@@ -1,5 +1,10 @@
 //! Memory below and above the MMIO gap.
 
+use std::fs;
+use std::path::Path;
+
+use rustix::process::Signal;
+
 use crate::support::{Guest, Kernel};
 
 #[test]
@@ -48,4 +53,31 @@ fn both_sides_of_the_gap_are_different_memory() {
     let ended = guest.script(&script).run().succeeded();
     let expected: Vec<_> = (0..addresses.len()).map(|i| format!("0x112233445566770{i}")).collect();
     assert_eq!(ended.values("read").collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn memory_is_in_huge_pages_if_there_are_so_many() {
+    let pool = |file: &str| Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").join(file);
+    let pages = |file: &str| fs::read_to_string(pool(file)).unwrap().trim().parse::<u64>().unwrap();
+    let before = pages("nr_hugepages");
+    let guest = || Guest::new(Kernel::Tiny).memory("128M").flag("--hugepages");
+    if let Err(error) = fs::write(pool("nr_hugepages"), (before + 64).to_string()) {
+        return eprintln!("SKIPPED: memory_is_in_huge_pages_if_there_are_so_many: cannot reserve huge pages: {error}");
+    }
+    assert_eq!(pages("nr_hugepages"), before + 64, "the host has memory for them");
+
+    let running = guest().script("dd if=/dev/zero of=/noise bs=1M count=32; echo here; sleep 1000").start();
+    running.wait_for("here");
+    // It has touched some, and nobody else gets the others.
+    let (free, reserved) = (pages("free_hugepages"), pages("resv_hugepages"));
+    assert!(free <= before + 64 - 16, "{free}");
+    assert_eq!(free - reserved, before);
+    let ended = guest().run();
+    assert_eq!(ended.status, 125);
+    let expected = format!("cannot reserve 128 MiB of guest memory in huge pages: the host has {before} of 2 MiB left");
+    assert!(ended.stderr.contains(&expected), "{}", ended.stderr);
+    running.signal(Signal::TERM);
+    assert_eq!(running.wait().status, 128 + 15);
+    assert_eq!(pages("free_hugepages"), before + 64);
+    fs::write(pool("nr_hugepages"), before.to_string()).unwrap();
 }

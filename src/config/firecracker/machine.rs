@@ -59,7 +59,7 @@ pub struct Machine {
     pub mem_size_mib: u64,
     /// Whether pages are marked that the guest writes, for snapshots of what changed.
     pub track_dirty_pages: bool,
-    /// Index of what is asked for in the way of huge pages: the kernel decides, in both cases.
+    /// Index of what is asked for in the way of huge pages: of transparent ones the kernel decides.
     huge_pages: usize,
 }
 
@@ -70,9 +70,10 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// One of so many vCPUs and so much memory.
-    pub fn of(cpus: u32, memory: Size) -> Self {
-        Self { vcpu_count: cpus, mem_size_mib: memory.get() >> 20, ..Self::default() }
+    /// One of so many vCPUs and so much memory, which may be in reserved huge pages.
+    pub fn of(cpus: u32, memory: Size, hugepages: bool) -> Self {
+        let huge_pages = if hugepages { EXPLICIT } else { 0 };
+        Self { vcpu_count: cpus, mem_size_mib: memory.get() >> 20, huge_pages, ..Self::default() }
     }
 
     /// Reads one.
@@ -105,12 +106,6 @@ impl Machine {
         self.mem_size_mib = table.number("mem_size_mib", 1, 1 << 32)?.unwrap_or(self.mem_size_mib);
         self.track_dirty_pages = table.boolean("track_dirty_pages")?.unwrap_or(self.track_dirty_pages);
         self.huge_pages = table.choice("huge_pages", HUGE_PAGES)?.unwrap_or(self.huge_pages);
-        if self.huge_pages == EXPLICIT {
-            return Err(table.wrong(
-                "huge_pages",
-                "bantam has no pages of hugetlbfs: it takes transparent ones where the host has them",
-            ));
-        }
         if table.boolean("smt")? == Some(true) {
             return Err(table.wrong("smt", "bantam has no SMT: each vCPU is a core of its own"));
         }
@@ -121,6 +116,11 @@ impl Machine {
             ));
         }
         Ok(())
+    }
+
+    /// Whether the memory is to be in reserved huge pages.
+    pub fn hugepages(&self) -> bool {
+        self.huge_pages == EXPLICIT
     }
 
     /// As it is read.

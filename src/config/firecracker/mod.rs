@@ -133,7 +133,7 @@ impl Settings {
         });
         Self {
             boot_source,
-            machine: Machine::of(config.cpus, config.memory),
+            machine: Machine::of(config.cpus, config.memory, config.hugepages),
             cpu_config: config.cpu_template.clone(),
             drives: config.all_disks().enumerate().map(|(index, disk)| Drive::of(index, &disk)).collect(),
             interfaces: config.nets.iter().enumerate().map(|(index, net)| NetworkInterface::of(index, net)).collect(),
@@ -212,6 +212,7 @@ impl Settings {
             cmdline_only: true,
             cpus: self.machine.vcpu_count,
             memory: Size::mib(self.machine.mem_size_mib),
+            hugepages: self.machine.hugepages(),
             cpu_template: self.cpu_config.clone(),
             disks: self.drives_in_order().map(Drive::spec).collect(),
             nets: self.interfaces.iter().map(NetworkInterface::spec).collect(),
@@ -345,6 +346,10 @@ mod tests {
             (
                 format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 1, "mem_size_mib": 1, "smt": true}}}}"#),
                 "`machine-config.smt`: bantam has no SMT",
+            ),
+            (
+                format!(r#"{{{boot}, "machine-config": {{"vcpu_count": 1, "mem_size_mib": 1, "huge_pages": "1G"}}}}"#),
+                "`machine-config.huge_pages`",
             ),
             (format!(r#"{{{boot}, "logger": {{"level": "loud"}}}}"#), "`logger.level`: unknown level `loud`"),
             (r#"{"drives": []}"#.to_owned(), "the key `boot-source` is missing"),
