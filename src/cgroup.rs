@@ -54,11 +54,11 @@ pub struct Group {
 }
 
 impl Group {
-    /// Makes a group that may use the CPUs for `quota` microseconds of each `period`.
+    /// Makes a group that may use the CPUs for `quota` microseconds of each `period`, named for the process `pid`.
     ///
     /// # Errors
     /// When this process may not make one.
-    pub fn with_cpu_quota(quota: u64, period: u64) -> Result<Self, Error> {
+    pub fn with_cpu_quota(quota: u64, period: u64, pid: u32) -> Result<Self, Error> {
         let own = own_group().ok_or(Error::None)?;
         let controllers = fs::read_to_string(own.join("cgroup.controllers"));
         if !controllers.is_ok_and(|names| names.split_whitespace().any(|name| name == "cpu")) {
@@ -66,7 +66,7 @@ impl Group {
         }
         let below = &own.join("cgroup.subtree_control");
         sweep(&own);
-        let mut group = make(&own)?;
+        let mut group = make(&own, pid)?;
         group.write("cgroup.type", "threaded")?;
         let enabled = fs::read_to_string(below).unwrap_or_default();
         if !enabled.split_whitespace().any(|name| name == "cpu") {
@@ -111,7 +111,11 @@ impl Group {
 
     /// Waits until no thread is in it, and removes it.
     fn remove(&self) -> io::Result<()> {
-        let events = File::open(self.path.join("cgroup.events"))?;
+        let events = match File::open(self.path.join("cgroup.events")) {
+            // A process in a jail has no paths: its launcher removes it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            events => events?,
+        };
         let is_populated = || fs::read_to_string(self.path.join("cgroup.events")).map(|it| it.contains("populated 1"));
         // A change is told by POLLPRI, once the file was read.
         let _ = io::read_to_string(&events)?;
@@ -131,8 +135,7 @@ impl Drop for Group {
 }
 
 /// Makes an empty group, locked.
-fn make(own: &Path) -> Result<Group, Error> {
-    let mut number = std::process::id();
+fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
     loop {
         let path = own.join(format!("{PREFIX}{number}"));
         let made = fs::create_dir(&path).and_then(|()| File::open(&path));

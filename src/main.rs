@@ -203,9 +203,15 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     let bind = if run.jail.is_some() { Server::bind_jailed } else { Server::bind };
     let mut named = run.name.as_ref().map(|name| bind(name, &config, started)).transpose()?;
     if let Some(spec) = run.jail.as_ref().filter(|_| opened.is_ok()) {
-        jail::check(&config, run.retries() > 0, run.warm.is_some())?;
+        let retry = "files are opened once; have `bantam test` or the caller try again";
+        let warm = "a snapshot is opened or written when the machine runs";
+        let others = [
+            (run.retries() > 0, "other attempts (--retry)", retry),
+            (run.warm.is_some(), "a warm start (--warm)", warm),
+        ];
+        jail::check(&config, &others)?;
         match jail::start(spec)? {
-            Side::Launcher(launcher) => return launcher.finish(&config, &attempts),
+            Side::Launcher(launcher) => return launcher.finish(&config, |file, text| attempts.write(file, text)),
             Side::Inside(inside) => {
                 attempts.write_by(&inside.files());
                 process.jail = Some(inside);
@@ -273,23 +279,38 @@ fn process(run: &cli::Run, attempts: &Attempts) -> Process {
 
 /// Has a saved machine go on, to its end.
 fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Error>> {
-    Process::new(cli::sandbox::mode(restore.sandbox)).close_others(&Config::new());
+    Process::new(cli::sandbox::mode(restore.sandbox())).close_others(&Config::new());
     let snapshot = restore.snapshot()?;
     let Restore { report, log_file, events, metrics, .. } = restore;
     let outputs = [("report", report), ("log", log_file), ("events", events), ("metrics", metrics)];
     cli::outputs::check(&snapshot.config, &outputs.map(|(what, path)| (what, path.as_deref())))?;
-    let report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
+    let mut report = restore.report.as_deref().map(|path| OutputFile::new("report", path)).transpose()?;
     let is_on_stdout = snapshot.config.serial == console::Spec::Stdio;
-    let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
-    let signals = signals(false, None)?;
-    let mut named = restore.name.as_ref().map(|name| Server::bind(name, &snapshot.config, started)).transpose()?;
-    cli::descriptors::allow(&snapshot.config);
-    let mut process = Process::new(cli::sandbox::mode(restore.sandbox));
+    let bind = if restore.jail.is_some() { Server::bind_jailed } else { Server::bind };
+    let mut named = restore.name.as_ref().map(|name| bind(name, &snapshot.config, started)).transpose()?;
+    let mut process = Process::new(cli::sandbox::mode(restore.sandbox()));
     process.asked = restore.name.is_some();
     process.later = report.iter().filter_map(OutputFile::opened_later).collect();
+    if let Some(spec) = &restore.jail {
+        jail::check(&snapshot.config, &restore.unfit_for_jail())?;
+        match jail::start(spec)? {
+            Side::Launcher(launcher) => {
+                let write = |_, content: &[u8]| report.as_ref().map_or(Ok(()), |file| file.write(content));
+                return launcher.finish(&snapshot.config, write);
+            }
+            Side::Inside(inside) => {
+                report.iter_mut().for_each(|file| file.write_by(inside.files(), 0));
+                process.jail = Some(inside);
+            }
+        }
+    }
+    let log = cli::log::start(restore.verbose, restore.log_file.as_deref())?;
+    let signals = signals(false, process.jail.as_ref())?;
+    cli::descriptors::allow(&snapshot.config);
     let threads = process.threads(&snapshot.config)?;
     let builder = named_console(Builder::restore(snapshot), &named).sandbox(threads);
     let builder = builder.started(started).signals(signals).upkeep(process::give_back);
+    let builder = process.jail.iter().fold(builder, |builder, jail| builder.pid(jail.launcher));
     let mut machine = telling(builder, events.as_deref(), metrics.as_deref())?.build()?;
     log.create()?;
     process.enter(&machine)?;

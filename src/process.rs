@@ -1,6 +1,6 @@
 //! The process of the `bantam` command: how it starts and exits, and what it gives back while a machine runs.
 
-#![expect(unsafe_code, reason = "the C library calls main; memory is given back; fork and close_range have no wrapper")]
+#![expect(unsafe_code, reason = "the C library calls main; memory is given back; fork, signal and close_range")]
 
 use std::ptr::with_exposed_provenance_mut;
 
@@ -64,6 +64,24 @@ pub fn fork() -> std::io::Result<Option<rustix::process::Pid>> {
     // SAFETY: its callers have made sure that there is no other thread, whose locks the copy would have.
     let pid = unsafe { libc::fork() };
     if pid < 0 { Err(std::io::Error::last_os_error()) } else { Ok(rustix::process::Pid::from_raw(pid)) }
+}
+
+/// The status of a process that has called `abort`, as shells show it.
+const ABORTED: std::ffi::c_int = 128 + libc::SIGABRT;
+
+/// Has `abort` end this process, the first of a PID namespace, with the status that it has for others: signals that a
+/// process sends to itself do nothing to that one unless it handles them.
+///
+/// # Errors
+/// When the handler cannot be installed.
+pub fn end_when_aborted() -> std::io::Result<()> {
+    extern "C" fn end(_: std::ffi::c_int) {
+        // SAFETY: it is async-signal-safe, and nothing that it leaves undone is owed to anybody.
+        unsafe { libc::_exit(ABORTED) }
+    }
+    // SAFETY: the handler only ends the process.
+    let before = unsafe { libc::signal(libc::SIGABRT, end as *const () as libc::sighandler_t) };
+    if before == libc::SIG_ERR { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Closes all descriptors but the standard streams and those that are `named`.

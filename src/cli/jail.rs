@@ -25,7 +25,7 @@ use bantam::config::file::Jail;
 use bantam::sandbox::drop_capabilities;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, getegid, geteuid, pidfd_open, set_parent_process_death_signal};
-use rustix::thread::{CapabilitySet, set_no_new_privs};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
 
 pub use launcher::Launcher;
 
@@ -58,18 +58,17 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |error| Error::Failed { what, source: error.into() }
 }
 
-/// Refuses what cannot be had in a jail: what opens files by path when the machine runs.
-pub fn check(config: &Config, retries: bool, is_warm: bool) -> Result<(), Error> {
-    let unfit = [
-        (
-            config.has_folders(),
-            "shared folders (--share, --rw)",
-            "there is no folder to share; use a disk image, or --overlay",
-        ),
-        (retries, "other attempts (--retry)", "files are opened once; have `bantam test` or the caller try again"),
-        (is_warm, "a warm start (--warm)", "a snapshot is opened or written when the machine runs"),
-    ];
-    let found = unfit.into_iter().find(|(is_wanted, ..)| *is_wanted);
+/// What may be wanted of a machine and cannot be had in a jail: whether it is, what it is, and why not.
+pub type Unfit = (bool, &'static str, &'static str);
+
+/// Refuses what cannot be had in a jail: what opens files by path when the machine runs, of the `config` and `others`.
+pub fn check(config: &Config, others: &[Unfit]) -> Result<(), Error> {
+    let folders = (
+        config.has_folders(),
+        "shared folders (--share, --rw)",
+        "there is no folder to share; use a disk image, or --overlay",
+    );
+    let found = others.iter().chain([&folders]).find(|(is_wanted, ..)| *is_wanted);
     found.map_or(Ok(()), |(_, what, why)| Err(Error::Unfit(what, why)))
 }
 
@@ -107,6 +106,7 @@ impl Inside {
     pub fn enter(&self) -> Result<(), Error> {
         only_thread()?;
         namespaces::leave()?;
+        keep_no_capability_for_programs();
         if let Some((uid, gid)) = self.user {
             namespaces::become_user(uid, gid)?;
         }
@@ -154,12 +154,21 @@ pub fn start(spec: &Jail) -> Result<Side, Error> {
             set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))?;
             drop(to_machine);
             launcher::must_live(&from_launcher);
+            crate::process::end_when_aborted().map_err(failed("handle SIGABRT"))?;
             let stat = File::open("/proc/self/stat").map_err(failed("look at the process"))?;
             bantam::terminal::look_from_outside(stat);
             let files = Arc::new(File::from(to_launcher));
             Ok(Side::Inside(Inside { user, signals: RefCell::new(Some(from_launcher)), files, launcher: pid }))
         }
     }
+}
+
+/// Empties the bounding set of this thread: a program that it might run has no capabilities, whatever its file or user. Who may
+/// not do that has nothing to lose by it.
+fn keep_no_capability_for_programs() {
+    let sets = (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number));
+    // The first number that the kernel does not know ends it.
+    sets.map(remove_capability_from_bounding_set).take_while(Result::is_ok).for_each(drop);
 }
 
 /// Namespaces and users are those of a thread: there must be no other.

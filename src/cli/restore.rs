@@ -4,11 +4,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use bantam::config::file::Jail;
 use bantam::config::{Config, duration, kv};
 use bantam::devices::console;
 use bantam::machine::{self, Record, Snapshot};
 use bantam::virtio::{net, vsock};
 use clap::Args;
+
+use super::jail::Unfit;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -66,7 +69,11 @@ pub struct Restore {
     /// on: the files and system calls that the machine takes; a system call beyond them ends it with a line that tells which.
     /// log: such a system call is told, and made. off: all that the user may do.
     #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
-    pub sandbox: Option<bantam::sandbox::Mode>,
+    sandbox: Option<bantam::sandbox::Mode>,
+    /// Run the machine in a process that sees nothing of the host but what was opened for it, as bantam run does.
+    #[arg(long, value_name = "uid=N,gid=N", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(value_parser = Jail::read, help_heading = "Limits")]
+    pub jail: Option<Jail>,
 
     /// Let `bantam ps`, stop, pause, resume, snapshot, console and metrics reach the machine by this name.
     #[arg(long, value_name = "NAME", help_heading = "Output")]
@@ -144,6 +151,27 @@ pub enum Error {
 }
 
 impl Restore {
+    /// What is asked for: nobody who wants a jail wants less.
+    pub fn sandbox(&self) -> Option<bantam::sandbox::Mode> {
+        self.sandbox.or(self.jail.is_some().then_some(bantam::sandbox::Mode::On))
+    }
+
+    /// What is asked for and cannot be had in a jail.
+    pub fn unfit_for_jail(&self) -> [Unfit; 2] {
+        [
+            (
+                self.uffd.is_some(),
+                "memory from a process (--uffd)",
+                "a thread watches that process before the jail begins",
+            ),
+            (
+                self.record.is_some(),
+                "a record of memory (--record)",
+                "it is written to the snapshot's folder in the end",
+            ),
+        ]
+    }
+
     /// The snapshot, with the machine that the flags make of it.
     pub fn snapshot(&self) -> Result<Snapshot, Box<dyn std::error::Error>> {
         let mut snapshot = match &self.uffd {

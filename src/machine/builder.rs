@@ -227,7 +227,7 @@ impl Builder {
         let (mut session, ends) = open_session(&config, told_command, streams).map_err(Error::Streams)?.unzip();
         let kept = session.as_mut().zip(keep).map(|(session, bytes)| session.keep(bytes));
 
-        let quota = config.cpu_quota.map(Quota::new);
+        let quota = config.cpu_quota.map(|quota| Quota::new(quota, pid.unwrap_or_else(std::process::id)));
         let limits = Limits { cpu_quota: quota.as_ref().map(Quota::to_string), pids: None };
 
         let (inbox, sender) = Inbox::new().map_err(|source| Error::EventFd { what: "the inbox", source })?;

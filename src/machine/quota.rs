@@ -20,10 +20,10 @@ pub(super) enum Quota {
 }
 
 impl Quota {
-    /// The limit, by a control group if this process may make one.
-    pub fn new(quota: config::Quota) -> Self {
+    /// The limit, by a control group if this process, known as `pid`, may make one.
+    pub fn new(quota: config::Quota, pid: u32) -> Self {
         let percent = quota.percent();
-        let limit = match Group::with_cpu_quota(PERIOD / 100 * u64::from(percent), PERIOD) {
+        let limit = match Group::with_cpu_quota(PERIOD / 100 * u64::from(percent), PERIOD, pid) {
             Ok(group) => Self::Group(group),
             Err(error) => {
                 log::info!("no control group for the CPU quota: {}", chain(&error));

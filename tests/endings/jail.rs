@@ -6,6 +6,8 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::support::{Guest, Kernel, Running};
 use crate::{eventually, started_by};
@@ -37,6 +39,7 @@ fn sees_nothing(pid: i32, uid: u32) {
     is("Uid", &vec![uid.to_string(); 4].join("\t"));
     is("CapPrm", "0000000000000000");
     is("CapEff", "0000000000000000");
+    is("CapBnd", "0000000000000000");
     is("NoNewPrivs", "1");
     is("Seccomp", "2");
     assert!(status["NSpid"].ends_with("\t1"), "{}", status["NSpid"]);
@@ -145,8 +148,65 @@ fn signals_and_limits_end_a_jail_as_any_other() {
     let machine = Pid::from_raw(machine_of(running.pid().as_raw_pid())).unwrap();
     kill_process(machine, Signal::KILL).unwrap();
     assert!(running.wait().status >= 128, "it ends as the machine's process does");
-    let ended = guest().option("--timeout", "1s").run();
+    let running = guest().spawn();
+    running.wait_for("up");
+    let machine = Pid::from_raw(machine_of(running.pid().as_raw_pid())).unwrap();
+    // As its own `abort` does. A signal that nobody handles does not reach the first process of a namespace.
+    kill_process(machine, Signal::ABORT).unwrap();
+    let ended = running.wait();
+    assert_eq!(ended.status, 128 + Signal::ABORT.as_raw(), "{}", ended.stderr);
+    let ended = guest().option("--timeout", "1s").flag("-v").run();
     assert_eq!((ended.status, &ended.report["outcome"]), (124, &"timed-out".into()), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("cannot remove"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_jail_stops_and_goes_on_with_its_launcher() {
+    let mut running =
+        Guest::new(Kernel::Tiny).script("echo up; read -r line; echo \"got $line\"").flag("--jail").spawn();
+    running.wait_for("up");
+    let launcher = running.pid().as_raw_pid();
+    let both = [launcher, machine_of(launcher)];
+    let are_stopped = |stopped: bool| {
+        let state = |pid: &i32| status(*pid).get("State").is_some_and(|state| state.starts_with('T') == stopped);
+        eventually(|| both.iter().all(state));
+    };
+    running.signal(Signal::TSTP);
+    are_stopped(true);
+    running.write("hello\n");
+    running.signal(Signal::CONT);
+    are_stopped(false);
+    running.wait_for("got hello");
+    running.wait().succeeded();
+}
+
+#[test]
+fn a_saved_machine_goes_on_in_a_jail() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("saved");
+    let name = format!("jail{}", std::process::id());
+    let script = "echo up; read -r line; echo \"got $line\"; sleep 1000";
+    let running = Guest::new(Kernel::Tiny).script(script).option("--name", &name).spawn();
+    running.wait_for("up");
+    let bantam = || Command::new(env!("CARGO_BIN_EXE_bantam"));
+    let made = bantam().arg("snapshot").arg(&name).arg(&saved).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    running.signal(Signal::KILL);
+    running.wait();
+
+    let report = folder.path().join("report.json");
+    let mut command = bantam();
+    command.arg("restore").arg(&saved).arg("--jail").arg("--report").arg(&report);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Running::start(&mut command, folder, Duration::from_secs(300));
+    running.write("again\n");
+    running.wait_for("got again");
+    let launcher = running.pid().as_raw_pid();
+    sees_nothing(machine_of(launcher), 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff);
+    running.signal(Signal::TERM);
+    let ended = running.wait();
+    assert_eq!(ended.status, 128 + Signal::TERM.as_raw(), "{}", ended.stderr);
+    assert_eq!(ended.report["outcome"], "signaled");
 }
 
 #[test]

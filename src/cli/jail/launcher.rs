@@ -13,11 +13,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr, write};
 use rustix::process::{Signal, WaitId, WaitIdOptions, getpid, kill_process, pidfd_send_signal, waitid};
 
-use crate::cli::attempts::Attempts;
+use crate::cli::output_file;
 use crate::process::ExitCode;
 
-/// The most bytes that the machine's process has written to files.
-const FILES_MAX: u64 = 256 << 20;
+/// The most bytes that the machine's process has written to files: far more than a report and its JUnit file have.
+const FILES_MAX: usize = 64 << 20;
 
 /// The signals that the launcher passes on, and the one of a terminal's Ctrl-Z.
 pub fn signals() -> io::Result<SignalFd> {
@@ -37,22 +37,27 @@ pub struct Launcher {
     child: OwnedFd,
     signals: SignalFd,
     to_machine: Option<OwnedFd>,
-    from_machine: File,
+    /// Where it tells what is to be written; none when it is at its end, or says too much.
+    from_machine: Option<File>,
     /// The signal that the machine's process was killed for, as nobody there took it.
     untaken: Option<i32>,
 }
 
 impl Launcher {
     pub(super) fn new(child: OwnedFd, signals: SignalFd, to_machine: OwnedFd, from_machine: OwnedFd) -> Self {
-        Self { child, signals, to_machine: Some(to_machine), from_machine: from_machine.into(), untaken: None }
+        Self { child, signals, to_machine: Some(to_machine), from_machine: Some(from_machine.into()), untaken: None }
     }
 
-    /// Waits until the machine that `config` makes has ended, and writes and removes what its process cannot; what that one
-    /// exited with.
+    /// Waits until the machine that `config` makes has ended, and writes and removes what its process cannot: files by their
+    /// numbers. What that one exited with.
     ///
     /// # Errors
     /// When it cannot be waited for, or a file not be written.
-    pub fn finish(self, config: &Config, attempts: &Attempts) -> Result<ExitCode, Box<dyn Error>> {
+    pub fn finish(
+        self,
+        config: &Config,
+        write: impl Fn(u8, &[u8]) -> Result<(), output_file::Error>,
+    ) -> Result<ExitCode, Box<dyn Error>> {
         let ended = self.wait().map_err(|error| format!("cannot wait for the machine in a jail: {error}"));
         let vsock = config.vsock.iter().map(|vsock| &vsock.socket);
         let console = if let console::Spec::Socket(path) = &config.serial { Some(path) } else { None };
@@ -60,7 +65,7 @@ impl Launcher {
         vsock.chain(console).filter(|path| socket::is_stale(path)).for_each(|path| drop(std::fs::remove_file(path)));
         cgroup::clear();
         let (end, told) = ended?;
-        split(&told).into_iter().try_for_each(|(number, content)| attempts.write(number, content))?;
+        split(&told).into_iter().try_for_each(|(number, content)| write(number, content))?;
         Ok(match end {
             End::Exited(status) => ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
             // This process is killed, too.
@@ -73,22 +78,15 @@ impl Launcher {
 
     /// Waits until the machine's process has ended, which gets the signals that this one gets: its end, and what it told.
     fn wait(mut self) -> io::Result<(End, Vec<u8>)> {
-        let (mut told, mut is_open) = (vec![], true);
+        let mut told = vec![];
         loop {
-            let watched = if is_open { PollFlags::IN } else { PollFlags::empty() };
-            let mut fds = [
-                PollFd::new(&self.signals, PollFlags::IN),
-                PollFd::new(&self.child, PollFlags::IN),
-                PollFd::new(&self.from_machine, watched),
-            ];
-            let polled = if is_open { &mut fds[..] } else { &mut fds[..2] };
-            retry_on_intr(|| poll(polled, None))?;
-            let [signaled, ended, tells] = fds.each_ref().map(|fd| !fd.revents().is_empty());
-            if tells && is_open {
-                let mut part = [0; 4096];
-                let count = self.from_machine.read(&mut part)?;
-                is_open = count > 0 && told.len() as u64 <= FILES_MAX;
-                told.extend_from_slice(&part[..count]);
+            let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.child, PollFlags::IN)];
+            fds.extend(self.from_machine.iter().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
+            retry_on_intr(|| poll(&mut fds, None))?;
+            let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+            let [signaled, ended, tells] = [0, 1, 2].map(ready);
+            if tells {
+                self.read(&mut told)?;
             }
             if signaled {
                 self.pass_on();
@@ -97,11 +95,23 @@ impl Launcher {
                 break;
             }
         }
-        if is_open {
-            // The other end is closed.
-            (&self.from_machine).take(FILES_MAX).read_to_end(&mut told)?;
+        // The other end is closed.
+        while self.from_machine.is_some() {
+            self.read(&mut told)?;
         }
         Ok((self.end()?, told))
+    }
+
+    /// Reads a part of what the machine's process tells. One that tells too much finds nobody who listens.
+    fn read(&mut self, told: &mut Vec<u8>) -> io::Result<()> {
+        let Some(pipe) = &mut self.from_machine else { return Ok(()) };
+        let mut part = [0; 4096];
+        let count = pipe.read(&mut part)?;
+        told.extend_from_slice(&part[..count]);
+        if count == 0 || told.len() > FILES_MAX {
+            self.from_machine = None;
+        }
+        Ok(())
     }
 
     /// Passes a signal on.
