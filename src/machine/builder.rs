@@ -290,7 +290,7 @@ impl Builder {
             memory_handler,
             working_set,
             recorder: None,
-            served_saves: vec![],
+            unserved: vec![],
             savers: vec![],
             started,
             times: Durations { kernel_loaded, ..Durations::default() },

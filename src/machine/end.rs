@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 use std::error::Error as _;
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,12 +52,13 @@ impl Machine {
             self.vcpu_metrics.push((format!("vcpu{index}"), metrics));
         }
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
-        let (output, savers) = (self.output.clone(), std::mem::take(&mut self.savers));
+        let (output, mut savers) = (self.output.clone(), std::mem::take(&mut self.savers));
+        self.unserved = savers.iter_mut().filter_map(|saver| saver.served.take()).collect();
         let (memory, recorder) = (self.memory_handler.take(), self.recorder.take());
         let wait = move || {
             threads.into_iter().for_each(vcpu::Thread::join);
             drop(buses);
-            savers.into_iter().for_each(|saver| drop(saver.join()));
+            savers.into_iter().for_each(|saver| drop(saver.thread.join()));
             if let Some((stop, recorder)) = recorder {
                 drop(stop);
                 drop(recorder.join());
@@ -65,7 +67,7 @@ impl Machine {
             drop(memory);
             output.close();
         };
-        if let Err(error) = thread::Builder::new().name("bantam-end".into()).spawn(wait) {
+        if let Err(error) = start_at_last(wait) {
             // What it was given has been dropped: the last vCPU's thread ends the devices.
             log::error!("cannot start the thread that waits for the others: {error}");
             self.output.close();
@@ -158,6 +160,29 @@ pub(super) fn crash(vcpu: u32, exit: Exit, rip: u64, cpl: u8) -> Crash {
         Exit::Served(_) | Exit::Interrupted => {}
     }
     crash
+}
+
+/// How often a thread is asked for that the end needs, and how long it takes until there may be one: the vCPUs' are ending.
+const TRIES: u32 = 100;
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Starts the thread that waits for the others, which may be one more than there can be until some of those have ended.
+fn start_at_last(wait: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let wait = Arc::new(Mutex::new(Some(wait)));
+    let mut tries = 0;
+    loop {
+        let wait = wait.clone();
+        let work = move || {
+            let wait = wait.lock().unwrap_or_else(PoisonError::into_inner).take();
+            wait.into_iter().for_each(|wait| wait());
+        };
+        tries += 1;
+        match thread::Builder::new().name("bantam-end".into()).spawn(work) {
+            Ok(_) => return Ok(()),
+            Err(error) if tries == TRIES => return Err(error),
+            Err(_) => thread::sleep(RETRY),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -201,10 +201,10 @@ pub struct Machine {
     /// What is to be done about its working set, and what does it.
     working_set: working_set::Plan,
     recorder: Option<working_set::Recorder>,
-    /// Who waits for memory from there to be saved.
-    served_saves: Vec<pause::Answer<()>>,
     /// Write what was saved.
-    savers: Vec<JoinHandle<()>>,
+    savers: Vec<save::Saver>,
+    /// Who waited for memory from another process to be saved when the machine ended.
+    unserved: Vec<pause::Answer<()>>,
     /// Whether it stands still when it starts.
     start_paused: bool,
     sandbox: Sandbox,

@@ -1,6 +1,6 @@
 //! Saving a machine: it stands still while its state is read, and goes on while a child process writes its memory as it was.
 
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use super::inbox::Event;
 use super::memory_copy::{Pages, Source};
@@ -8,6 +8,14 @@ use super::pause::{Answer, Refusal, ask};
 use super::snapshot::{self, Destination, State, Writing, portable};
 use super::{Error, Handle, Machine};
 use crate::{signal, vcpu};
+
+/// A thread that writes what was saved.
+#[derive(Debug)]
+pub(super) struct Saver {
+    pub thread: JoinHandle<()>,
+    /// Who waits for it, if another process gives the memory that is saved.
+    pub served: Option<Answer<()>>,
+}
 
 impl Handle {
     /// Saves the machine to `destination`, and returns when all of it is on the disk. A machine that runs is paused for
@@ -36,9 +44,7 @@ impl Machine {
         };
         let (ram, sender) = (self.vm.ram().clone(), self.sender.clone());
         let (asker, is_served) = (answer.clone(), self.memory_handler.is_some());
-        if is_served {
-            self.served_saves.push(answer.clone());
-        }
+        let served = is_served.then(|| answer.clone());
         let pages = match &destination {
             Destination::Diff(_) => Pages::Changed,
             // It was restored.
@@ -57,8 +63,8 @@ impl Machine {
         };
         match thread::Builder::new().name("bantam-save".into()).spawn(write) {
             Ok(thread) => {
-                self.savers.retain(|saver| !saver.is_finished());
-                self.savers.push(thread);
+                self.savers.retain(|saver| !saver.thread.is_finished());
+                self.savers.push(Saver { thread, served });
                 true
             }
             Err(source) => {
@@ -70,7 +76,7 @@ impl Machine {
 
     /// The machine has ended: a thread that saves memory may wait for a page of it for ever, and who waits for that is told.
     pub(super) fn give_up_served(&mut self) {
-        for answer in self.served_saves.drain(..) {
+        for answer in self.unserved.drain(..) {
             // One that has been answered is of no interest any more.
             let _ = answer.try_send(Err(snapshot::Error::Unserved.into()));
         }
