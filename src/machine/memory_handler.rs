@@ -6,7 +6,7 @@
 //! A page that nobody gives is waited for, by whatever thread uses it, and not even a signal ends that, but SIGKILL. So a
 //! handler that ends has to be noticed, and it ends the machine.
 
-#![expect(unsafe_code, reason = "the ioctls of userfaultfd; SO_PEERCRED of a process that need not be seen from here")]
+#![expect(unsafe_code, reason = "the ioctls of userfaultfd; the process at the other end of a socket")]
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -124,6 +124,7 @@ fn watch(
     stage: Arc<Mutex<Stage>>,
     sandbox: &Sandbox,
 ) -> io::Result<OwnedFd> {
+    // Now: its number may be another's later.
     let process = listener(socket)?;
     let socket = socket.try_clone()?;
     let (end, watching) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -135,12 +136,11 @@ fn watch(
         if !wait(socket.as_fd(), PollFlags::empty(), &end) {
             return;
         }
-        match process.map(|process| pidfd_open(process, PidfdFlags::empty())) {
-            // It cannot be seen from here, or not be watched: it may go on without the socket.
-            None => return,
-            Some(Ok(process)) if !wait(process.as_fd(), PollFlags::IN, &end) => return,
-            Some(Err(error)) if error != Errno::SRCH => return,
-            Some(_) => {}
+        match process {
+            // It may go on without the socket.
+            Listener::Unseen => return,
+            Listener::Watched(process) if !wait(process.as_fd(), PollFlags::IN, &end) => return,
+            Listener::Watched(_) | Listener::Gone => {}
         }
         let mut stage = stage.lock().unwrap_or_else(PoisonError::into_inner);
         match &*stage {
@@ -169,16 +169,45 @@ fn wait(one: BorrowedFd<'_>, events: PollFlags, other: &OwnedFd) -> bool {
     }
 }
 
-/// The process that listened, if it is one that is seen from here.
-fn listener(socket: &UnixStream) -> io::Result<Option<Pid>> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).map_err(io::Error::other)?;
-    let (at, level, name) = ((&raw mut peer).cast(), libc::SOL_SOCKET, libc::SO_PEERCRED);
-    // SAFETY: there is room for what is asked, and `len` says how much.
-    if unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, at, &raw mut len) } != 0 {
-        return Err(io::Error::last_os_error());
+/// The process that listened at a socket.
+enum Listener {
+    /// It can be waited for.
+    Watched(OwnedFd),
+    /// It ended before the socket was connected to.
+    Gone,
+    /// It cannot be seen from here, or not be watched.
+    Unseen,
+}
+
+/// Finds the process that listened.
+fn listener(socket: &UnixStream) -> io::Result<Listener> {
+    // That of Linux 6.5 is of the process itself, whatever has its number by now.
+    let mut pidfd: libc::c_int = -1;
+    match peer(socket, SO_PEERPIDFD, &mut pidfd).map_err(|error| error.raw_os_error()) {
+        // SAFETY: the kernel has just made it, for this thread.
+        Ok(()) => return Ok(Listener::Watched(unsafe { OwnedFd::from_raw_fd(pidfd) })),
+        Err(Some(libc::ESRCH | libc::EINVAL)) => return Ok(Listener::Gone),
+        Err(_) => {}
     }
-    Ok(Pid::from_raw(peer.pid))
+    let mut ids = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    peer(socket, libc::SO_PEERCRED, &mut ids)?;
+    let Some(process) = Pid::from_raw(ids.pid) else { return Ok(Listener::Unseen) };
+    Ok(match pidfd_open(process, PidfdFlags::empty()) {
+        Ok(process) => Listener::Watched(process),
+        Err(Errno::SRCH) => Listener::Gone,
+        Err(_) => Listener::Unseen,
+    })
+}
+
+/// include/uapi/asm-generic/socket.h.
+const SO_PEERPIDFD: libc::c_int = 77;
+
+/// Asks for something of the peer, which the kernel writes to `answer`.
+fn peer<T: Copy>(socket: &UnixStream, name: libc::c_int, answer: &mut T) -> io::Result<()> {
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    let at = std::ptr::from_mut(answer).cast();
+    // SAFETY: there is room for what is asked, integers, and `len` says how much.
+    check(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, at, &raw mut len) })
 }
 
 /// A userfaultfd of guest memory.

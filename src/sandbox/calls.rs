@@ -174,7 +174,7 @@ const TUNSETOFFLOAD: u32 = ioctl::<u32>(WRITES, b'T', 208);
 const DISK_IOCTLS: &[u32] = &[BLKDISCARD, BLKGETSIZE64, BLKROGET, BLKSSZGET];
 
 /// Memory that comes from another process, and its end.
-pub(super) const MEMORY: &List = &[(SYS_pidfd_open, Any), (SYS_ioctl, Is(1, &[UFFDIO_UNREGISTER]))];
+pub(super) const MEMORY: &List = &[(SYS_ioctl, Is(1, &[UFFDIO_UNREGISTER]))];
 
 const UFFDIO_UNREGISTER: u32 = ioctl::<[u64; 2]>(READS, 0xaa, 1);
 
