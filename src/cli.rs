@@ -721,7 +721,7 @@ mod tests {
         let kept = config(&["--overlay", "changes,size=1G", "root.img", "--", "true"]);
         assert_eq!(kept.overlay, Some(Overlay { size: Some(Size::gib(1)), ..Overlay::new("changes") }));
         let error = config(&["--rw", "root.img"]).validate().unwrap_err().to_string();
-        assert!(error.contains("its name is missing"), "{error}");
+        assert!(error.contains("cannot use --rw without a command"), "{error}");
     }
 
     #[test]

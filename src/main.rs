@@ -20,6 +20,7 @@ use bantam::outcome::{CrashKind, Outcome};
 use bantam::signal::{self, SignalFd};
 use bantam::{check, memory, terminal};
 use clap::Parser;
+use clap::error::ErrorKind;
 use cli::attempts::Attempts;
 use cli::jail::{self, Inside, Side};
 use cli::message::{chain, say};
@@ -195,6 +196,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     }
     let is_on_stdout = config.serial == console::Spec::Stdio;
     let has_command = config.command.is_some();
+    let has_root = config.initrd.is_some() || !config.disks.is_empty() || config.rootfs.is_some();
     let mut image = None;
     let mut process = process(&run, &attempts);
     let opened = unknown.and_then(|()| cli::rootfs::open(&mut config).map_err(Box::from));
@@ -258,6 +260,12 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
     // The terminal is the user's again before anything is said.
     drop(machine);
     tell(&outcome, is_on_stdout);
+    if let (Outcome::Panicked(panic), false) = (&outcome, has_root)
+        && panic.message.contains("Unable to mount root fs")
+    {
+        say("the machine has no root file system, and its kernel brings none: name a disk image \
+             (bantam run --kernel KERNEL ROOTFS), or an --initrd");
+    }
     if attempts.last().ran_out_of_memory() {
         say(attempts.last().cause());
     }
@@ -508,6 +516,11 @@ fn usage(error: &clap::Error) -> ExitCode {
         };
     }
     let text = error.render().to_string();
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        say("what to do is missing: expected one of the commands below");
+        let _ = writeln!(io::stderr(), "\n{}", text.trim_end());
+        return ExitCode::from(FAILED);
+    }
     say(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
     ExitCode::from(FAILED)
 }

@@ -337,7 +337,18 @@ fn a_mistaken_flag_is_refused() {
     }
     folder.refuses(&["--pids", "many"], &["--pids", "'many'"]);
     folder.refuses(&["--pids", "0", "disk", "--", "true"], &["cannot run a command in 0 processes"]);
-    folder.refuses(&["--pids", "5"], &["cannot run a command: its name is missing"]);
+    let two = ["--pids", "5", "-e", "A=1"];
+    folder.refuses(&two, &["cannot use --env, --pids without a command: name one behind `--`"]);
+    folder.refuses(&["-t"], &["cannot use --tty without a command"]);
+}
+
+#[test]
+fn a_command_that_takes_another_says_so() {
+    let folder = Folder::new();
+    for words in [&[][..], &["kernel"], &["image"], &["warm"]] {
+        let output = folder.bantam(words);
+        refused(&output, &["bantam: what to do is missing: expected one of the commands below", "\nUsage: bantam"]);
+    }
 }
 
 #[test]

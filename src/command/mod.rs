@@ -73,6 +73,12 @@ pub enum BadSpec {
     /// There is no program.
     #[error("cannot run a command: its name is missing")]
     Empty,
+    /// There is no program, but what is for one.
+    #[error(
+        "cannot use {0} without a command: name one behind `--` (bantam run ROOTFS -- COMMAND), or a root file system whose image \
+         names one"
+    )]
+    Options(String),
     /// A text that ends before its end.
     #[error("cannot run a command with `{0}`: it has a NUL character")]
     Nul(String),
@@ -93,6 +99,21 @@ impl Spec {
         Self { arguments: arguments.into_iter().map(Into::into).collect(), ..Self::default() }
     }
 
+    /// The flags of what it has beside its arguments.
+    fn options(&self) -> Vec<&'static str> {
+        let options = [
+            // A terminal brings a variable.
+            (self.env.iter().any(|variable| !self.tty || !variable.starts_with("TERM=")), "--env"),
+            (self.workdir.is_some(), "--workdir"),
+            (self.user.is_some(), "--user"),
+            (self.hostname.is_some(), "--hostname"),
+            (self.pids.is_some(), "--pids"),
+            (self.tty, "--tty"),
+            (self.rw, "--rw"),
+        ];
+        options.into_iter().filter_map(|(is_given, flag)| is_given.then_some(flag)).collect()
+    }
+
     /// Checks what can be checked without the guest.
     ///
     /// # Errors
@@ -101,7 +122,8 @@ impl Spec {
         let optional = [&self.workdir, &self.user, &self.hostname];
         let mut texts = self.arguments.iter().chain(&self.env).chain(optional.into_iter().flatten());
         if self.arguments.first().is_none_or(String::is_empty) {
-            return Err(BadSpec::Empty);
+            let options = self.options();
+            return Err(if options.is_empty() { BadSpec::Empty } else { BadSpec::Options(options.join(", ")) });
         }
         if let Some(text) = texts.find(|text| text.contains('\0')) {
             return Err(BadSpec::Nul(text.clone()));

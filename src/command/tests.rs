@@ -111,6 +111,12 @@ fn users_and_groups_are_looked_up() {
 fn what_no_process_can_have_is_refused() {
     let refused = |spec: Spec| spec.validate().unwrap_err();
     assert_eq!(refused(Spec::new([""])), BadSpec::Empty);
+    let tty = Spec { tty: true, env: vec!["TERM=x".into()], ..Spec::default() };
+    assert_eq!(refused(tty.clone()), BadSpec::Options("--tty".into()));
+    assert_eq!(
+        refused(Spec { rw: true, env: vec!["A=x".into()], ..tty }),
+        BadSpec::Options("--env, --tty, --rw".into())
+    );
     assert_eq!(refused(Spec::new(["a", "b\0"])), BadSpec::Nul("b\0".into()));
     for variable in ["A", "=b"] {
         let spec = Spec { env: vec![variable.into()], ..Spec::new(["a"]) };

@@ -138,7 +138,7 @@ impl Machine {
 
     /// The machine stands still until somebody has it go on: then the disk does what it could not do once more.
     pub(super) fn disk_failed(&mut self, device: &str, why: &str) {
-        log::error!("{device}: {why}: the machine is paused, and tries again when it is resumed");
+        log::error!("{device}: {why}: the machine is paused, and asks for it again when it is resumed");
         self.tell("disk-error", serde_json::json!({"device": device, "message": why}));
         self.hold();
     }

@@ -1,5 +1,7 @@
 //! Endings that the guest brings about.
 
+use std::process::{Command, Stdio};
+
 use serde_json::json;
 
 use crate::support::{Ended, Guest, Kernel};
@@ -28,6 +30,16 @@ fn panics(guest: Guest, message: &str) -> Ended {
     let shown: Vec<_> = said[1..].iter().map(|line| line.trim_end().to_owned()).collect();
     ended.require(shown == lines[..shown.len()] && shown.len() + 1 >= lines.len(), "expected the console's last lines");
     ended
+}
+
+#[test]
+fn a_kernel_without_a_root_is_told_of() {
+    let mut bantam = Command::new(env!("CARGO_BIN_EXE_bantam"));
+    bantam.arg("run").arg("--kernel").arg(Kernel::Tiny.vmlinux()).args(["--timeout", "100s"]);
+    let output = bantam.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(121), "{said}");
+    assert!(said.contains("bantam: the machine has no root file system, and its kernel brings none"), "{said}");
 }
 
 #[test]

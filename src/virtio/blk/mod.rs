@@ -292,7 +292,10 @@ impl Blk {
                 let why = format!("cannot {what} disk image {}: {error}", self.path.display());
                 if let Some(on_error) = &self.on_error {
                     self.stopped = true;
-                    on_error(why);
+                    // It is asked for again like others, and fails again.
+                    let lost =
+                        if what == "flush" { " (writes may be lost: no later flush of it succeeds)" } else { "" };
+                    on_error(why + lost);
                     return None;
                 }
                 self.host_errors += 1;
