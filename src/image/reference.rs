@@ -101,6 +101,8 @@ impl FromStr for Reference {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -136,5 +138,20 @@ mod tests {
         let local = |text: &str| text.parse::<Reference>().unwrap().is_local();
         assert!(local("127.0.0.1:5000/a") && local("localhost/a") && local("localhost:1/a") && local("[::1]:5000/a"));
         assert!(!local("127.0.0.1.example.org/a") && !local("localhost.example.org/a") && !local("10.0.0.1:5000/a"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_taken_or_refused(text in "(docker://)?([a-z.:0-9]{0,9}/)?[a-zA-Z./:@_-]{0,24}|\\PC{0,24}") {
+            if let Ok(reference) = text.parse::<Reference>() {
+                // What is asked of a registry by it leads nowhere else.
+                let path = format!("{}/{}", reference.name, reference.version());
+                prop_assert!(path.split('/').all(|part| !matches!(part, "" | "." | "..")), "{}", path);
+                prop_assert!(!path.contains(['?', '#', '%', ' ', '\\']) && !reference.host.contains(['/', '@', '?']));
+                // A digest goes before the tag, which is not shown then.
+                let shown = reference.to_string();
+                prop_assert_eq!(shown.parse::<Reference>().map(|again| again.to_string()), Ok(shown));
+            }
+        }
     }
 }

@@ -255,6 +255,7 @@ fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
 mod tests {
     use std::io::{Read, Seek, Write};
 
+    use proptest::prelude::*;
     use vm_memory::Bytes;
 
     use super::*;
@@ -364,5 +365,60 @@ mod tests {
         assert_eq!(ram.read_obj::<[u8; 4]>(GuestAddress(0x100)).unwrap(), *b" tw ");
         iovecs.write(7, b"!!");
         assert_eq!(ram.read_obj::<[u8; 5]>(GuestAddress(0x100)).unwrap(), *b" tw!\0");
+    }
+
+    proptest! {
+        #[test]
+        fn a_list_is_what_a_list_of_bytes_would_be(
+            pushed in prop::collection::vec((0u64..0x9010, 0u32..40), 0..8),
+            steps in prop::collection::vec((0..4usize, 0..90usize), 0..8),
+        ) {
+            let ram = ram();
+            // Each byte tells where it is.
+            let told = |addr: u64| u8::try_from(addr * 7 % 251).unwrap();
+            for addr in (0..0x4000).chain(0x8000..0x9000) {
+                ram.write_obj(told(addr), GuestAddress(addr)).unwrap();
+            }
+            let is_memory = |addr: &u64| *addr < 0x4000 || (0x8000..0x9000).contains(addr);
+            let (mut iovecs, mut expected) = (Iovecs::new(&ram), vec![]);
+            for (addr, len) in pushed {
+                let (before, bytes) = (iovecs.len(), addr..addr + u64::from(len));
+                let is_right = bytes.clone().all(|addr| is_memory(&addr));
+                prop_assert_eq!(iovecs.push(GuestAddress(addr), len).is_ok(), is_right);
+                if is_right {
+                    expected.extend(bytes.map(told));
+                } else {
+                    iovecs.truncate(before);
+                }
+            }
+            for (step, count) in steps {
+                let some = count.min(expected.len());
+                match step {
+                    0 => {
+                        iovecs.advance(count);
+                        expected.drain(..some);
+                    }
+                    1 => {
+                        iovecs.limit(count);
+                        expected.truncate(some);
+                    }
+                    2 => {
+                        let mut front = iovecs.same_memory();
+                        iovecs.split_front(count, &mut front);
+                        prop_assert_eq!(front.bytes(), some);
+                        expected.drain(..some);
+                    }
+                    _ => {
+                        let mut data = vec![0; expected.len() - some];
+                        iovecs.read(some, &mut data);
+                        prop_assert_eq!(&data, &expected[some..]);
+                    }
+                }
+                prop_assert_eq!(iovecs.bytes(), expected.len());
+            }
+            let mut data = vec![0; expected.len()];
+            iovecs.read(0, &mut data);
+            prop_assert_eq!(data, expected);
+        }
     }
 }

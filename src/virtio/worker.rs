@@ -4,6 +4,8 @@
 
 #[cfg(fuzzing)]
 mod fuzzing;
+#[cfg(test)]
+mod handover;
 
 use std::error::Error as _;
 use std::fmt::Write as _;
