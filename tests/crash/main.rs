@@ -5,6 +5,7 @@
 mod faults;
 mod journal;
 mod kills;
+mod running;
 mod starts;
 mod stop;
 #[path = "../support/mod.rs"]
