@@ -4,6 +4,7 @@
 #     fuzz.sh run TARGET [SECONDS]      replays what is known, then tries new inputs, for ever or so long
 #     fuzz.sh check [SECONDS]           the same with each target, two at a time; 20 seconds each, always from the
 #                                       same seed, so that what passed passes again
+#     fuzz.sh sanitize [SECONDS]        the same with AddressSanitizer, which takes a compiler that RUSTC_BOOTSTRAP=1 is enough for
 #     fuzz.sh try TARGET FILE...        replays inputs, such as the one that a finding was told of
 #     fuzz.sh minimize TARGET           has tests/fuzz/corpus keep few inputs that reach all that is reached
 #     fuzz.sh list                      names the targets
@@ -13,12 +14,15 @@ cd "$(dirname "$0")/.."
 host=$(rustc -vV | sed -n 's/^host: //p')
 work=$PWD/target/fuzz
 programs=$work/$host/debug
+# In MiB.
+memory=1024
+sanitizer=
 
 targets() { for target in tests/fuzz/fuzz_targets/*.rs; do basename "$target" .rs; done; }
 
 build() {
     # As cargo-fuzz has it; no option of these needs a nightly compiler.
-    local flags=(--cfg fuzzing -Cpasses=sancov-module)
+    local flags=(--cfg fuzzing -Cpasses=sancov-module ${sanitizer:+"-Zsanitizer=$sanitizer"})
     local option
     for option in sanitizer-coverage-{level=4,inline-8bit-counters,pc-table,trace-compares}; do
         flags+=("-Cllvm-args=-$option")
@@ -28,7 +32,7 @@ build() {
         cargo build --quiet --locked --target "$host" --manifest-path tests/fuzz/Cargo.toml --bins --keep-going
 }
 
-# An input may take 25 seconds, and the program 1 GiB. What a target has on the host is in memory.
+# An input may take 25 seconds, and the program 1 GiB (with a sanitizer 4). What a target has on the host is in memory.
 fuzz() { # target, directories and options
     local target=$1
     shift
@@ -44,7 +48,7 @@ fuzz() { # target, directories and options
 fuzz_in() {
     local target=$1
     shift
-    "$programs/$target" -timeout=25 -rss_limit_mb=1024 -handle_xfsz=0 -max_len=4096 -len_control=0 \
+    "$programs/$target" -timeout=25 -rss_limit_mb="$memory" -handle_xfsz=0 -max_len=4096 -len_control=0 \
         -print_final_stats=1 -artifact_prefix="$work/findings/$target-" "$@"
 }
 
@@ -75,10 +79,15 @@ case ${1:-} in
     list) targets ;;
     run) build && run "$2" "${3:-}" ;;
     try) build && fuzz "${@:2}" ;;
-    check)
+    check | sanitize)
+        if [[ $1 == sanitize ]]; then
+            sanitizer=address memory=4096 work=$work-address programs=$work-address/$host/debug
+            export RUSTC_BOOTSTRAP=1
+            mkdir -p "$work"
+        fi
         build
         export -f repeatable fuzz fuzz_in check_one
-        export work programs
+        export work programs memory
         targets | xargs -P 2 -I '{}' bash -euo pipefail -c "check_one {} ${2:-20}"
         ;;
     minimize)
@@ -87,5 +96,5 @@ case ${1:-} in
         fuzz "$2" -set_cover_merge=1 -use_counters=0 "$small" "tests/fuzz/corpus/$2" "$work/corpus/$2"
         rm -rf "tests/fuzz/corpus/$2" && mv "$small" "tests/fuzz/corpus/$2"
         ;;
-    *) sed -n 's/^# \{0,1\}//; 2,9p' "$0" >&2 && exit 2 ;;
+    *) sed -n 's/^# \{0,1\}//; 2,10p' "$0" >&2 && exit 2 ;;
 esac
