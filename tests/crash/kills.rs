@@ -170,5 +170,5 @@ fn what_was_flushed_is_there_whenever_bantam_is_killed() {
 #[test]
 #[ignore = "takes many minutes in an emulated host"]
 fn what_was_flushed_is_there_after_two_hundred_kills() {
-    kills(200);
+    kills(std::env::var("KILLS").map_or(200, |count| count.parse().unwrap()));
 }
