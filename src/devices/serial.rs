@@ -35,6 +35,8 @@ const LSR: u8 = 5;
 const SCR: u64 = 7;
 /// IER: interrupt when data has arrived; a driver that listens has it set.
 const IER_RECEIVED_DATA: u8 = 1;
+/// IER: interrupt when data can be sent.
+const IER_TRANSMITTER_EMPTY: u8 = 1 << 1;
 /// LCR: offsets 0 and 1 are the baud rate divisor.
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
 /// LSR: there is something in the RBR.
@@ -118,6 +120,8 @@ pub struct Serial<W: Write, F: Fn()> {
     uart: Uart<Line, Room<F>, Limited<W>>,
     divisor_latch: bool,
     listening: bool,
+    /// What a driver that waits for interrupts, and so does not look, needs.
+    before_interrupts: Option<Box<dyn FnOnce() + Send>>,
     /// What the driver was sent and did not read before it stopped to listen.
     unread: Vec<u8>,
 }
@@ -129,12 +133,18 @@ impl<W: Write, F: Fn()> Serial<W, F> {
         let counts = Arc::<Counts>::default();
         let output = Limited { output, bucket: None, counts: counts.clone() };
         let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room, counts }, output);
-        Self { uart, divisor_latch: false, listening: false, unread: Vec::new() }
+        Self { uart, divisor_latch: false, listening: false, before_interrupts: None, unread: Vec::new() }
     }
 
     /// Drops what the guest sends beyond this.
     pub fn limit(&mut self, limit: Limit) {
         self.uart.writer_mut().bucket = Some(Bucket::new(limit, Instant::now()));
+    }
+
+    /// Has `then` be called once, before the driver first waits for an interrupt that tells it that it can send more. Until
+    /// then it looks at the line status after what it has sent.
+    pub fn before_interrupts(&mut self, then: impl FnOnce() + Send + 'static) {
+        self.before_interrupts = Some(Box::new(then));
     }
 
     /// What it counts.
@@ -169,6 +179,13 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == IER
+            && !self.divisor_latch
+            && data[0] & IER_TRANSMITTER_EMPTY != 0
+            && let Some(then) = self.before_interrupts.take()
+        {
+            then();
+        }
         // The writer has its errors.
         if self.uart.write(offset.to_le_bytes()[0], data[0]).is_err() {
             self.uart.writer().counts.errors.inc();

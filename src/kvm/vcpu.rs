@@ -8,16 +8,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    CpuId, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_RUNNABLE,
-    Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_run,
+    CpuId, KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_cpuid_entry2, kvm_msr_entry,
+    kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::Error;
+use super::gathered::{self, Turn};
 use crate::arch::x86_64::regs::{self, Entry};
 use crate::arch::x86_64::template::{self, MsrModifier};
 use crate::bus::Bus;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, page_size};
 
 /// Why a vCPU came back, when it was not for a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +61,8 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: u32,
     run: Arc<RunPage>,
+    /// That of the writes which KVM has gathered.
+    turn: Turn,
     /// Stays mapped while the guest may run, whoever goes first. Dropped after `fd`.
     _ram: GuestRam,
 }
@@ -69,6 +73,7 @@ impl Vcpu {
         index: u32,
         cpuid: &[kvm_cpuid_entry2],
         run_size: usize,
+        turn: Turn,
         ram: GuestRam,
     ) -> Result<Self, Error> {
         let run = RunPage::map(&fd, run_size)
@@ -81,7 +86,7 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(Error::ioctl(format!("set the CPUID of vCPU {index} (KVM_SET_CPUID2)")))?;
         let msrs = Msrs::from_entries(&regs::msrs()).expect("two MSRs fit");
         fd.set_msrs(&msrs).map_err(Error::ioctl(format!("set the MSRs of vCPU {index} (KVM_SET_MSRS)")))?;
-        Ok(Vcpu { fd, index, run, _ram: ram })
+        Ok(Vcpu { fd, index, run, turn, _ram: ram })
     }
 
     /// Has the boot vCPU start at `entry`. The others wait for it to send INIT and SIPI.
@@ -131,7 +136,11 @@ impl Vcpu {
 
     /// Enters the guest until it needs a device, and serves that access; or until something else happens.
     pub fn run(&mut self, pio: &Bus, mmio: &Bus) -> Result<Exit, Error> {
-        let exit = match self.fd.run() {
+        let exit = self.fd.run();
+        // What was written before comes before.
+        let is_port = matches!(exit, Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)));
+        self.run.serve_gathered(&self.turn, pio, is_port);
+        let exit = match exit {
             Ok(exit) => exit,
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => return Ok(Exit::Interrupted),
             Err(error) => return Err(Error::ioctl(format!("run vCPU {} (KVM_RUN)", self.index))(error)),
@@ -247,6 +256,19 @@ impl RunPage {
         let byte = unsafe { &raw mut (*self.page.as_ptr()).immediate_exit };
         // SAFETY: the byte is mapped while `self` lives and only ever accessed as an atomic, or by the kernel.
         unsafe { AtomicU8::from_ptr(byte) }
+    }
+
+    /// Serves the writes that KVM has gathered. Who does not wait leaves them to another vCPU that is at it.
+    fn serve_gathered(&self, turn: &Turn, pio: &Bus, waits: bool) {
+        let page_size = usize::try_from(page_size()).expect("pages fit");
+        let start = page_size * KVM_COALESCED_MMIO_PAGE_OFFSET as usize;
+        if self.len < start + page_size {
+            return;
+        }
+        // SAFETY: the mapping is larger.
+        let ring = unsafe { self.page.cast::<u8>().add(start) };
+        // SAFETY: KVM has its ring there, which is mapped while `self` lives.
+        unsafe { gathered::serve(ring, page_size, turn, pio, waits) };
     }
 
     /// Size of one item of the port I/O that the last exit was for: 1, 2 or 4 bytes.

@@ -16,6 +16,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Vcpu;
+use super::gathered::{Gathered, Turn};
 use crate::arch::x86_64::cpuid::{self, for_vcpu};
 use crate::arch::x86_64::template::{self, Template};
 use crate::arch::x86_64::{layout, needs_x2apic};
@@ -70,6 +71,7 @@ pub struct Vm {
     ram: GuestRam,
     pub(super) cpuid: CpuId,
     tsc_deadline: bool,
+    turn: Turn,
 }
 
 impl Vm {
@@ -94,7 +96,15 @@ impl Vm {
             }
         };
         // Since Linux 3.3 local APICs of KVM have that timer, but the supported CPUID does not tell.
-        let vm = Vm { fd: Arc::new(fd), kvm, x2apic: needs_x2apic(cpus), ram, cpuid, tsc_deadline: true };
+        let vm = Vm {
+            fd: Arc::new(fd),
+            kvm,
+            x2apic: needs_x2apic(cpus),
+            ram,
+            cpuid,
+            tsc_deadline: true,
+            turn: Turn::default(),
+        };
         // First: it waits for an SRCU grace period, which takes a timer tick once the others have begun one.
         vm.map_memory()?;
         // The identity map stays where KVM has it: below the TSS.
@@ -182,7 +192,18 @@ impl Vm {
             .fd
             .create_vcpu(index.into())
             .map_err(Error::ioctl(format!("create vCPU {index} (KVM_CREATE_VCPU)")))?;
-        Vcpu::new(fd, index, cpuid, self.fd.run_size(), self.ram.clone())
+        Vcpu::new(fd, index, cpuid, self.fd.run_size(), Arc::clone(&self.turn), self.ram.clone())
+    }
+
+    /// Has KVM gather writes of one byte to `port`, until a vCPU leaves the guest for something else; `None` where it cannot.
+    pub fn gather(&self, port: u16) -> Option<Gathered> {
+        match self.fd.register_coalesced_mmio(IoEventAddress::Pio(port.into()), 1) {
+            Ok(()) => Some(Gathered { vm: Arc::clone(&self.fd), port }),
+            Err(error) => {
+                log::debug!("cannot gather writes to port {port:#x}: {error}");
+                None
+            }
+        }
     }
 
     /// Has KVM raise interrupt `gsi` whenever `line` is written (`KVM_IRQFD`).

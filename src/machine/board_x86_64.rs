@@ -1,6 +1,6 @@
 //! The x86-64 board: which devices are where, and how they reach the run loop.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -104,6 +104,15 @@ impl<'a> Board<'a> {
         self.attach_port(layout::CMOS, 2, Arc::new(Mutex::new(Cmos::default())))?;
         self.attach_port(layout::PVPANIC, 1, Arc::new(Mutex::new(Pvpanic::new(send(|| Event::Pvpanic)))))?;
         Ok(serial)
+    }
+
+    /// Has bytes that a kernel writes to the serial port, while it does nothing else, be gathered: each would leave the guest
+    /// once more than it does for the status.
+    pub fn gather_output(&self, serial: &Mutex<Port>) {
+        if let Some(gathered) = self.vm.gather(layout::COM1) {
+            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
+            serial.before_interrupts(move || gathered.stop());
+        }
     }
 
     /// Attaches an IOAPIC, if KVM has none.

@@ -235,6 +235,10 @@ impl Builder {
         let mut board = Board::new(&vm);
         let serial = board.attach_legacy(output.clone(), &sender, &config)?;
         board.attach_ioapic()?;
+        // The driver of one that was saved has interrupts.
+        if snapshot.is_none() {
+            board.gather_output(&serial);
+        }
         let disks = disks.into_iter().map(|disk| stopping(disk, &sender));
         // What changes the host comes last, when nothing else can be refused: files, taps and sockets are created,
         let overlay = open_overlay(&config)?;

@@ -258,12 +258,13 @@ pub(super) const VCPU: &List = &[
 ];
 
 const VCPU_IOCTLS: &[u32] = &[
-    kvm::<()>(IO, 0x80),                       // KVM_RUN
-    kvm::<kvm::kvm_regs>(READS, 0x81),         // KVM_GET_REGS
-    kvm::<kvm::kvm_sregs>(READS, 0x83),        // KVM_GET_SREGS
-    kvm::<kvm::kvm_mp_state>(READS, 0x98),     // KVM_GET_MP_STATE
-    kvm::<()>(IO, 0xad),                       // KVM_KVMCLOCK_CTRL
-    kvm::<kvm::kvm_irq_routing>(WRITES, 0x6a), // KVM_SET_GSI_ROUTING
+    kvm::<()>(IO, 0x80),                               // KVM_RUN
+    kvm::<kvm::kvm_regs>(READS, 0x81),                 // KVM_GET_REGS
+    kvm::<kvm::kvm_sregs>(READS, 0x83),                // KVM_GET_SREGS
+    kvm::<kvm::kvm_mp_state>(READS, 0x98),             // KVM_GET_MP_STATE
+    kvm::<()>(IO, 0xad),                               // KVM_KVMCLOCK_CTRL
+    kvm::<kvm::kvm_irq_routing>(WRITES, 0x6a),         // KVM_SET_GSI_ROUTING
+    kvm::<kvm::kvm_coalesced_mmio_zone>(WRITES, 0x68), // KVM_UNREGISTER_COALESCED_MMIO
 ];
 
 /// The run loop, and what it starts: saving, the end.

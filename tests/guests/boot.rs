@@ -61,6 +61,22 @@ fn tiny_vmlinux() {
 }
 
 #[test]
+fn few_exits_until_user_space() {
+    // Exits that are not the console's.
+    const OTHERS: u64 = 450;
+    for cmdline in ["quiet", "loglevel=7"] {
+        let ended = Guest::new(Kernel::Tiny).cmdline(cmdline).run().succeeded();
+        let count = |device: &str, what: &str| ended.report["statistics"][device][what].as_u64().unwrap();
+        let (exits, written) = (count("vcpu0", "device-accesses"), count("serial", "written-bytes"));
+        eprintln!("{exits} exits for {written} bytes with {cmdline}");
+        // The status is read for each byte that the kernel writes, which is gathered.
+        let budget = OTHERS + written * 6 / 5;
+        assert!(exits <= budget, "{exits} exits for {written} bytes: {}", ended.report["statistics"]);
+        assert_eq!(count("keyboard", "reads"), 0, "nothing looks for a keyboard");
+    }
+}
+
+#[test]
 fn vmlinux_without_pvh_is_entered_in_64_bits() {
     for kernel in [Kernel::Tiny, Kernel::Debian61] {
         let image = changed(&kernel.vmlinux(), |bytes| {
