@@ -99,12 +99,24 @@ impl Made {
             let other = self.files.last().map_or(String::new(), |(path, _)| path.replace("blobs/sha256/", "sha256:"));
             match u.int_in_range(0..=4)? {
                 0 => {
-                    let digests = [&name.to_uppercase(), "sha512:00", "", "sha256:../../../secret", "sha256:", &other, &name[..70]];
+                    let digests = [
+                        &name.to_uppercase(),
+                        "sha512:00",
+                        "",
+                        "sha256:../../../secret",
+                        "sha256:",
+                        &other,
+                        &name[..70],
+                    ];
                     told["digest"] = (*u.choose(&digests)?).into();
                 }
                 1 => told["size"] = input::number(u)?.into(),
                 2 => told["mediaType"] = (*u.choose(&KINDS)?).into(),
-                3 => drop(told.as_object_mut().expect("it is one").remove(*u.choose(&["digest", "size", "mediaType"])?)),
+                3 => drop(told.as_object_mut().expect("it is one").remove(*u.choose(&[
+                    "digest",
+                    "size",
+                    "mediaType",
+                ])?)),
                 _ => told["size"] = (-1).into(),
             }
         }
@@ -121,7 +133,8 @@ impl Made {
             let keys: Vec<_> = value.as_object().iter().flat_map(|object| object.keys().cloned()).collect();
             if !keys.is_empty() {
                 let key = u.choose(&keys)?;
-                let values = [Value::Null, json!([]), json!({}), json!(""), json!(-1), json!([{}]), json!("a".repeat(300))];
+                let values =
+                    [Value::Null, json!([]), json!({}), json!(""), json!(-1), json!([{}]), json!("a".repeat(300))];
                 value[key.as_str()] = u.choose(&values)?.clone();
             }
         }
@@ -133,7 +146,9 @@ impl Made {
 
 /// A platform that is not this machine's.
 fn foreign(u: &mut Unstructured) -> Result<Value> {
-    Ok(json!({"os": *u.choose(&["linux", "windows", "unknown"])?, "architecture": *u.choose(&["s390x", "unknown", ""])?}))
+    Ok(
+        json!({"os": *u.choose(&["linux", "windows", "unknown"])?, "architecture": *u.choose(&["s390x", "unknown", ""])?}),
+    )
 }
 
 fn make(u: &mut Unstructured, is_saved: bool, tag: Option<&str>) -> Result<Made> {
@@ -190,7 +205,8 @@ fn make(u: &mut Unstructured, is_saved: bool, tag: Option<&str>) -> Result<Made>
         let mut others = vec![];
         for _ in 0..u.int_in_range(0..=2)? {
             let platform = foreign(u)?;
-            others.push(json!({"mediaType": MANIFEST, "digest": Digest::of(b"other"), "size": 5, "platform": platform}));
+            others
+                .push(json!({"mediaType": MANIFEST, "digest": Digest::of(b"other"), "size": 5, "platform": platform}));
         }
         others.insert(u.int_in_range(0..=others.len())?, top.clone());
         let index = made.json(u, json!({"schemaVersion": 2, "manifests": others}))?;
@@ -275,7 +291,8 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir(&folder).expect("a folder");
     open(&made, is_saved, in_archive, tag, &folder);
-    let mut names: Vec<_> = fs::read_dir(&folder).expect("it").map(|entry| entry.expect("a name").file_name()).collect();
+    let mut names: Vec<_> =
+        fs::read_dir(&folder).expect("it").map(|entry| entry.expect("a name").file_name()).collect();
     names.retain(|name| !["cache", "image.tar", "layout"].iter().any(|known| name == known));
     assert!(names.is_empty(), "{names:?}");
 });
