@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// Device and inode of what was made there.
+    made: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -24,18 +26,26 @@ impl Listener {
             }
             bound => bound?,
         };
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self::at(path, listener))
     }
 
     /// Listens at `path`, where nothing may be.
     pub fn create(path: &Path) -> io::Result<Self> {
-        Ok(Self { listener: UnixListener::bind(path)?, path: path.to_owned() })
+        Ok(Self::at(path, UnixListener::bind(path)?))
+    }
+
+    fn at(path: &Path, listener: UnixListener) -> Self {
+        Self { listener, path: path.to_owned(), made: identity(path) }
     }
 
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Whether `path` is a socket that nobody has open: its process was killed. One of another type finds out without
@@ -56,6 +66,30 @@ impl Deref for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        // Another process may have made one of its own there since.
+        if self.made.is_some() && identity(&self.path) == self.made {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_goes_with_its_listener_and_another_one_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        drop(Listener::bind(&path).unwrap());
+        assert!(!path.exists());
+        let first = Listener::bind(&path).unwrap();
+        // Kept, so that the other one has another inode.
+        std::fs::rename(&path, folder.path().join("moved")).unwrap();
+        let second = Listener::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+        drop(second);
+        assert!(!path.exists());
     }
 }
