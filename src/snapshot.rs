@@ -121,7 +121,7 @@ pub fn decode<T: DeserializeOwned>(file: &[u8]) -> Result<T, Error> {
     // Of other versions no more need be as here than the first word.
     if words[0] != FORMAT.to_string() {
         let known = words[0].bytes().all(|byte| byte.is_ascii_digit()) && !words[0].is_empty();
-        return Err(if known { Error::Format { found: words[0].into() } } else { Error::Line });
+        return Err(if known { Error::Format { found: words[0].escape_debug().to_string() } } else { Error::Line });
     }
     let [_, bantam, length, sum] = words[..] else { return Err(Error::Line) };
     if bantam != BANTAM {

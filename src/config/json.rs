@@ -15,11 +15,13 @@ const DEPTH: usize = 32;
 /// # Errors
 /// Where the text is no JSON, has a key twice in one object, or more than 32 levels.
 pub fn parse(text: &str) -> Result<Node, Error> {
-    let raw: &RawValue = serde_json::from_slice(text.as_bytes()).map_err(|error| {
+    // As in TOML, a byte order mark is none of it. Places are counted from the text's beginning.
+    let begin = text.len() - text.trim_start_matches('\u{feff}').len();
+    let raw: &RawValue = serde_json::from_slice(&text.as_bytes()[begin..]).map_err(|error| {
         let line = text.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum::<usize>();
         let what = error.to_string();
         let what = what.rsplit_once(" at line ").map_or(&*what, |(what, _)| what).to_owned();
-        Error::new((line + error.column().saturating_sub(1)).min(text.len()), what)
+        Error::new((line + if line == 0 { begin } else { 0 } + error.column().saturating_sub(1)).min(text.len()), what)
     })?;
     node(raw, text, DEPTH)
 }
@@ -125,6 +127,14 @@ mod tests {
         let Value::Table(pairs) = &node.value else { panic!("{node:?}") };
         assert_eq!((pairs[0].0.name.as_str(), pairs[0].0.at, pairs[0].1.at), ("ab", 3, 14));
         assert_eq!(text.as_bytes()[pairs[1].1.at], b'{');
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_none_of_it() {
+        let node = parse("\u{feff}{\"a\": 1}").unwrap();
+        let Value::Table(pairs) = &node.value else { panic!("{node:?}") };
+        assert_eq!((pairs[0].0.name.as_str(), pairs[0].1.at), ("a", 9));
+        assert_eq!(parse("\u{feff}{\"a\": x}").unwrap_err().at, Some(9));
     }
 
     #[test]

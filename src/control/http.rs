@@ -124,7 +124,7 @@ fn parse(input: &[u8], max: usize) -> Parsed {
         let why = format!("Request payload with size {body} is larger than the limit of {max} allowed by server.");
         return Parsed::Wrong(Response::fault(413, why));
     };
-    let Some(body) = input.get(length..length + body) else { return Parsed::Partial { expects } };
+    let Some(body) = input.get(length..length.saturating_add(body)) else { return Parsed::Partial { expects } };
     let request = Request {
         method: head.method.unwrap_or_default().to_owned(),
         target: head.path.unwrap_or_default().to_owned(),
@@ -178,7 +178,7 @@ impl Connection {
     /// Takes what it has sent, as far as it may be part of a request with a body of `max` bytes.
     pub fn read(&mut self, max: usize) {
         let mut chunk = [0; CHUNK];
-        while !self.ended && self.input.len() <= HEAD_MAX + max {
+        while !self.ended && self.input.len() <= max.saturating_add(HEAD_MAX) {
             match self.stream.read(&mut chunk) {
                 Ok(0) => self.ended = true,
                 Ok(count) => self.input.extend_from_slice(&chunk[..count]),
@@ -261,6 +261,8 @@ mod tests {
         for part in ["", "GE", "GET / HTTP/1.1\r\n", "PUT / HTTP/1.1\r\nContent-Length: 3\r\n\r\n{}"] {
             assert_eq!(parse(part.as_bytes(), 50), Parsed::Partial { expects: false }, "{part}");
         }
+        let endless = format!("PUT / HTTP/1.1\r\nContent-Length: {}\r\n\r\n{{}}", usize::MAX);
+        assert_eq!(parse(endless.as_bytes(), usize::MAX), Parsed::Partial { expects: false });
         let waits = "PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n";
         assert_eq!(parse(waits.as_bytes(), 50), Parsed::Partial { expects: true });
     }

@@ -66,7 +66,9 @@ impl Load {
         for key in ["enable_diff_snapshots", "track_dirty_pages", "clock_realtime"] {
             table.boolean(key)?;
         }
-        table.choice("huge_pages", HUGE_PAGES)?;
+        if table.choice("huge_pages", HUGE_PAGES)? == Some(3) {
+            return Err(table.wrong("huge_pages", "the memory of a snapshot is mapped from its file, in small pages"));
+        }
         let backend = table.read("mem_backend", |node| {
             let table = node.table(&["backend_type", "backend_path"])?;
             let kind = table.choice("backend_type", BACKENDS)?.ok_or_else(|| table.missing("backend_type"))?;

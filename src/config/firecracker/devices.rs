@@ -173,7 +173,7 @@ impl NetworkInterface {
     pub fn of(index: usize, spec: &net::Spec) -> Self {
         let limiter = |of: fn(Directions) -> Option<Limit>| Limiter::of(spec.bw.and_then(of), spec.pps.and_then(of));
         Self {
-            iface_id: format!("eth{index}"),
+            iface_id: spec.id.clone().unwrap_or_else(|| format!("eth{index}")),
             host_dev_name: spec.tap.clone().unwrap_or_default(),
             guest_mac: spec.mac,
             mtu: spec.mtu,
@@ -187,6 +187,7 @@ impl NetworkInterface {
         let rates = |limiter: &Option<Limiter>| limiter.as_ref().map(Limiter::rates).unwrap_or_default();
         let (rx, tx) = (rates(&self.rx_rate_limiter), rates(&self.tx_rate_limiter));
         net::Spec {
+            id: Some(self.iface_id.clone()),
             tap: Some(self.host_dev_name.clone()),
             mac: self.guest_mac,
             mtu: self.mtu,

@@ -87,7 +87,8 @@ pub fn document(node: &Node) -> Result<Document, Error> {
     let settings = Settings::read(node)?;
     let logger = settings.logger.clone().unwrap_or_default();
     let verbose = logger.level.map_or(0, |level| (level as u8).saturating_sub(log::LevelFilter::Warn as u8));
-    let run = Run { log_file: logger.log_path.map(Into::into), verbose, ..Run::default() };
+    let metrics = settings.metrics.clone().map(|metrics| metrics.metrics_path.into());
+    let run = Run { log_file: logger.log_path.map(Into::into), verbose, metrics, ..Run::default() };
     if settings.boot_source.is_none() {
         return Err(Error::new(node.at, "the key `boot-source` is missing"));
     }
@@ -284,11 +285,11 @@ mod tests {
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false,
                            "huge_pages": "None"},
         "cpu-config": {"kvm_capabilities": ["!121"], "vcpu_features": []}, "balloon": null, "pmem": [],
-        "network-interfaces": [{"iface_id": "eth0", "guest_mac": "06:00:AC:10:00:02", "host_dev_name": "tap0",
+        "network-interfaces": [{"iface_id": "up", "guest_mac": "06:00:AC:10:00:02", "host_dev_name": "tap0",
                                 "rx_rate_limiter": {"ops": {"size": 7, "refill_time": 50}}}],
         "vsock": {"guest_cid": 3, "uds_path": "./v.sock"},
         "logger": {"log_path": "vm.log", "level": "Debug"},
-        "metrics": null, "mmds-config": null, "entropy": {"rate_limiter": {"bandwidth": {"size": 5, "refill_time": 1000}}},
+        "metrics": {"metrics_path": "m"}, "mmds-config": null, "entropy": {"rate_limiter": {"bandwidth": {"size": 5, "refill_time": 1000}}},
         "serial": {"rate_limiter": {"size": 9, "one_time_burst": 8, "refill_time": 100}}
     }"#;
 
@@ -316,7 +317,9 @@ mod tests {
         assert_eq!(Settings::of(&config).entropy.unwrap().unwrap().rates().bytes, config.rng_bw);
         assert_eq!(NetworkInterface::of(0, &config.nets[0]).spec().pps, config.nets[0].pps);
         assert_eq!(config.vsock.as_ref().unwrap().cid, 3);
-        assert_eq!((run.log_file, run.verbose), (Some("vm.log".into()), 2));
+        assert_eq!((run.log_file, run.verbose, run.metrics), (Some("vm.log".into()), 2, Some("m".into())));
+        // A snapshot has no other description of it.
+        assert_eq!(Settings::of(&config).interfaces[0].iface_id, "up");
         assert!(!is_file(&json::parse(r#"{"kernel": "k", "vsock": null, "serial": "none"}"#).unwrap()));
         // What it prints is the same again.
         let settings = Settings::read(&node).unwrap();
