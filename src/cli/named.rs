@@ -88,19 +88,22 @@ impl Ps {
 impl Stop {
     /// Asks each guest to end, and ends the machines of those that have not in time.
     pub fn run(&self) -> Result<(), named::Error> {
-        self.names.iter().try_for_each(|name| {
-            let mut client = Client::connect(name)?;
-            let asked = client.ask(&Request::Terminate)?;
-            if asked["asked"] == true && client.wait(Some(self.time))? {
-                return Ok(());
-            }
-            match client.ask(&Request::End) {
-                Ok(_) => client.wait(None).map(drop),
-                // It has ended meanwhile.
-                Err(named::Error::Talk { .. }) => Ok(()),
-                Err(error) => Err(error),
-            }
-        })
+        // Each of them, whatever comes of the others.
+        self.names.iter().map(|name| self.stop(name)).fold(Ok(()), Result::and)
+    }
+
+    fn stop(&self, name: &Name) -> Result<(), named::Error> {
+        let mut client = Client::connect(name)?;
+        let asked = client.ask(&Request::Terminate)?;
+        if asked["asked"] == true && client.wait(Some(self.time))? {
+            return Ok(());
+        }
+        match client.ask(&Request::End) {
+            Ok(_) => client.wait(None).map(drop),
+            // It has ended meanwhile.
+            Err(named::Error::Talk { source, .. }) if source.kind() != io::ErrorKind::TimedOut => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 }
 

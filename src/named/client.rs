@@ -13,6 +13,8 @@ use crate::socket;
 
 /// How long a machine may take to say what it is.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to do what it is asked for, but for saving itself.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// A connection to a machine.
 #[derive(Debug)]
@@ -28,7 +30,11 @@ impl Client {
     /// When there is none.
     pub fn connect(name: &Name) -> Result<Self, Error> {
         match UnixStream::connect(folder().join(name.to_string())) {
-            Ok(stream) => Ok(Self { name: name.clone(), stream: BufReader::new(stream) }),
+            Ok(stream) => {
+                let client = Self { name: name.clone(), stream: BufReader::new(stream) };
+                client.limit(Some(ANSWER))?;
+                Ok(client)
+            }
             Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused].contains(&error.kind()) => {
                 Err(Error::NoMachine(name.clone()))
             }
@@ -36,7 +42,17 @@ impl Client {
         }
     }
 
+    fn limit(&self, limit: Option<Duration>) -> Result<(), Error> {
+        let stream = self.stream.get_ref();
+        let set = stream.set_read_timeout(limit).and_then(|()| stream.set_write_timeout(limit));
+        set.map_err(|error| self.talk(error))
+    }
+
     fn talk(&self, source: io::Error) -> Error {
+        let source = match source.kind() {
+            io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "it does not answer"),
+            _ => source,
+        };
         Error::Talk { name: self.name.clone(), source }
     }
 
@@ -67,6 +83,9 @@ impl Client {
         if folder.to_str().is_none() {
             return Err(Error::NoText { name: self.name.clone(), folder });
         }
+        // One that hangs is found out before there is no limit.
+        self.ask(&Request::About)?;
+        self.limit(None)?;
         let request = if is_diff { Request::Diff(folder) } else { Request::Snapshot(folder) };
         self.ask(&request).map(drop)
     }
@@ -101,6 +120,7 @@ impl Client {
     /// When the machine has ended.
     pub fn console(mut self) -> Result<(UnixStream, Vec<u8>), Error> {
         self.ask(&Request::Console)?;
+        self.limit(None)?;
         let come = self.stream.buffer().to_vec();
         Ok((self.stream.into_inner(), come))
     }
