@@ -96,6 +96,12 @@ pub trait VirtioDevice: Send {
         Err(change.unsupported())
     }
 
+    /// The device is being paused: finishes what the host has in hand. The last call on this thread.
+    fn pause(&mut self, io: &mut Io) -> Result<(), Error> {
+        let _ = io;
+        Ok(())
+    }
+
     /// The device goes on after a pause. Each of its queues is called next.
     fn resume(&mut self) {}
 

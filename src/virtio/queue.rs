@@ -37,9 +37,9 @@ pub enum Error {
 
 /// How long a used buffer may wait for those after it before [`Queue::serve`] interrupts: longer than a whole batch of
 /// requests that need no I/O takes, as an interrupt costs the guest more than such a request; shorter than a seek.
-const NOTIFY_AFTER: Duration = Duration::from_millis(1);
+pub(super) const NOTIFY_AFTER: Duration = Duration::from_millis(1);
 /// How long [`Queue::serve`] goes on while there are requests, so that its thread sees in time that it has to stop.
-const SERVE_FOR: Duration = Duration::from_millis(10);
+pub(super) const SERVE_FOR: Duration = Duration::from_millis(10);
 
 /// Failures of one device that are logged as errors; a guest that goes on breaking it fills no disk with logs.
 const LOGGED_FAILURES: u32 = 5;
@@ -210,6 +210,23 @@ impl Queue {
     /// Puts back the request popped last, if its head has not been added to the used ring.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
+    }
+
+    /// Puts requests back that were popped, when all others that were have been given back: they are the next ones.
+    ///
+    /// For that they take the last places of the available ring that were read. No driver reads its own ring, and it writes
+    /// to these places only when the requests have been given back.
+    pub fn put_back(&mut self, ram: &GuestRam, heads: &[u16]) -> Result<(), Error> {
+        let mut next = self.ring.next_avail();
+        for head in heads.iter().rev() {
+            next = next.wrapping_sub(1);
+            let slot = GuestAddress(self.ring.avail_ring() + 4 + 2 * u64::from(next % self.ring.size()));
+            ram.write_obj(head.to_le(), slot).map_err(|source| {
+                self.error("cannot write the available ring", virtio_queue::Error::GuestMemory(source))
+            })?;
+        }
+        self.ring.set_next_avail(next);
+        Ok(())
     }
 
     /// Gives the request `head` back to the driver, `written` bytes of it written by the device. The driver is not

@@ -234,6 +234,9 @@ impl Paused {
     /// The device's queues by index, without what it took from them and has not done: the next available and the next
     /// used index of each, none if it is not set up.
     pub fn positions(&mut self) -> Vec<Option<(u16, u16)>> {
+        // Without threads nobody has.
+        #[cfg(fuzzing)]
+        self.0.pause();
         let Loop { device, io, .. } = &mut *self.0;
         device.settle(io);
         io.queues.iter().map(|queue| queue.as_ref().map(Queue::position)).collect()
@@ -314,6 +317,9 @@ impl Loop {
         while end.is_none() {
             end = self.take(messages.recv());
         }
+        if end == Some(End::Pause) {
+            self.pause();
+        }
         if end == Some(End::Pause) { Left::Paused(self) } else { Left::Stopped(self.into_parts()) }
     }
 
@@ -327,6 +333,16 @@ impl Loop {
         }
         self.io.interrupt.fail(&self.name, text);
         self.state = State::Failed;
+    }
+
+    /// Has the device finish what it has in hand.
+    fn pause(&mut self) {
+        if self.state != State::New
+            && let Err(error) = self.device.pause(&mut self.io)
+            && self.state == State::Started
+        {
+            self.fail(&error);
+        }
     }
 
     /// Does what the thread was told; how it is to end, if it is.
