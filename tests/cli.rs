@@ -396,6 +396,7 @@ fn mistaken_device_options_are_refused() {
     folder.refuses(&["--disk", "disk,path=disk"], &["--disk", "`path` is given twice"]);
     folder.refuses(&["--disk", "disk,speed=9"], &["--disk", "`speed` is not known", "readonly"]);
     folder.refuses(&["--disk", "disk,readonly=maybe"], &["readonly=maybe", "on or off"]);
+    folder.refuses(&["--disk", "disk,engine=async"], &["engine=async", "sync or io_uring"]);
     folder.refuses(&["--disk", "disk,direct=maybe"], &["direct=maybe", "on or off"]);
     folder.refuses(&["--disk", "disk,cache=none"], &["cache=none", "writeback or unsafe"]);
     folder.refuses(&["--disk", "disk,errors=none"], &["errors=none", "report or stop"]);

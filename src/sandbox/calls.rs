@@ -131,6 +131,14 @@ pub(super) const STORAGE: &List = &[
     (SYS_ioctl, Is(1, DISK_IOCTLS)),
 ];
 
+/// Disks that have a ring of io_uring's, which was restricted before: to reading, writing and flushing the disk's file.
+pub(super) const RINGS: &List = &[(SYS_io_uring_enter, Any)];
+
+/// And that may be given other files.
+pub(super) const RING_FILES: &List = &[(SYS_io_uring_register, Is(1, &[IORING_REGISTER_FILES_UPDATE]))];
+
+const IORING_REGISTER_FILES_UPDATE: u32 = 6;
+
 /// A tap.
 pub(super) const TAP: &List = &[(SYS_ioctl, Is(1, &[TUNSETOFFLOAD]))];
 
@@ -162,6 +170,7 @@ pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
     (SYS_fchownat, 0),
     (SYS_utimensat, 0),
     (SYS_mmap, 4),
+    (SYS_io_uring_enter, 0),
 ];
 
 const FIONBIO: u32 = 0x5421;

@@ -88,7 +88,7 @@ pub enum Role {
 impl Role {
     /// The lists of system calls in a machine whose devices open these files.
     fn lists(self, files: Files) -> Vec<&'static List> {
-        use calls::{BASE, EVENTS, FILES, MAIN, MEMORY, SOCKETS, STORAGE, TAP, THREADS, VCPU};
+        use calls::{BASE, EVENTS, FILES, MAIN, MEMORY, RING_FILES, RINGS, SOCKETS, STORAGE, TAP, THREADS, VCPU};
         let mut lists: Vec<&List> = match self {
             Self::Main => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, MEMORY, THREADS, VCPU, MAIN, FILES],
             Self::Vcpu => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, THREADS, VCPU],
@@ -107,6 +107,10 @@ impl Role {
             _ => false,
         };
         lists.extend(opens.then_some(FILES));
+        if files.rings && matches!(self, Self::Main | Self::Vcpu | Self::Disk | Self::Control) {
+            lists.push(RINGS);
+            lists.extend(files.disks.then_some(RING_FILES));
+        }
         if self == Self::Control && files.disks {
             // A disk's new file is looked at first, and a new limit made with its timer.
             lists.extend([STORAGE, EVENTS]);
@@ -134,6 +138,8 @@ struct Files {
     folders: bool,
     /// Other disks.
     disks: bool,
+    /// Whether disks have rings of io_uring.
+    rings: bool,
 }
 
 /// The sandbox of a machine's threads. By default there is none.
@@ -163,7 +169,7 @@ impl Sandbox {
     /// The same, of a machine that may have shared `folders`, and whose `disks` may be given other files while it runs.
     pub fn with_files(mut self, folders: bool, disks: bool) -> Self {
         if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
-            rules.files = Files { folders, disks };
+            rules.files = Files { folders, disks, ..rules.files };
         }
         self
     }
@@ -175,6 +181,14 @@ impl Sandbox {
         let is_fixed = self.0.as_ref().is_some_and(|rules| !rules.files.disks);
         let others = if is_fixed { others.filter_map(|fd| fd.try_into().ok()).collect() } else { Arc::default() };
         Device { sandbox: self.clone(), role: Role::of_device(device_type), others }
+    }
+
+    /// The same, of a machine that may have disks that are used by io_uring.
+    pub fn with_rings(mut self, rings: bool) -> Self {
+        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+            rules.files.rings = rings;
+        }
+        self
     }
 
     /// The same, and of the capabilities no others are kept by threads that give them up.
@@ -302,7 +316,7 @@ mod tests {
     #[test]
     fn a_child_has_no_more_than_its_parent() {
         let may = |role: Role, folders, disks| {
-            let lists = role.lists(Files { folders, disks }).into_iter().flatten();
+            let lists = role.lists(Files { folders, disks, rings: disks }).into_iter().flatten();
             lists.map(|(number, _)| *number).collect::<std::collections::BTreeSet<_>>()
         };
         for (folders, disks) in [(false, false), (true, false), (false, true)] {
@@ -318,6 +332,9 @@ mod tests {
             assert_eq!((opens(Role::Disk), opens(Role::Network), opens(Role::Share)), (disks, false, true));
             assert!(!may(Role::Main, folders, disks).contains(&libc::SYS_execve));
             assert!(!may(Role::Disk, folders, disks).contains(&libc::SYS_sendto));
+            let enters = |role: Role| may(role, folders, disks).contains(&libc::SYS_io_uring_enter);
+            assert_eq!((enters(Role::Disk), enters(Role::Network), enters(Role::Stream)), (disks, false, false));
+            assert!(!may(Role::Main, folders, disks).contains(&libc::SYS_io_uring_setup));
         }
     }
 

@@ -48,9 +48,19 @@ impl Iovecs {
         Self { ram: ram.clone(), list: Vec::with_capacity(MAX + 1), bytes: 0 }
     }
 
+    /// An empty list of buffers in `ram`, with room for none: for a few of them.
+    pub fn short(ram: &GuestRam) -> Self {
+        Self { ram: ram.clone(), list: Vec::new(), bytes: 0 }
+    }
+
     /// An empty list of buffers in the same memory, for a few of them.
     pub fn same_memory(&self) -> Self {
-        Self { ram: self.ram.clone(), list: Vec::new(), bytes: 0 }
+        Self::short(&self.ram)
+    }
+
+    /// The buffers: where they are in this process, which they are for as long as the list is there.
+    pub fn list(&self) -> &[libc::iovec] {
+        &self.list
     }
 
     /// Number of buffers.

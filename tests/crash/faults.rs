@@ -73,6 +73,18 @@ fn short_and_interrupted_calls_go_on_and_only_a_flush_is_fdatasync() {
 }
 
 #[test]
+fn a_host_without_io_uring_is_told() {
+    let folder = TempDir::new().unwrap();
+    let (disk, log) = (zeros(folder.path().join("disk")), folder.path().join("log"));
+    let guest = guest("true").disk(format!("{},engine=io_uring", disk.display()));
+    let ended = traced(guest, &log, &["-e", "inject=io_uring_setup:error=EPERM"]).run();
+    assert_eq!(ended.status, 125, "{}", ended.stderr);
+    for words in ["cannot set up io_uring for disk image", "engine=sync", "not permitted"] {
+        assert!(ended.stderr.contains(words), "{}", ended.stderr);
+    }
+}
+
+#[test]
 fn what_the_host_fails_the_guest_is_told() {
     let folder = TempDir::new().unwrap();
     let disk = zeros(folder.path().join("disk"));

@@ -52,7 +52,8 @@ impl Saved {
         let guest = Guest::new(Kernel::Tiny).file("journal", &journal).script(SCRIPT);
         let config = Config::new().kernel(Kernel::Tiny.vmlinux()).initrd(guest.folder().join("initramfs.cpio"));
         let config = config.cmdline("quiet").memory(Size::mib(96)).timeout(LIMIT);
-        let config = config.disk(blk::Spec::new(path("records"))).disk(blk::Spec::new(path("files")));
+        let records = blk::Spec { engine: blk::Engine::IoUring, ..blk::Spec::new(path("records")) };
+        let config = config.disk(records).disk(blk::Spec::new(path("files")));
         let screen = Screen::default();
         let mut machine = Builder::new(config).console(Console::to(screen.clone())).build().unwrap();
         let handle = machine.handle();

@@ -73,8 +73,8 @@ fn a_host_without_room_is_told_to_the_guest_or_stops_the_machine() {
     ";
     let events = others.path().join("events");
     let mut guest = Guest::new(Kernel::Tiny).file("journal", &journal).script(script);
-    guest = guest.disk(told.display()).disk(format!("{},errors=stop", stops.display()));
-    guest = guest.disk(format!("{},errors=report", truncated.display())).disk(deleted.display());
+    guest = guest.disk(told.display()).disk(format!("{},errors=stop,engine=io_uring", stops.display()));
+    guest = guest.disk(format!("{},errors=report,engine=io_uring", truncated.display())).disk(deleted.display());
     guest = guest.option("--name", "small").option("--events", events.display());
     guest.command().env("XDG_RUNTIME_DIR", others.path());
     let mut running = guest.spawn();

@@ -20,8 +20,8 @@ use support::{Guest, file, noise};
 const GUEST_KIB: u64 = 64 << 10;
 const OWN_KIB: u64 = 32 << 10;
 
-/// Runs one with all devices.
-fn survives(seed: u64, rounds: u32) {
+/// Runs one with all devices, a disk with this engine among them.
+fn survives(seed: u64, rounds: u32, engine: &str) {
     let network = Namespace::new();
     network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
     network.ip(&["link", "set", "tap0", "up"]);
@@ -40,7 +40,7 @@ fn survives(seed: u64, rounds: u32) {
 
     let mut running = guest
         .memory("64M")
-        .disk(first.display())
+        .disk(format!("path={},engine={engine}", first.display()))
         .disk(format!("path={},readonly=on", kept.display()))
         .net("tap=tap0")
         .option("--share", format!("{}:/mnt", share.display()))
@@ -81,10 +81,10 @@ fn survives(seed: u64, rounds: u32) {
 
 #[test]
 fn devices_survive_a_guest_that_keeps_no_rule() {
-    survives(1, 12);
+    survives(1, 12, "sync");
 }
 
 #[test]
 fn devices_survive_another() {
-    survives(2, 12);
+    survives(2, 12, "io_uring");
 }

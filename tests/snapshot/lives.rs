@@ -73,7 +73,8 @@ fn lives(rounds: usize, cpus: u32) {
     let listener = UnixListener::bind(lab.path("vsock_2000")).unwrap();
     let (sender, accepted) = mpsc::channel::<UnixStream>();
     thread::spawn(move || listener.incoming().flatten().try_for_each(|stream| sender.send(stream)));
-    lab.config = lab.config.cpus(cpus).disk(blk::Spec::new(&disk)).vsock(vsock::Spec { cid: 3, socket });
+    let spec = blk::Spec { engine: blk::Engine::IoUring, ..blk::Spec::new(&disk) };
+    lab.config = lab.config.cpus(cpus).disk(spec).vsock(vsock::Spec { cid: 3, socket });
     lab.config = lab.config.net(serde_json::from_value(json!({"tap": "tap0"})).unwrap());
 
     let mut machine = network.inside(|| Running::start(Builder::new(lab.config.clone())));

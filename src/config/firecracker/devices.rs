@@ -90,7 +90,7 @@ impl Drive {
             is_read_only: spec.readonly,
             rate_limiter: Limiter::of(spec.bw, spec.iops),
             cache: usize::from(spec.cache == blk::Cache::Writeback),
-            engine: 0,
+            engine: usize::from(spec.engine == blk::Engine::IoUring),
         }
     }
 
@@ -102,6 +102,7 @@ impl Drive {
             id: Some(self.drive_id.clone()).filter(|id| id.len() <= blk::ID_BYTES),
             readonly: self.is_read_only,
             cache: if self.cache == 0 { blk::Cache::Unsafe } else { blk::Cache::Writeback },
+            engine: if self.engine == 0 { blk::Engine::Sync } else { blk::Engine::IoUring },
             bw: rates.bytes,
             iops: rates.operations,
             ..blk::Spec::new(&self.path_on_host)

@@ -308,6 +308,8 @@ mod tests {
         assert_eq!(config.disks[0].path.to_str(), Some("a.img"));
         assert_eq!((config.disks[0].readonly, config.disks[0].iops.unwrap().size.get()), (true, 100));
         assert_eq!(config.disks[1].cache, crate::virtio::blk::Cache::Unsafe);
+        let engines = [0, 1].map(|disk: usize| config.disks[disk].engine);
+        assert_eq!(engines, [crate::virtio::blk::Engine::IoUring, crate::virtio::blk::Engine::Sync]);
         assert_eq!(config.nets[0].tap.as_deref(), Some("tap0"));
         let limits = [config.rng_bw, config.serial_bw].map(|limit| limit.unwrap().to_string());
         assert_eq!(

@@ -7,12 +7,15 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, fdatasync, flock, seek};
+use rustix::fs::{
+    FallocateFlags, FlockOperation, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fdatasync, flock, seek,
+};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::SECTOR;
 use super::direct::Direct;
 use super::ioctl::discard_blocks;
+use super::uring::Uring;
 use crate::virtio::iovec::Iovecs;
 
 /// Why a disk image cannot be used.
@@ -101,6 +104,15 @@ pub enum Error {
     NoDirect {
         /// The image.
         path: PathBuf,
+    },
+    /// There is no io_uring for it.
+    #[error("cannot set up io_uring for disk image {path} (engine=sync does without)")]
+    Ring {
+        /// The image.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
     },
     /// The serial number is too long.
     #[error("cannot give disk image {path} the id {id:?}: it has more than 20 bytes")]
@@ -217,6 +229,28 @@ impl Image {
         Ok(Self { file: locked, _claim: claim, block_device, sectors, serial, direct: None, flush_failed: false })
     }
 
+    /// A ring for as many as `entries` requests on this image, which is at `path`.
+    pub fn ring(&self, path: &Path, entries: u16) -> Result<Uring, Error> {
+        self.wait_for_disk()
+            .and_then(|()| Uring::new(self.file(), entries))
+            .map_err(|source| Error::Ring { path: path.into(), source })
+    }
+
+    /// Has `ring` work on this image, which is at `path`, from now on.
+    pub fn take_ring(&self, ring: &mut Uring, path: &Path) -> Result<(), Error> {
+        self.wait_for_disk().and_then(|()| ring.set_file(self.file())).map_err(|source| Error::Examine {
+            path: path.into(),
+            what: "have io_uring work on",
+            source,
+        })
+    }
+
+    /// The kernel has io_uring wait for a disk only if the file says so.
+    fn wait_for_disk(&self) -> io::Result<()> {
+        let flags = fcntl_getfl(self.file())?;
+        Ok(fcntl_setfl(self.file(), flags - OFlags::NONBLOCK)?)
+    }
+
     fn file(&self) -> &File {
         &self.file.0
     }
@@ -266,7 +300,7 @@ impl Image {
     }
 
     /// Whether the buffers can be read or written as the image is open.
-    fn takes(&self, buffers: &Iovecs, offset: u64) -> bool {
+    pub fn takes(&self, buffers: &Iovecs, offset: u64) -> bool {
         self.direct.as_ref().is_none_or(|direct| direct.takes(buffers, offset))
     }
 
@@ -281,12 +315,18 @@ impl Image {
     /// Returns when all that was written is on the disk. After it failed once it always fails: the host drops what it
     /// could not write, and would report success the next time.
     pub fn flush(&mut self) -> io::Result<()> {
-        if self.flush_failed {
-            return Err(io::Error::other("data was lost when an earlier flush failed"));
-        }
+        self.check_flushed()?;
         let result = retry_on_intr(|| fdatasync(self.file()));
         self.flush_failed = result.is_err();
         Ok(result?)
+    }
+
+    /// Fails if a flush has.
+    pub fn check_flushed(&self) -> io::Result<()> {
+        match self.flush_failed {
+            true => Err(io::Error::other("data was lost when a flush failed")),
+            false => Ok(()),
+        }
     }
 
     /// Whether a flush has failed.

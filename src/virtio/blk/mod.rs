@@ -1,27 +1,32 @@
 //! The block device: a disk image or block device of the host as the guest's disk. Virtio 1.2, section 5.2.
 //!
-//! Requests are done one after the other on the device's thread, straight between guest memory and the host's page
-//! cache.
+//! Requests are done straight between guest memory and the host's page cache, or the disk: on the device's thread one after the
+//! other, or several at the same time by io_uring.
 
 mod direct;
 mod image;
+mod in_flight;
 mod ioctl;
 mod layout;
+mod uring;
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 
 pub use self::image::Error;
 use self::image::Image;
+use self::in_flight::InFlight;
 use self::layout::Layout;
+use self::uring::{Kind, Request, Uring};
 use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::Iovecs;
@@ -57,6 +62,8 @@ const PHYSICAL_BLOCK_EXP: u8 = 3;
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// What the rate limit's timer is watched as.
 const LIMIT: u32 = 0;
+/// What the ring is watched as.
+const RING: u32 = 1;
 /// Host errors of one device that are logged as such.
 const LOGGED_ERRORS: u64 = 5;
 
@@ -79,6 +86,9 @@ pub struct Spec {
     /// Whether it is read and written past the host's page cache.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub direct: bool,
+    /// How the host is asked for what the guest asks for.
+    #[serde(default, skip_serializing_if = "Engine::is_sync")]
+    pub engine: Engine,
     /// How many bytes may be read and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bw: Option<Limit>,
@@ -95,8 +105,8 @@ impl Spec {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let (readonly, direct) = (false, false);
         let (id, bw, iops) = (None, None, None);
-        let (cache, errors) = (Cache::default(), Errors::default());
-        Self { path: path.into(), readonly, id, cache, direct, bw, iops, errors }
+        let (cache, engine, errors) = (Cache::default(), Engine::default(), Errors::default());
+        Self { path: path.into(), readonly, id, cache, direct, engine, bw, iops, errors }
     }
 }
 
@@ -124,6 +134,24 @@ pub enum Cache {
     Unsafe,
 }
 
+/// How the host is asked for what the guest asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum Engine {
+    /// By system calls, one after the other.
+    #[default]
+    Sync,
+    /// By io_uring(7), all at the same time.
+    IoUring,
+}
+
+impl Engine {
+    fn is_sync(&self) -> bool {
+        *self == Self::Sync
+    }
+}
+
 /// A block device.
 pub struct Blk {
     path: PathBuf,
@@ -142,6 +170,10 @@ pub struct Blk {
     layout: Layout,
     iovecs: Option<Iovecs>,
     written: u64,
+    current: Request,
+    /// Does several requests at the same time, if it is there.
+    uring: Option<Uring>,
+    in_flight: InFlight,
     /// Requests that the host failed.
     host_errors: u64,
     limit: Option<RateLimiter>,
@@ -181,6 +213,27 @@ enum Failure {
     Driver(&'static str),
     /// The host failed.
     Host(&'static str, io::Error),
+    /// It can be, when nothing else is under way.
+    Alone,
+}
+
+/// How far a request has come.
+enum Progress {
+    /// The ring has it.
+    Begun,
+    Done,
+}
+
+/// What becomes of a request.
+enum Answer {
+    /// It is done, and wrote so many bytes to guest memory, from the first writable one on.
+    Used(u32),
+    /// The ring has it.
+    Begun,
+    /// It is to be done later,
+    Again,
+    /// or when nothing else is under way.
+    Alone,
 }
 
 impl Blk {
@@ -197,6 +250,10 @@ impl Blk {
             Some(text) => id_bytes(text),
             None => id_bytes(image.serial()),
         };
+        let uring = match spec.engine {
+            Engine::Sync => None,
+            Engine::IoUring => Some(image.ring(&spec.path, QUEUE_SIZES[0])?),
+        };
         Ok(Self {
             path: spec.path.clone(),
             readonly: spec.readonly,
@@ -210,6 +267,9 @@ impl Blk {
             layout: Layout::default(),
             iovecs: None,
             written: 0,
+            current: Request { head: 0, status_at: GuestAddress(0), room: 0 },
+            uring,
+            in_flight: InFlight::default(),
             host_errors: 0,
             limit: RateLimiter::new(Rates { bytes: spec.bw, operations: spec.iops }).map_err(Error::Timer)?,
             moved: 0,
@@ -228,6 +288,7 @@ impl Blk {
     /// Goes on with another image, from the next request on.
     fn set_path(&mut self, path: &Path) -> Result<(), Error> {
         let image = self.image.replace(path, self.readonly)?;
+        self.uring.as_mut().map_or(Ok(()), |uring| image.take_ring(uring, path))?;
         if self.default_id {
             self.id = id_bytes(image.serial());
         }
@@ -247,38 +308,50 @@ impl Blk {
     }
 
     /// Does one request unless the rate limit, or the host, has it wait.
-    fn limited_request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Option<u32> {
+    fn limited_request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
         if self.limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
             self.counts.throttled.inc();
-            return None;
+            return Answer::Again;
         }
         self.moved = 0;
-        let written = self.request(ram, chain, iovecs);
-        if let Some(limit) = &mut self.limit {
+        let answer = self.request(ram, chain, iovecs);
+        if let Some(limit) = self.limit.as_mut().filter(|_| !matches!(answer, Answer::Alone)) {
             limit.take(self.moved, Instant::now());
         }
-        written
+        answer
     }
 
-    /// Does one request; how many bytes it wrote to guest memory, from the first writable one on. `None` if it is to be done
-    /// again.
-    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Option<u32> {
+    /// Does one request, or begins it.
+    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
+        let head = chain.head_index();
         let proper = self.layout.load(chain, DESCRIPTORS_MAX);
         let Some(status_at) = proper.then(|| self.layout.writable.take_last(ram)).flatten() else {
             // There is no place to say so.
             self.counts.errors.inc();
-            return Some(0);
+            return Answer::Used(0);
         };
-        let room = self.layout.writable.len();
+        self.current = Request { head, status_at, room: self.layout.writable.len() };
         self.written = 0;
-        let status = match self.execute(ram, iovecs) {
+        let result = match self.execute(ram, iovecs) {
+            Ok(Progress::Begun) => return Answer::Begun,
+            Err(Failure::Alone) => return Answer::Alone,
+            Ok(Progress::Done) => Ok(()),
+            Err(failure) => Err(failure),
+        };
+        self.answer(ram, self.current, self.written, result).map_or(Answer::Again, Answer::Used)
+    }
+
+    /// Tells the driver of a request that has `written` so many bytes of data; how many are written with the status. `None` if
+    /// it is to be done again.
+    fn answer(&mut self, ram: &GuestRam, request: Request, written: u64, result: Result<(), Failure>) -> Option<u32> {
+        let status = match result {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(failure) => self.fail(failure)?,
         };
         let status = u8::try_from(status).expect("a status is a byte");
-        ram.write_obj(status, status_at).expect("take_last found it in guest memory");
+        ram.write_obj(status, request.status_at).expect("take_last found it in guest memory");
         // The status comes last: it counts only if all before it was written (2.7.8.2).
-        let written = self.written + u64::from(self.written == room);
+        let written = written + u64::from(written == request.room);
         Some(u32::try_from(written).expect("a chain has less than 4 GiB"))
     }
 
@@ -287,15 +360,18 @@ impl Blk {
         self.counts.errors.inc();
         match failure {
             Failure::Unsupported => return Some(VIRTIO_BLK_S_UNSUPP),
+            Failure::Alone => return None,
             Failure::Driver(what) => log::debug!("virtio-blk: the driver asked for {what}"),
             Failure::Host(what, error) => {
                 let why = format!("cannot {what} disk image {}: {error}", self.path.display());
                 if let Some(on_error) = &self.on_error {
-                    self.stopped = true;
                     // It is asked for again like others, and fails again.
                     let lost =
                         if what == "flush" { " (writes may be lost: no later flush of it succeeds)" } else { "" };
-                    on_error(why + lost);
+                    // Others that were under way may fail as well.
+                    if !std::mem::replace(&mut self.stopped, true) {
+                        on_error(why + lost);
+                    }
                     return None;
                 }
                 self.host_errors += 1;
@@ -307,43 +383,49 @@ impl Blk {
     }
 
     /// Does what the header of the request in `layout` says.
-    fn execute(&mut self, ram: &GuestRam, iovecs: &mut Iovecs) -> Result<(), Failure> {
+    fn execute(&mut self, ram: &GuestRam, iovecs: &mut Iovecs) -> Result<Progress, Failure> {
         let mut header = [0; 16];
         if !self.layout.readable.take(ram, &mut header) {
             return Err(Failure::Driver("nothing: there is no header"));
         }
         let [kind, sector] = [&header[..4], &header[8..]].map(little_endian);
         match u32::try_from(kind).expect("of 4 bytes") {
-            VIRTIO_BLK_T_IN => self.read(sector, iovecs),
-            VIRTIO_BLK_T_OUT => self.write(sector, iovecs),
-            VIRTIO_BLK_T_FLUSH => self.flush(),
-            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => self.discard(ram),
-            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self.write_zeroes(ram),
-            VIRTIO_BLK_T_GET_ID => self.get_id(iovecs),
-            _ => Err(Failure::Unsupported),
+            VIRTIO_BLK_T_IN => return self.read(ram, sector, iovecs),
+            VIRTIO_BLK_T_OUT => return self.write(ram, sector, iovecs),
+            VIRTIO_BLK_T_FLUSH => return self.flush(),
+            VIRTIO_BLK_T_DISCARD if self.negotiated(VIRTIO_BLK_F_DISCARD) => self.discard(ram)?,
+            VIRTIO_BLK_T_WRITE_ZEROES if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self.write_zeroes(ram)?,
+            VIRTIO_BLK_T_GET_ID => self.get_id(iovecs)?,
+            _ => return Err(Failure::Unsupported),
         }
+        Ok(Progress::Done)
     }
 
     fn negotiated(&self, feature: u32) -> bool {
         self.features & 1 << feature != 0
     }
 
-    fn read(&mut self, sector: u64, iovecs: &mut Iovecs) -> Result<(), Failure> {
+    fn read(&mut self, ram: &GuestRam, sector: u64, iovecs: &mut Iovecs) -> Result<Progress, Failure> {
         let len = self.layout.writable.len();
         if self.layout.readable.len() != 0 {
             return Err(Failure::Driver("a read into readable buffers"));
         }
         let offset = self.data_offset(sector, len)?;
         self.layout.writable.list(iovecs).map_err(|_| Failure::Driver("a read into what is not memory"))?;
+        let progress = self.begin(ram, Kind::Read, (offset, len), iovecs)?;
         self.counts.reads.inc();
         self.moved = len;
+        if matches!(progress, Progress::Begun) {
+            return Ok(progress);
+        }
         let result = self.image.read(iovecs, offset);
         self.written = len - iovecs.bytes() as u64;
         self.counts.read_bytes.add(self.written);
-        result.map_err(|error| Failure::Host("read", error))
+        result.map_err(|error| Failure::Host("read", error))?;
+        Ok(progress)
     }
 
-    fn write(&mut self, sector: u64, iovecs: &mut Iovecs) -> Result<(), Failure> {
+    fn write(&mut self, ram: &GuestRam, sector: u64, iovecs: &mut Iovecs) -> Result<Progress, Failure> {
         let len = self.layout.readable.len();
         if self.layout.writable.len() != 0 {
             return Err(Failure::Driver("a write from writable buffers"));
@@ -351,17 +433,26 @@ impl Blk {
         self.check_writable()?;
         let offset = self.data_offset(sector, len)?;
         self.layout.readable.list(iovecs).map_err(|_| Failure::Driver("a write from what is not memory"))?;
+        let progress = self.begin(ram, Kind::Write, (offset, len), iovecs)?;
         self.counts.writes.inc();
         self.moved = len;
+        if matches!(progress, Progress::Begun) {
+            return Ok(progress);
+        }
         let result = self.image.write(iovecs, offset);
         self.counts.written_bytes.add(len - iovecs.bytes() as u64);
         result.map_err(|error| Failure::Host("write", error))?;
-        self.write_through()
+        self.write_through()?;
+        Ok(progress)
     }
 
-    fn flush(&mut self) -> Result<(), Failure> {
+    fn flush(&mut self) -> Result<Progress, Failure> {
         self.counts.flushes.inc();
-        self.sync()
+        let progress = self.begin_flush();
+        if matches!(progress, Progress::Done) {
+            self.sync()?;
+        }
+        Ok(progress)
     }
 
     /// A driver that does not flush takes what is written for safe at once (5.2.6.2).
@@ -369,14 +460,20 @@ impl Blk {
         if self.negotiated(VIRTIO_BLK_F_FLUSH) { Ok(()) } else { self.sync() }
     }
 
+    /// Whether a flush does anything.
+    fn flushes(&self) -> bool {
+        self.cache != Cache::Unsafe && !self.readonly
+    }
+
     fn sync(&mut self) -> Result<(), Failure> {
-        if self.cache == Cache::Unsafe || self.readonly {
+        if !self.flushes() {
             return Ok(());
         }
         self.image.flush().map_err(|error| Failure::Host("flush", error))
     }
 
     fn discard(&mut self, ram: &GuestRam) -> Result<(), Failure> {
+        self.check_alone()?;
         self.counts.discards.inc();
         let mut segments = [Segment::default(); DISCARD_SEG_MAX as usize];
         for segment in self.take_segments(ram, &mut segments, DISCARD_SECTORS_MAX, 0)? {
@@ -387,6 +484,7 @@ impl Blk {
     }
 
     fn write_zeroes(&mut self, ram: &GuestRam) -> Result<(), Failure> {
+        self.check_alone()?;
         self.counts.write_zeroes.inc();
         let mut segments = [Segment::default(); WRITE_ZEROES_SEG_MAX as usize];
         let flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
@@ -518,7 +616,7 @@ impl VirtioDevice for Blk {
     }
 
     fn own_files(&self) -> Vec<RawFd> {
-        self.image.descriptors().collect()
+        self.image.descriptors().chain(self.uring.iter().map(|uring| uring.as_fd().as_raw_fd())).collect()
     }
 
     fn features(&self) -> u64 {
@@ -550,20 +648,41 @@ impl VirtioDevice for Blk {
         self.features = features;
         self.stopped = false;
         self.iovecs.get_or_insert_with(|| Iovecs::new(&io.ram));
+        if let Some(uring) = &self.uring {
+            let watched = io.watch(RING, uring, EventFlags::IN);
+            watched
+                .map_err(|source| device::Error::Host { what: "cannot watch the disk's io_uring".into(), source })?;
+        }
         self.limit.as_ref().map_or(Ok(()), |limit| limit.watch(LIMIT, io))
     }
 
-    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+    fn change(&mut self, change: &Change, mut io: Option<&mut Io>) -> Result<(), change::Error> {
         match change {
-            Change::Path(path) => Ok(self.set_path(path)?),
+            Change::Path(path) => {
+                if let Some(io) = &mut io {
+                    let rest = self.pause(io).map_err(io::Error::other);
+                    let what = "wait for requests to";
+                    rest.map_err(|source| Error::Examine { path: self.path.clone(), what, source })?;
+                }
+                Ok(self.set_path(path)?)
+            }
             Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
             other => Err(other.unsupported()),
         }
     }
 
-    fn host_ready(&mut self, _token: u32, io: &mut Io) -> Result<(), device::Error> {
-        self.limit.iter_mut().for_each(RateLimiter::woken);
+    fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), device::Error> {
+        if token == LIMIT {
+            self.limit.iter_mut().for_each(RateLimiter::woken);
+        }
         self.queue_ready(0, io)
+    }
+
+    fn pause(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        if let Some((ram, queue)) = io.queue(0).filter(|_| self.uring.is_some()) {
+            self.come_to_rest(ram, queue)?;
+        }
+        Ok(())
     }
 
     fn resume(&mut self) {
@@ -571,20 +690,35 @@ impl VirtioDevice for Blk {
     }
 
     fn stop(&mut self, io: &mut Io) {
+        self.forget();
         self.limit.iter().for_each(|limit| limit.unwatch(io));
+        if let Some(Err(error)) = self.uring.as_ref().map(|uring| io.unwatch(uring)) {
+            log::error!("cannot stop watching a disk's io_uring: {error}");
+        }
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
-        if self.stopped || self.limit.as_ref().is_some_and(RateLimiter::is_waiting) {
-            return Ok(());
-        }
-        let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
+        let waits = self.stopped || self.limit.as_ref().is_some_and(RateLimiter::is_waiting);
+        let Some((ram, queue)) = io.queue(index).filter(|_| !waits || self.uring.is_some()) else { return Ok(()) };
         let mut iovecs = self.iovecs.take().expect("start made it, and it is put back below");
-        let result = queue.serve_some(ram, |chain| self.limited_request(ram, chain, &mut iovecs));
+        let result = if self.uring.is_some() {
+            self.serve_ring(ram, queue, &mut iovecs)
+        } else {
+            let served = queue.serve_some(ram, |chain| match self.limited_request(ram, chain, &mut iovecs) {
+                Answer::Used(written) => Some(written),
+                Answer::Begun | Answer::Again | Answer::Alone => None,
+            });
+            served.map_err(device::Error::from)
+        };
         self.iovecs = Some(iovecs);
-        Ok(result?)
+        result
     }
 }
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+#[path = "tests.rs"]
+#[expect(clippy::duplicate_mod, reason = "the same tests with the other engine")]
+mod tests_with_a_ring;
