@@ -16,7 +16,9 @@ pub const CONFIG: &str = "config.json";
 /// What memory a machine of it has used, and the same while it is written.
 pub const WORKING_SET: &str = "working-set";
 pub const NEW_WORKING_SET: &str = "working-set.new";
-const FILES: [&str; 5] = [STATE, MEMORY, CONFIG, WORKING_SET, NEW_WORKING_SET];
+/// In a temporary folder, a state that is being replaced.
+pub const OLD_STATE: &str = "state.old";
+const FILES: [&str; 6] = [STATE, MEMORY, CONFIG, WORKING_SET, NEW_WORKING_SET, OLD_STATE];
 
 /// Whether a folder may go: it has the files of a snapshot, or none.
 pub fn may_go(folder: &Path) -> bool {

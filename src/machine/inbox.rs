@@ -8,8 +8,7 @@ use std::sync::mpsc::{self, Receiver};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::pause::Answer;
-use super::snapshot::Destination;
-use super::{Lines, firecracker};
+use super::{Destination, Lines, firecracker};
 use crate::devices::transcript::Sight;
 use crate::virtio::change::Change;
 use crate::{command, vcpu};

@@ -22,6 +22,7 @@ mod save;
 pub mod snapshot;
 mod watch;
 mod working_set;
+mod writing;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -41,9 +42,10 @@ pub use pause::Refusal;
 use pause::{Pause, Save};
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
-pub use snapshot::{Destination, Snapshot};
+pub use snapshot::Snapshot;
 use vmm_sys_util::eventfd::EventFd;
 pub use working_set::Record;
+pub use writing::Destination;
 
 use crate::command::Kept;
 use crate::config::Config;

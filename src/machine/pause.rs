@@ -17,8 +17,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::inbox::{Event, Sender};
-use super::snapshot::{Destination, saveable};
-use super::{Error, Handle, Machine};
+use super::snapshot::saveable;
+use super::{Destination, Error, Handle, Machine};
 use crate::{command, vcpu};
 
 /// Why nothing could be asked of a machine through its [`Handle`].

@@ -5,7 +5,8 @@ use std::thread::{self, JoinHandle};
 use super::inbox::Event;
 use super::memory_copy::{Pages, Source};
 use super::pause::{Answer, Refusal, ask};
-use super::snapshot::{self, Destination, State, Writing, portable};
+use super::snapshot::{self, State, portable};
+use super::writing::{Destination, Writing};
 use super::{Error, Handle, Machine};
 use crate::{signal, vcpu};
 

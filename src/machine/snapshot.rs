@@ -3,8 +3,8 @@
 //! What is in the files is described in docs/snapshot-format.md.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,11 +12,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::folder::{self, CONFIG, MEMORY, STATE};
-use super::memory_copy::{Child, Pages, Runs, Source};
+use super::folder::{MEMORY, STATE};
+use super::memory_copy::{Pages, Source};
 use super::memory_file;
 use super::memory_handler::Handler;
 use super::working_set::{self, Record};
+use super::writing::{Destination, Writing};
 use crate::arch::x86_64::layout;
 use crate::command;
 use crate::config::Config;
@@ -120,35 +121,6 @@ pub enum Error {
     /// A part of the state does not fit.
     #[error("cannot restore the snapshot")]
     Part(#[from] snapshot::Error),
-}
-
-/// Where a snapshot goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destination {
-    /// A folder that appears when all of it is there, in place of one of that name.
-    Folder(PathBuf),
-    /// A new folder whose memory is only what is other than in the snapshot that the machine was restored from. That has to stay
-    /// where it is.
-    Diff(PathBuf),
-    /// Two files, each of which appears when all of it is there.
-    Files {
-        /// The state, with the configuration.
-        state: PathBuf,
-        /// Guest memory.
-        memory: PathBuf,
-        /// Whether the file of memory has only the pages that are other than in the one that the machine was restored from, or,
-        /// of one that was booted, those that were ever used; the others are holes. It is of use when it has been merged into an
-        /// earlier one, as Firecracker's `snapshot-editor` does: the state does not say what it stands on.
-        diff: bool,
-    },
-}
-
-impl Destination {
-    fn path(&self) -> &Path {
-        match self {
-            Self::Folder(path) | Self::Diff(path) | Self::Files { state: path, .. } => path,
-        }
-    }
 }
 
 /// All that makes a machine go on elsewhere, but for its memory.
@@ -443,140 +415,10 @@ pub(crate) fn portable(config: &Config) -> Result<Config, Error> {
     Ok(config)
 }
 
-/// A snapshot that is being written.
-pub(super) struct Writing {
-    destination: Destination,
-    /// What is there until it is whole: a locked folder, and where its files go at the end.
-    folder: PathBuf,
-    lock: File,
-    files: Vec<File>,
-    copying: Option<Copying>,
-}
-
-/// How guest memory gets to its file.
-enum Copying {
-    /// It is there; which pages.
-    Done(Runs),
-    /// A child writes what it was.
-    Child(Child),
-}
-
-impl Writing {
-    /// Takes guest memory as it is, while the machine stands still. If it `goes_on` before the end, a child process has the
-    /// memory copy-on-write, and writes it; if the host makes none, or it does not go on, the memory is written here.
-    pub fn begin(destination: Destination, memory: &Source, goes_on: bool) -> Result<Self, Error> {
-        let target = destination.path().to_owned();
-        let write = |source| Error::Write { path: target.clone(), source };
-        let (folder, lock) = folder::temporary(&target).map_err(write)?;
-        let mut writing = Writing { destination, folder, lock, files: vec![], copying: None };
-        writing.take_memory(memory, goes_on).map_err(write)?;
-        Ok(writing)
-    }
-
-    fn take_memory(&mut self, memory: &Source, goes_on: bool) -> io::Result<()> {
-        let file = self.create(MEMORY)?;
-        let child = goes_on.then(|| memory.fork(&file)).transpose().unwrap_or_else(|error| {
-            log::warn!("the machine stands still while its memory is written: cannot make a process for it: {error}");
-            None
-        });
-        self.copying = Some(match child {
-            Some(child) => Copying::Child(child),
-            None => Copying::Done(memory.copy(&file)?),
-        });
-        self.files.push(file);
-        Ok(())
-    }
-
-    /// A file that only the owner may read: guest memory is nobody else's.
-    fn create(&self, name: &str) -> io::Result<File> {
-        use std::os::unix::fs::OpenOptionsExt;
-        File::options().write(true).create_new(true).mode(0o600).open(self.folder.join(name))
-    }
-
-    /// Writes the state when memory is written, waits until all is on the disk, and puts it where it belongs.
-    pub fn finish(mut self, state: &mut State) -> Result<(), Error> {
-        let path = self.destination.path().to_owned();
-        let written = self.write_state(state).and_then(|()| Ok(self.place()?));
-        written.map_err(|error| match error {
-            Problem::Host(source) => Error::Write { path, source },
-            Problem::State(error) => Error::Part(error),
-        })
-    }
-
-    fn write_state(&mut self, state: &mut State) -> Result<(), Problem> {
-        let runs = match self.copying.take().expect("memory was taken first") {
-            Copying::Done(runs) => runs,
-            Copying::Child(child) => child.wait()?,
-        };
-        if let Some(base) = &mut state.base {
-            base.changed = runs;
-        }
-        let mut file = self.create(STATE)?;
-        file.write_all(&snapshot::encode(state).map_err(Problem::State)?)?;
-        self.files.push(file);
-        if !matches!(self.destination, Destination::Files { .. }) {
-            let mut config = self.create(CONFIG)?;
-            serde_json::to_writer_pretty(&mut config, &state.config).map_err(io::Error::other)?;
-            config.write_all(b"\n")?;
-            self.files.push(config);
-        }
-        Ok(())
-    }
-
-    fn place(&self) -> io::Result<()> {
-        self.files.iter().try_for_each(File::sync_all)?;
-        match &self.destination {
-            Destination::Folder(target) | Destination::Diff(target) => {
-                // What it stands on must not be what it replaces.
-                let may_replace = matches!(self.destination, Destination::Folder(_));
-                self.lock.sync_all()?;
-                folder::give_name(&self.folder, target, may_replace)?;
-                File::open(folder::parent(target))?.sync_all()
-            }
-            Destination::Files { state, memory, .. } => {
-                // The state last: it says how long the memory is.
-                for (name, target) in [(MEMORY, memory), (STATE, state)] {
-                    let from = self.folder.join(name);
-                    // A name on another file system is none to rename to.
-                    match fs::rename(&from, target) {
-                        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
-                            fs::copy(&from, target)?;
-                        }
-                        other => other?,
-                    }
-                }
-                File::open(folder::parent(state))?.sync_all()
-            }
-        }
-    }
-}
-
-impl Drop for Writing {
-    fn drop(&mut self) {
-        // What became of the folder that was replaced, or what was not finished.
-        if let Err(error) = folder::remove(&self.folder)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            log::warn!("cannot remove {}: {error}", self.folder.display());
-        }
-    }
-}
-
-enum Problem {
-    Host(io::Error),
-    State(snapshot::Error),
-}
-
-impl From<io::Error> for Problem {
-    fn from(error: io::Error) -> Self {
-        Self::Host(error)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::env;
+    use std::{env, fs};
 
     /// A state as this version of the format has it. Only its second line is of importance.
     fn golden() -> (PathBuf, String) {
