@@ -7,13 +7,13 @@ use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use super::board_x86_64::{Board, NamedDevice, virtio_windows};
+use super::destination::Destination;
 use super::events::Told;
 use super::inbox::{Event, Inbox, Sender};
 use super::pause::Pause;
 use super::pause::Save;
 use super::quota::Quota;
 use super::snapshot::{self, Snapshot};
-use super::writing::Destination;
 use super::{Durations, Error, Limits, Lines, Machine, firecracker};
 use crate::arch::x86_64::regs::Entry;
 use crate::arch::x86_64::{BootInfo, Platform, VirtioWindow, acpi, boot_params, layout, mptable, needs_x2apic, pvh};
@@ -251,9 +251,10 @@ impl Builder {
         board.attach_virtio(&ram, devices, &sandbox)?;
         let generation = snapshot.as_ref().map(|_| board.attach_generation_id(&ram)).transpose()?;
         let Board { buses, attached, counts, keyboard, .. } = board;
-        let (mut origin, mut working_set) = (None, Default::default());
+        let (mut origin, mut working_set, mut memory_files) = (None, Default::default(), vec![]);
         if let Some(snapshot) = snapshot {
             working_set = snapshot.working_set();
+            memory_files = snapshot.memory_files();
             origin = snapshot.origin.filter(|origin| !origin.path.as_os_str().is_empty());
             buses.restore(snapshot.state.devices).map_err(snapshot::Error::from)?;
         }
@@ -308,6 +309,8 @@ impl Builder {
             pid,
             generation,
             origin,
+            memory_files,
+            last_memory_file: None,
             save,
             may_give: false,
             vm,

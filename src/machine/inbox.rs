@@ -7,6 +7,7 @@ use std::sync::mpsc::{self, Receiver};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::destination::FileId;
 use super::pause::Answer;
 use super::{Destination, Lines, firecracker};
 use crate::devices::transcript::Sight;
@@ -50,6 +51,8 @@ pub enum Event {
     Snapshot(Destination, Answer<()>),
     /// Its state and memory have been taken.
     Saved,
+    /// All of its memory is in this file.
+    Written(FileId),
     /// Somebody has the guest end by itself; the answer is whether it could be asked.
     Terminate(Answer<bool>),
     /// Somebody wants to know how it goes.

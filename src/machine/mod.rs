@@ -3,6 +3,7 @@
 mod board_x86_64;
 mod builder;
 mod changed;
+mod destination;
 mod end;
 mod events;
 pub mod firecracker;
@@ -34,6 +35,7 @@ use std::time::Instant;
 
 use board_x86_64::{Attached, Keyboard, Port};
 pub use builder::Builder;
+pub use destination::Destination;
 use events::Told;
 pub use handle::Handle;
 use inbox::{Inbox, Sender};
@@ -45,7 +47,6 @@ pub use report::{Durations, Limits, Report};
 pub use snapshot::Snapshot;
 use vmm_sys_util::eventfd::EventFd;
 pub use working_set::Record;
-pub use writing::Destination;
 
 use crate::command::Kept;
 use crate::config::Config;
@@ -218,6 +219,10 @@ pub struct Machine {
     generation: Option<EventFd>,
     /// The snapshot that its memory is mapped from.
     origin: Option<snapshot::Base>,
+    /// Files that have all of its memory but what has changed since: those that it is mapped from, and the last one that all of
+    /// it was saved to.
+    memory_files: Vec<destination::FileId>,
+    last_memory_file: Option<destination::FileId>,
     /// Where it is saved when its guest is ready for the command.
     save: Option<Save>,
     /// The guest is given the command when the machine goes on.

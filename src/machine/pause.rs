@@ -11,11 +11,13 @@
 //! The latter are waited for by a thread, as a disk may be slow: signals and limits end a machine meanwhile as ever.
 
 use std::collections::VecDeque;
+use std::fs::Metadata;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::destination::file_id;
 use super::inbox::{Event, Sender};
 use super::snapshot::saveable;
 use super::{Destination, Error, Handle, Machine};
@@ -153,11 +155,21 @@ impl Machine {
     }
 
     pub(super) fn snapshot(&mut self, destination: Destination, answer: Answer<()>) {
-        if let Err(error) = saveable(&self.config) {
-            let _ = answer.send(Err(error.into()));
-        } else {
-            self.pause.saves.push_back((destination, answer));
-            self.stand_still();
+        // Memory that another process gives may be that of any file.
+        let is_served = |old: &Metadata| self.memory_handler.is_some() && old.len() == self.config.memory.get();
+        let is_whole = |old: &Metadata| {
+            let id = file_id(old);
+            self.memory_files.contains(&id) || self.last_memory_file == Some(id) || is_served(old)
+        };
+        let checked = saveable(&self.config).and_then(|()| destination.check(&self.config, is_whole));
+        match checked {
+            Ok(destination) => {
+                self.pause.saves.push_back((destination, answer));
+                self.stand_still();
+            }
+            Err(error) => {
+                let _ = answer.send(Err(error.into()));
+            }
         }
     }
 

@@ -216,6 +216,7 @@ impl Machine {
             Event::Vcpu(_, vcpu::Report::Paused) => return self.vcpu_paused().err().map(Err),
             Event::Snapshot(destination, answer) => self.snapshot(destination, answer),
             Event::Saved => self.saved(),
+            Event::Written(file) => self.last_memory_file = Some(file),
             Event::DevicesPaused => self.devices_paused(),
             Event::DiskFailed(device, why) => self.disk_failed(&device, &why),
             Event::CtrlAltDel => {

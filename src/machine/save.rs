@@ -2,11 +2,12 @@
 
 use std::thread::{self, JoinHandle};
 
+use super::destination::Destination;
 use super::inbox::Event;
 use super::memory_copy::{Pages, Source};
 use super::pause::{Answer, Refusal, ask};
 use super::snapshot::{self, State, portable};
-use super::writing::{Destination, Writing};
+use super::writing::Writing;
 use super::{Error, Handle, Machine};
 use crate::{signal, vcpu};
 
@@ -60,7 +61,13 @@ impl Machine {
             let writing = Writing::begin(destination, &memory, goes_on);
             drop((memory, ram));
             sender.send(Event::Saved);
-            let _ = answer.send(writing.and_then(|writing| writing.finish(&mut state)).map_err(Error::from));
+            let written = writing.and_then(|writing| {
+                let id = writing.memory_id().filter(|_| pages == Pages::Used);
+                writing.finish(&mut state)?;
+                id.into_iter().for_each(|id| sender.send(Event::Written(id)));
+                Ok(())
+            });
+            let _ = answer.send(written.map_err(Error::from));
         };
         match thread::Builder::new().name("bantam-save".into()).spawn(write) {
             Ok(thread) => {

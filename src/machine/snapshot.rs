@@ -12,12 +12,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::destination::{Destination, FileId, file_id};
 use super::folder::{MEMORY, STATE};
 use super::memory_copy::{Pages, Source};
 use super::memory_file;
 use super::memory_handler::Handler;
 use super::working_set::{self, Record};
-use super::writing::{Destination, Writing};
+use super::writing::Writing;
 use crate::arch::x86_64::layout;
 use crate::command;
 use crate::config::Config;
@@ -43,6 +44,14 @@ pub enum Error {
         /// What the host said.
         #[source]
         source: io::Error,
+    },
+    /// Something else would be lost.
+    #[error("cannot write the snapshot to {}: {why}: give another path", .path.display())]
+    Refused {
+        /// What is there.
+        path: PathBuf,
+        /// Why it stays.
+        why: &'static str,
     },
     /// It cannot be read.
     #[error("cannot read {} of a snapshot", .path.display())]
@@ -173,6 +182,7 @@ impl Base {
 #[derive(Debug)]
 pub(super) struct Layer {
     file: Arc<File>,
+    id: FileId,
     changed: Option<Vec<(u64, u64)>>,
 }
 
@@ -311,6 +321,14 @@ impl Snapshot {
         Ok((ram, None))
     }
 
+    /// The files that memory is mapped from.
+    pub(super) fn memory_files(&self) -> Vec<FileId> {
+        match &self.memory {
+            Memory::Files(layers) => layers.iter().map(|layer| layer.id).collect(),
+            Memory::Handler(_) => vec![],
+        }
+    }
+
     /// What is to be done about the machine's working set.
     pub(super) fn working_set(&self) -> working_set::Plan {
         match (&self.memory, &self.origin) {
@@ -367,12 +385,14 @@ fn read_state(path: &Path) -> Result<(State, Hex), Error> {
 
 fn layer(path: &Path, state: &State) -> Result<Layer, Error> {
     let file = file::open(path).map_err(read(path))?;
-    let found = file.metadata().map_err(read(path))?.len();
+    let metadata = file.metadata().map_err(read(path))?;
+    let found = metadata.len();
     if found != state.memory {
         return Err(Error::MemoryLength { path: path.to_owned(), found, expected: state.memory });
     }
     state.base.as_ref().map_or(Ok(()), |base| base.check(state.memory))?;
-    Ok(Layer { file: Arc::new(file), changed: state.base.as_ref().map(|base| base.changed.clone()) })
+    let changed = state.base.as_ref().map(|base| base.changed.clone());
+    Ok(Layer { file: Arc::new(file), id: file_id(&metadata), changed })
 }
 
 /// Whether all of a machine can be saved.

@@ -4,47 +4,11 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::destination::{Destination, FileId, file_id};
 use super::folder::{self, CONFIG, MEMORY, OLD_STATE, STATE};
 use super::memory_copy::{Child, Runs, Source};
 use super::snapshot::{Error, State};
 use crate::snapshot;
-
-/// Where a snapshot goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Destination {
-    /// A folder that appears when all of it is there, in place of one of that name.
-    Folder(PathBuf),
-    /// A new folder whose memory is only what is other than in the snapshot that the machine was restored from. That has to stay
-    /// where it is.
-    Diff(PathBuf),
-    /// Two files, each of which appears when all of it is there.
-    Files {
-        /// The state, with the configuration.
-        state: PathBuf,
-        /// Guest memory.
-        memory: PathBuf,
-        /// Whether the file of memory has only the pages that are other than in the one that the machine was restored from, or,
-        /// of one that was booted, those that were ever used; the others are holes. It is of use when it has been merged into an
-        /// earlier one, as Firecracker's `snapshot-editor` does: the state does not say what it stands on.
-        diff: bool,
-    },
-}
-
-impl Destination {
-    pub(super) fn path(&self) -> &Path {
-        match self {
-            Self::Folder(path) | Self::Diff(path) | Self::Files { state: path, .. } => path,
-        }
-    }
-
-    /// Where memory goes by itself.
-    pub(super) fn memory(&self) -> Option<&Path> {
-        match self {
-            Self::Files { memory, .. } => Some(memory),
-            Self::Folder(_) | Self::Diff(_) => None,
-        }
-    }
-}
 
 /// A snapshot that is being written.
 pub(super) struct Writing {
@@ -121,6 +85,11 @@ impl Writing {
         });
         self.files.push(file);
         Ok(())
+    }
+
+    /// The new file of memory.
+    pub fn memory_id(&self) -> Option<FileId> {
+        self.files.first().and_then(|file| file.metadata().ok()).map(|metadata| file_id(&metadata))
     }
 
     /// Writes the state when memory is written, waits until all is on the disk, and puts it where it belongs.

@@ -1,5 +1,8 @@
 //! Every endpoint before and after the start: its status, and the shape of its answer.
 
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use crate::client::{Api, idle_kernel};
@@ -215,6 +218,83 @@ fn every_endpoint_before_and_after_the_start() {
     let last = &lines[lines.len() - 1]["latencies_us"];
     assert!(["pause_vm", "resume_vm"].iter().all(|what| last[what].as_u64() > Some(0)), "{last}");
     assert!(last["vmm_pause_vm"].as_u64() > Some(0) && last["load_snapshot"] == 0, "{last}");
+}
+
+/// Has `destination` refused because of these words, as the state and as the memory.
+#[track_caller]
+fn refuses_to_save(api: &Api, destination: &str, words: &'static str) {
+    for (state, memory) in [(destination, "new"), ("new", destination)] {
+        let body = json!({"snapshot_path": state, "mem_file_path": memory}).to_string();
+        check(api, ("PUT", "/snapshot/create", &body), Refused(words));
+    }
+}
+
+#[test]
+fn a_snapshot_replaces_nothing_of_the_machine() {
+    let api = Api::start(&[]);
+    api.write("disk", &[7; 1 << 20]);
+    idle_kernel(&api.path("kernel"));
+    for (path, body) in [
+        ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 8}"#),
+        ("/boot-source", r#"{"kernel_image_path": "kernel"}"#),
+        ("/drives/data", DRIVE),
+        ("/vsock", r#"{"guest_cid": 3, "uds_path": "vsock"}"#),
+        ("/logger", r#"{"log_path": "log"}"#),
+        ("/metrics", r#"{"metrics_path": "metrics"}"#),
+        ("/serial", SERIAL),
+        ("/actions", r#"{"action_type": "InstanceStart"}"#),
+    ] {
+        api.done("PUT", path, body);
+    }
+    api.done("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    symlink("disk", api.path("link")).unwrap();
+    for name in ["disk", "./disk", "link", "kernel", "log", "metrics", "console"] {
+        refuses_to_save(&api, name, "a file of the machine");
+    }
+    for name in ["api.sock", "vsock", "."] {
+        refuses_to_save(&api, name, "no regular file");
+    }
+    refuses_to_save(&api, "./new", "take a file each");
+    assert!(!api.path("new").exists());
+    assert_eq!(std::fs::read(api.path("disk")).unwrap(), [7; 1 << 20]);
+}
+
+#[test]
+fn a_diff_in_the_place_of_whole_memory_is_whole() {
+    let save = |api: &Api, kind: &str, state: &Path, memory: &Path| {
+        let body = json!({"snapshot_path": state, "mem_file_path": memory, "snapshot_type": kind}).to_string();
+        api.done("PUT", "/snapshot/create", &body);
+    };
+    let load = |state: &Path, memory: &Path| {
+        let api = Api::start(&[]);
+        let body = json!({"snapshot_path": state, "mem_backend": {"backend_type": "File", "backend_path": memory}});
+        api.done("PUT", "/snapshot/load", &body.to_string());
+        api
+    };
+    let has_kernel = |memory: &Path| std::fs::read(memory).unwrap()[0x10_0000..][..4] == [0xb0, 0xff, 0xe6, 0x21];
+    let api = Api::start(&[]);
+    idle_kernel(&api.path("kernel"));
+    api.done("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 32}"#);
+    api.done("PUT", "/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    api.done("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    api.done("PATCH", "/vm", r#"{"state": "Paused"}"#);
+    let (state, memory) = (api.path("state"), api.path("memory"));
+    save(&api, "Full", &state, &memory);
+    assert!(has_kernel(&memory));
+
+    let next = load(&state, &memory);
+    let (later, diff, full) = (next.path("later"), next.path("diff"), next.path("full"));
+    save(&next, "Diff", &later, &diff);
+    save(&next, "Diff", &later, &diff);
+    assert!(!has_kernel(&diff), "it has what has changed");
+    save(&next, "Full", &later, &full);
+    for whole in [&full, &memory] {
+        save(&next, "Diff", &later, whole);
+        assert!(has_kernel(whole));
+        let last = load(&later, whole);
+        last.done("PATCH", "/vm", r#"{"state": "Resumed"}"#);
+        assert_eq!(last.done("GET", "/", "")["state"], "Running");
+    }
 }
 
 #[test]
