@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::folder;
+use super::folder::{self, MEMORY};
 use super::snapshot::Error;
 use crate::config::Config;
 use crate::devices::console;
@@ -58,12 +58,24 @@ impl Destination {
 
 impl Destination {
     /// The same, with links followed, if it may be written while a machine of this configuration runs in this process. A diff
-    /// that would take the place of one of the `wholes`, which have all of its memory, is not only what has changed.
+    /// that would take the place of one of the `wholes`, which have all of its memory, is not only what has changed. What the
+    /// snapshot stands on that the machine was restored from has the memory files `bases`.
     ///
     /// # Errors
     /// When something else would be lost.
-    pub(super) fn check(self, config: &Config, wholes: impl Fn(&Metadata) -> bool) -> Result<Self, Error> {
-        let Self::Files { state, memory, diff } = self else { return Ok(self) };
+    pub(super) fn check(
+        self,
+        config: &Config,
+        wholes: impl Fn(&Metadata) -> bool,
+        bases: &[FileId],
+    ) -> Result<Self, Error> {
+        let Self::Files { state, memory, diff } = self else {
+            let memory = fs::metadata(self.path().join(MEMORY));
+            if memory.is_ok_and(|memory| bases.contains(&file_id(&memory))) {
+                return Err(refuse(self.path(), "what the machine was restored from stands on the snapshot there"));
+            }
+            return self.outside();
+        };
         let (state, old_state) = resolve(&state)?;
         let (memory, old_memory) = resolve(&memory)?;
         let [state_id, memory_id] = [&old_state, &old_memory].map(|old| old.as_ref().map(file_id));
@@ -78,6 +90,19 @@ impl Destination {
         }
         let diff = diff && !old_memory.is_some_and(|old| wholes(&old));
         Ok(Self::Files { state, memory, diff })
+    }
+}
+
+impl Destination {
+    /// The same, if it is not in the folder of another snapshot.
+    ///
+    /// # Errors
+    /// When it is.
+    pub(super) fn outside(self) -> Result<Self, Error> {
+        match folder::has_state(folder::parent(self.path())) {
+            true => Err(refuse(self.path(), "it is in another one, which could be neither replaced nor removed then")),
+            false => Ok(self),
+        }
     }
 }
 
@@ -129,6 +154,28 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
+    fn no_folder_is_in_a_snapshot_or_replaces_what_the_machine_stands_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let saved = folder.path().join("saved");
+        fs::create_dir(&saved).unwrap();
+        fs::write(saved.join("state"), "bantam-state 7000 ?\n").unwrap();
+        fs::write(saved.join("memory"), "").unwrap();
+        let id = file_id(&fs::metadata(saved.join("memory")).unwrap());
+        for (path, bases, why) in [
+            (saved.join("new"), &[][..], "it is in another one"),
+            (saved.clone(), &[(0, 0), id], "stands on the snapshot there"),
+        ] {
+            for destination in [Destination::Folder(path.clone()), Destination::Diff(path)] {
+                let error = destination.check(&Config::new(), |_| false, bases).unwrap_err().to_string();
+                assert!(error.contains(why), "{error}");
+            }
+        }
+        for path in [saved, folder.path().join("new")] {
+            Destination::Folder(path).check(&Config::new(), |_| false, &[(0, 0)]).unwrap();
+        }
+    }
+
+    #[test]
     fn what_would_be_lost_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -148,7 +195,7 @@ mod tests {
         config.serial = console::Spec::File(path("console"));
         let check = |state: &str, memory: &str| {
             let destination = Destination::Files { state: path(state), memory: path(memory), diff: true };
-            destination.check(&config, |old| old.len() == 6)
+            destination.check(&config, |old| old.len() == 6, &[])
         };
 
         let mine = "is a file of the machine";

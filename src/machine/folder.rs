@@ -34,9 +34,14 @@ pub fn may_go(folder: &Path) -> bool {
             return false;
         }
     }
+    empty || has_state(folder)
+}
+
+/// Whether a folder has the state of a snapshot.
+pub fn has_state(folder: &Path) -> bool {
     let mut start = vec![];
     let state = open(&folder.join(STATE)).and_then(|file| file.take(snapshot::VERSION_BYTES).read_to_end(&mut start));
-    empty || state.is_ok() && snapshot::version(&start).is_ok()
+    state.is_ok() && snapshot::version(&start).is_ok()
 }
 
 /// Removes a folder with the files of a snapshot. With others in it they stay, and so does the folder.

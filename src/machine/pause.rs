@@ -161,7 +161,9 @@ impl Machine {
             let id = file_id(old);
             self.memory_files.contains(&id) || self.last_memory_file == Some(id) || is_served(old)
         };
-        let checked = saveable(&self.config).and_then(|()| destination.check(&self.config, is_whole));
+        // The last is that of the snapshot that it was restored from.
+        let bases = self.memory_files.split_last().map_or(&[][..], |(_, bases)| bases);
+        let checked = saveable(&self.config).and_then(|()| destination.check(&self.config, is_whole, bases));
         match checked {
             Ok(destination) => {
                 self.pause.saves.push_back((destination, answer));

@@ -93,6 +93,7 @@ impl Machine {
     /// The state, of the whole machine or of one whose memory is told by what has `changed`.
     fn state(&self, changed: bool) -> Result<State, Error> {
         let base = if changed { Some(self.origin.clone().ok_or(snapshot::Error::NoBase)?) } else { None };
+        base.as_ref().map_or(Ok(()), snapshot::Base::check_there)?;
         // Those that a template changes are not all in KVM's list.
         let template = self.config.cpu_template.iter().flat_map(|template| &template.msr_modifiers);
         let (extent, clock) = (self.vm.extent(template.map(|modifier| modifier.addr.0))?, self.vm.clock()?);

@@ -90,6 +90,15 @@ pub enum Error {
     /// There is nothing that what has changed could be other than.
     #[error("cannot save only what has changed: the machine was not restored from the folder of a snapshot")]
     NoBase,
+    /// What it was restored from has been replaced.
+    #[error(
+        "cannot save only what has changed: what is at {} is not the snapshot that the machine was restored from any more: save all of it",
+        .path.display()
+    )]
+    BaseReplaced {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// What has changed cannot be mapped.
     #[error("cannot map what has changed since an earlier snapshot")]
     Map(#[source] io::Error),
@@ -161,6 +170,15 @@ pub(super) struct Base {
 }
 
 impl Base {
+    /// Whether it is still there.
+    pub fn check_there(&self) -> Result<(), Error> {
+        let state = file::read(&self.path.join(STATE), snapshot::MAX);
+        match state.is_ok_and(|state| snapshot::digest(&state) == self.sha256) {
+            true => Ok(()),
+            false => Err(Error::BaseReplaced { path: self.path.clone() }),
+        }
+    }
+
     /// Whether the pages that have changed are so many bytes of memory's, in order, each there once.
     fn check(&self, memory: u64) -> Result<(), snapshot::Error> {
         let mut next = 0;
@@ -346,7 +364,8 @@ impl Snapshot {
     pub fn merge(mut self, folder: impl Into<PathBuf>) -> Result<(), super::Error> {
         let (ram, _handler) = self.map_memory(&layout::ram_ranges(self.state.memory), &Sandbox::default())?;
         self.state.base = None;
-        let writing = Writing::begin(Destination::Folder(folder.into()), &Source::new(&ram, Pages::Used), false)?;
+        let destination = Destination::Folder(folder.into()).outside()?;
+        let writing = Writing::begin(destination, &Source::new(&ram, Pages::Used), false)?;
         Ok(writing.finish(&mut self.state)?)
     }
 

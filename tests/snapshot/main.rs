@@ -291,7 +291,11 @@ fn what_changed_is_saved_on_top_of_what_was_saved_before() {
         machine.screen.wait_until(|seen| counts(seen).len() > 12);
         machine.handle.pause().unwrap();
         assert!(machine.handle.snapshot(Destination::Diff(folders[0].clone())).is_err(), "it would replace its base");
+        assert!(machine.handle.snapshot(Destination::Diff(folders[0].join("inside"))).is_err());
         machine.handle.snapshot(Destination::Diff(folders[layer].clone())).unwrap();
+        if layer == 2 {
+            assert!(machine.handle.snapshot(Destination::Folder(folders[0].clone())).is_err(), "its own stands on it");
+        }
         printed += &machine.stop();
         let size = |folder: &Path| fs::metadata(folder.join("memory")).unwrap().blocks();
         assert!(size(&folders[layer]) < size(&folders[0]), "{} blocks", size(&folders[layer]));
@@ -301,6 +305,12 @@ fn what_changed_is_saved_on_top_of_what_was_saved_before() {
     for folder in [&folders[2], &merged] {
         let machine = Running::restore(folder);
         machine.screen.wait_until(|seen| values(seen, "noise").len() > 1);
+        if folder == &merged {
+            assert!(Snapshot::open(&folders[2]).unwrap().merge(merged.join("inside")).is_err());
+            machine.handle.snapshot(Destination::Folder(merged.clone())).unwrap();
+            // What that would stand on is gone.
+            assert!(machine.handle.snapshot(Destination::Diff(lab.path("late"))).is_err());
+        }
         let all = format!("{printed}{}", machine.stop());
         assert!(counts(&all).windows(2).all(|two| two[1] == two[0] + 1), "{all}");
         assert!(values(&all, "noise").windows(2).all(|two| two[1] == two[0]), "{all}");
