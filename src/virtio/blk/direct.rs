@@ -39,7 +39,7 @@ impl Direct {
             _ => [UNTOLD; 2].into(),
         };
         // Nothing here is ever waited for, and io_uring would not wait.
-        let flags = fcntl_getfl(file)? - OFlags::NONBLOCK;
+        let flags = fcntl_getfl(file)? - OFlags::NONBLOCK - OFlags::DIRECT;
         let direct = Self { memory: told(memory) as usize, unit: told(unit).into(), flags };
         match direct.set(file, true) {
             Ok(()) => Ok(Some(direct)),

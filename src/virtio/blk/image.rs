@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{
     FallocateFlags, FlockOperation, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fdatasync, flock, seek,
@@ -410,10 +411,23 @@ fn open(path: &Path, readonly: bool) -> Result<File, Error> {
     }
 }
 
+/// How often a lock is tried again that somebody has, and after how long.
+const LOCK_TRIES: u32 = 15;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// One writer excludes all others; readers share. The lock ends with the open file.
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
     let how = if readonly { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    match flock(file, how) {
+    let mut locked = flock(file, how);
+    // Of a process that was killed the kernel closes an io_uring, and the file in it, a moment after it has gone.
+    for _ in 0..LOCK_TRIES {
+        if locked != Err(Errno::WOULDBLOCK) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        locked = flock(file, how);
+    }
+    match locked {
         Ok(()) => Ok(()),
         Err(Errno::WOULDBLOCK) if !readonly && flock(file, FlockOperation::NonBlockingLockShared).is_ok() => {
             Err(Error::Read { path: path.into() })
@@ -491,6 +505,9 @@ mod tests {
         assert!(!flags(&image).is_empty());
         image.by(false, || image.write_zeroes_by_hand(512, 512)).unwrap();
         assert!(!flags(&image).is_empty());
+        let same = image.replace(file.path(), false).unwrap();
+        let meanwhile = same.by(false, || Ok(flags(&same))).unwrap();
+        assert!(meanwhile.is_empty() && !flags(&same).is_empty());
         // The same file, and another.
         for path in [file.path(), image_in("/var/tmp", 512).path()] {
             assert!(!flags(&image.replace(path, false).unwrap()).is_empty());

@@ -217,7 +217,7 @@ impl Blk {
     }
 
     fn flush_error(&mut self, error: &io::Error) {
-        log::debug!("virtio-blk: cannot flush disk image {}: {error}", self.path.display());
+        log::warn!("virtio-blk: cannot flush disk image {}: {error}", self.path.display());
         self.image.fail_flushes();
     }
 
@@ -244,7 +244,9 @@ impl Blk {
     fn drain(&mut self, ram: &GuestRam, queue: &mut Queue) -> Result<(), device::Error> {
         self.give_back(ram, queue)?;
         while self.in_flight.count > 0 {
-            self.uring.as_mut().map_or(Ok(()), Uring::wait).map_err(failed)?;
+            let uring = self.uring.as_mut().filter(|uring| uring.len() > 0);
+            let uring = uring.ok_or_else(|| failed(io::Error::other("some were lost")))?;
+            uring.wait().map_err(failed)?;
             self.give_back(ram, queue)?;
         }
         Ok(())
@@ -274,6 +276,8 @@ impl Blk {
                 log::error!("cannot wait for requests to disk image {}: {error}", self.path.display());
                 // It waits once more, or leaves to the kernel what that has.
                 self.uring = None;
+                // What came of a flush is not known.
+                self.image.fail_flushes();
                 break;
             }
             while let Some((job, result)) = self.uring.as_mut().and_then(Uring::reap) {

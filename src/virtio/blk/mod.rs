@@ -155,6 +155,8 @@ impl Engine {
 /// A block device.
 pub struct Blk {
     path: PathBuf,
+    /// Does several requests at the same time, if it is there. It goes before the image, which is locked as long as it has any.
+    uring: Option<Uring>,
     image: Image,
     readonly: bool,
     cache: Cache,
@@ -171,8 +173,6 @@ pub struct Blk {
     iovecs: Option<Iovecs>,
     written: u64,
     current: Request,
-    /// Does several requests at the same time, if it is there.
-    uring: Option<Uring>,
     in_flight: InFlight,
     /// Requests that the host failed.
     host_errors: u64,
@@ -664,7 +664,12 @@ impl VirtioDevice for Blk {
                     let what = "wait for requests to";
                     rest.map_err(|source| Error::Examine { path: self.path.clone(), what, source })?;
                 }
-                Ok(self.set_path(path)?)
+                let changed = self.set_path(path);
+                // The driver may have been told not to notify, as what was under way would call.
+                if let Some((_, queue)) = io.and_then(|io| io.queue(0)) {
+                    queue.kick_again();
+                }
+                Ok(changed?)
             }
             Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
             other => Err(other.unsupported()),

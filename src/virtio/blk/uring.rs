@@ -21,6 +21,8 @@ use crate::virtio::iovec::Iovecs;
 
 /// `IORING_REGISTER_FILES_UPDATE`.
 const REGISTER_FILES_UPDATE: u8 = 6;
+/// How often the kernel is asked again to take requests that it has no memory for at the moment.
+const TRIES_MAX: u32 = 100_000;
 
 /// What a request is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,6 +184,7 @@ impl Uring {
     }
 
     fn enter(&mut self, want: usize) -> io::Result<()> {
+        let mut tries = 0;
         loop {
             match self.ring.submit_and_wait(want) {
                 // It stops at one that it cannot take.
@@ -195,6 +198,10 @@ impl Uring {
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     if !self.ring.completion().is_empty() {
                         return Ok(());
+                    }
+                    tries += 1;
+                    if tries == TRIES_MAX {
+                        return Err(error);
                     }
                     std::thread::yield_now();
                 }
@@ -210,7 +217,7 @@ impl Uring {
             let index = usize::try_from(entry.user_data()).expect("an index of ours");
             let job = self.jobs[index].as_mut().expect("each request is done once");
             let result = match u32::try_from(entry.result()) {
-                Err(_) if matches!(-entry.result(), libc::EINTR | libc::EAGAIN) => None,
+                Err(_) if -entry.result() == libc::EINTR => None,
                 Err(_) => Some(Err(io::Error::from_raw_os_error(-entry.result()))),
                 Ok(_) if job.kind == Kind::Flush => Some(Ok(())),
                 Ok(count) => {
