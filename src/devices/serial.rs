@@ -141,7 +141,7 @@ impl<W: Write, F: Fn()> Serial<W, F> {
         self.uart.writer_mut().bucket = Some(Bucket::new(limit, Instant::now()));
     }
 
-    /// Has `then` be called once, before the driver first waits for an interrupt that tells it that it can send more. Until
+    /// Has `then` be called once, before the driver first asks for interrupts. Until
     /// then it looks at the line status after what it has sent.
     pub fn before_interrupts(&mut self, then: impl FnOnce() + Send + 'static) {
         self.before_interrupts = Some(Box::new(then));
@@ -181,7 +181,7 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
     fn write(&mut self, offset: u64, data: &[u8]) {
         if offset == IER
             && !self.divisor_latch
-            && data[0] & IER_TRANSMITTER_EMPTY != 0
+            && data[0] & (IER_RECEIVED_DATA | IER_TRANSMITTER_EMPTY) != 0
             && let Some(then) = self.before_interrupts.take()
         {
             then();

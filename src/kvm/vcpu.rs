@@ -137,9 +137,9 @@ impl Vcpu {
     /// Enters the guest until it needs a device, and serves that access; or until something else happens.
     pub fn run(&mut self, pio: &Bus, mmio: &Bus) -> Result<Exit, Error> {
         let exit = self.fd.run();
-        // What was written before comes before.
-        let is_port = matches!(exit, Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)));
-        self.run.serve_gathered(&self.turn, pio, is_port);
+        // What was written before comes before, and when it stands still nothing is left.
+        let is_memory = matches!(exit, Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)));
+        self.run.serve_gathered(&self.turn, pio, !is_memory);
         let exit = match exit {
             Ok(exit) => exit,
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => return Ok(Exit::Interrupted),
