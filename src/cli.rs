@@ -398,15 +398,17 @@ fn can_go_on(disks: &[blk::Spec], name: Option<&bantam::named::Name>) -> Result<
 #[derive(Debug, Clone)]
 enum Net {
     None,
-    Card(net::Spec),
+    Card(Box<net::Spec>),
 }
 
 fn net(text: &str) -> Result<Net, kv::Error> {
     match text.split(',').next() {
         Some("none") if text == "none" => Ok(Net::None),
         // Elsewhere a first value without a key is a tap.
-        Some("user") => kv::from_str(&format!("user=on{}", &text["user".len()..])).map(Net::Card),
-        _ => kv::from_str(text).map(Net::Card),
+        Some("user") => {
+            kv::from_str(&format!("user=on{}", &text["user".len()..])).map(|card| Net::Card(Box::new(card)))
+        }
+        _ => kv::from_str(text).map(|card| Net::Card(Box::new(card))),
     }
 }
 
@@ -519,7 +521,7 @@ impl Run {
     /// The network cards: those of the file, unless there are to be none, and those of the flags.
     fn nets(&self, of_file: Vec<net::Spec>) -> Result<Vec<net::Spec>, Error> {
         let cards =
-            self.nets.iter().filter_map(|net| if let Net::Card(card) = net { Some(card.clone()) } else { None });
+            self.nets.iter().filter_map(|net| if let Net::Card(card) = net { Some((**card).clone()) } else { None });
         let cards: Vec<_> = cards.collect();
         let none = cards.len() < self.nets.len();
         if !cards.is_empty() && none {
