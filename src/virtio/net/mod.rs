@@ -74,9 +74,6 @@ const LINK_UP: u8 = 1;
 #[serde(default, deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "NetworkCard"))]
 pub struct Spec {
-    /// Its name in Firecracker's API; `eth0`, `eth1`, ... without.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
     /// The name of a tap. If there is none it is created, when that is permitted, and set up; it vanishes with the
     /// device. `ip tuntap add dev NAME mode tap user $USER` makes one that stays, for a user without privileges.
     pub tap: Option<String>,
@@ -96,6 +93,9 @@ pub struct Spec {
     pub bw: Option<Directions>,
     /// How many frames may go in each direction.
     pub pps: Option<Directions>,
+    /// Its name in Firecracker's API; `eth0`, `eth1`, ... without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
 }
 
 /// Why there is no network device.
