@@ -92,6 +92,17 @@ fn shell_with_terminal() -> Guest {
 }
 
 #[test]
+fn it_is_as_before_when_kvm_fails() {
+    // Later than any ioctl of the first thread: a vCPU's KVM_RUN. Its number is changed, which no filter lets pass.
+    let inject = "inject=ioctl:error=EIO:when=400";
+    let strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=ioctl", "-e", inject];
+    let guest = tiny("while true; do echo more; done").option("--sandbox", "off");
+    let (terminal, running) = Terminal::start(guest, &strace);
+    let ended = terminal.end(running, 125);
+    ended.require(ended.stderr.contains("KVM_RUN"), "expected words of KVM_RUN");
+}
+
+#[test]
 fn a_command_has_a_terminal_of_its_own_and_the_size_of_this_one() {
     let (mut terminal, running) = Terminal::start(shell_with_terminal(), &[]);
     running.wait_for("# ");
