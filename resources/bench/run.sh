@@ -298,8 +298,8 @@ density() {
     mkdir -p "$built/crowd"
     rm -f "$built/said"
     mkfifo "$built/said"
-    for count in 10 100; do in_turn 3 1 crowd "$count"; done
     vmms=(bantam)
+    for count in 10 100; do in_turn 3 1 crowd "$count"; done
     in_turn 1 1 crowd 1000
     rm -rf "$to"
     XDG_RUNTIME_DIR=$built "$bantam" run --memory 128M --kernel "$built/idle" --name bench </dev/null >"$built/log" 2>&1 &
@@ -320,27 +320,19 @@ crowd() {
     local vmm=$1 count=$2 kind=${3:-machines} i pid begin end before after cpu said=0 line pids=() command
     if [[ $kind == clones ]]; then
         command=("$bantam" restore "$built/saved-idle" --events "$built/said")
-    elif [[ $vmm == bantam ]]; then
-        command=("$bantam" run --memory 128M --kernel "$built/idle" --events "$built/said")
     else
-        command=(qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -nographic -serial stdio
-            -M "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=on,isa-serial=on"
-            -cpu "host,arch-capabilities=off" -smp 1 -m 128M -kernel "$built/idle")
+        command=("$bantam" run --memory 128M --kernel "$built/idle" --events "$built/said")
     fi
     # It is open at both ends all the time, so that nobody waits for the other.
     exec 9<>"$built/said"
     before=$(available)
     begin=$EPOCHREALTIME
     for ((i = 0; i < count; i++)); do
-        if [[ $vmm == bantam ]]; then
-            "${command[@]}" </dev/null >"$built/crowd/$i" 2>&1 9>&- &
-        else
-            "${command[@]}" </dev/null >"$built/said" 2>"$built/crowd/$i" 9>&- &
-        fi
+        "${command[@]}" </dev/null >"$built/crowd/$i" 2>&1 9>&- &
         pids+=($!)
     done
     while ((said < count)) && read -r -t 60 line <&9; do
-        [[ $line != *bench-idle* && $line != *'"event":"started"'* ]] || ((++said))
+        [[ $line != *'"event":"started"'* ]] || ((++said))
     done
     end=$EPOCHREALTIME
     sleep 5
