@@ -99,7 +99,8 @@ impl Client {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                return Ok(false);
+                // For what is asked next.
+                return self.limit(Some(ANSWER)).map(|()| false);
             }
             self.stream.get_ref().set_read_timeout(left).map_err(|error| self.talk(error))?;
             match self.stream.read(&mut [0; 64]) {
