@@ -1,8 +1,8 @@
 //! Files of the host, read without trust in what they are.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
@@ -10,9 +10,17 @@ use rustix::fs::OFlags;
 /// More than what is noted of an image, a kernel or a warm snapshot has, in bytes.
 pub const RECORD_MAX: u64 = 16 << 20;
 
+/// What tells a file from all others, whatever it is called: its device, and its inode.
+pub type FileId = (u64, u64);
+
+/// That of a file.
+pub fn file_id(metadata: &Metadata) -> FileId {
+    (metadata.dev(), metadata.ino())
+}
+
 /// Opens a regular file to read it. Nothing else is opened: a pipe would be waited for, and a device may do things.
 pub fn open(path: &Path) -> io::Result<File> {
-    let check = |metadata: fs::Metadata| match metadata.file_type() {
+    let check = |metadata: Metadata| match metadata.file_type() {
         kind if kind.is_file() => Ok(()),
         kind if kind.is_dir() => Err(io::Error::from(io::ErrorKind::IsADirectory)),
         _ => Err(io::Error::other("it is not a regular file")),

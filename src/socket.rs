@@ -2,17 +2,19 @@
 
 use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
+
+use crate::file::{FileId, file_id};
 
 /// A listening socket and its path.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of what was made there.
-    made: Option<(u64, u64)>,
+    /// What was made there.
+    made: Option<FileId>,
 }
 
 impl Listener {
@@ -44,8 +46,8 @@ impl Listener {
     }
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+fn identity(path: &Path) -> Option<FileId> {
+    std::fs::symlink_metadata(path).ok().map(|metadata| file_id(&metadata))
 }
 
 /// Whether `path` is a socket that nobody has open: its process was killed. One of another type finds out without

@@ -9,14 +9,7 @@ use super::folder::{self, MEMORY};
 use super::snapshot::Error;
 use crate::config::Config;
 use crate::devices::console;
-
-/// What tells a file from all others, whatever it is called: its device, and its inode.
-pub type FileId = (u64, u64);
-
-/// That of a file.
-pub fn file_id(metadata: &Metadata) -> FileId {
-    (metadata.dev(), metadata.ino())
-}
+use crate::file::{FileId, file_id};
 
 /// Where a snapshot goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,9 +47,7 @@ impl Destination {
             Self::Folder(_) | Self::Diff(_) => None,
         }
     }
-}
 
-impl Destination {
     /// The same, with links followed, if it may be written while a machine of this configuration runs in this process. A diff
     /// that would take the place of one of the `wholes`, which have all of its memory, is not only what has changed. What the
     /// snapshot stands on that the machine was restored from has the memory files `bases`.
@@ -91,9 +82,7 @@ impl Destination {
         let diff = diff && !old_memory.is_some_and(|old| wholes(&old));
         Ok(Self::Files { state, memory, diff })
     }
-}
 
-impl Destination {
     /// The same, if it is not in the folder of another snapshot.
     ///
     /// # Errors

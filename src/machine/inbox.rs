@@ -7,10 +7,10 @@ use std::sync::mpsc::{self, Receiver};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::destination::FileId;
 use super::pause::Answer;
 use super::{Destination, Lines, firecracker};
 use crate::devices::transcript::Sight;
+use crate::file::FileId;
 use crate::virtio::change::Change;
 use crate::{command, vcpu};
 

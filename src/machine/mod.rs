@@ -52,6 +52,7 @@ use crate::command::Kept;
 use crate::config::Config;
 use crate::devices::console::Input;
 use crate::devices::output::Output;
+use crate::file::FileId;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::sandbox::{Access, Sandbox};
@@ -221,8 +222,8 @@ pub struct Machine {
     origin: Option<snapshot::Base>,
     /// Files that have all of its memory but what has changed since: those that it is mapped from, and the last one that all of
     /// it was saved to.
-    memory_files: Vec<destination::FileId>,
-    last_memory_file: Option<destination::FileId>,
+    memory_files: Vec<FileId>,
+    last_memory_file: Option<FileId>,
     /// Where it is saved when its guest is ready for the command.
     save: Option<Save>,
     /// The guest is given the command when the machine goes on.

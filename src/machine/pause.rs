@@ -17,10 +17,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::destination::file_id;
 use super::inbox::{Event, Sender};
 use super::snapshot::saveable;
 use super::{Destination, Error, Handle, Machine};
+use crate::file::file_id;
 use crate::{command, vcpu};
 
 /// Why nothing could be asked of a machine through its [`Handle`].

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::destination::{Destination, FileId, file_id};
+use super::destination::Destination;
 use super::folder::{MEMORY, STATE};
 use super::memory_copy::{Pages, Source};
 use super::memory_file;
@@ -24,6 +24,7 @@ use crate::command;
 use crate::config::Config;
 use crate::devices::console;
 use crate::file;
+use crate::file::{FileId, file_id};
 use crate::kvm::{Cpu, VcpuState, VmState};
 use crate::memory::{self, GuestRam};
 use crate::sandbox::Sandbox;

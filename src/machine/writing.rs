@@ -4,10 +4,11 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::destination::{Destination, FileId, file_id};
+use super::destination::Destination;
 use super::folder::{self, CONFIG, MEMORY, OLD_STATE, STATE};
 use super::memory_copy::{Child, Runs, Source};
 use super::snapshot::{Error, State};
+use crate::file::{FileId, file_id};
 use crate::snapshot;
 
 /// A snapshot that is being written.
