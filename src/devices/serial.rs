@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vm_superio::Trigger;
 use vm_superio::serial::{Serial as Uart, SerialEvents};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::interrupt::Interrupt;
 use crate::limit::{Bucket, Limit};
 use crate::metrics::Counter;
 use crate::snapshot::{self, Hex};
@@ -86,12 +86,12 @@ impl<W: Write> Write for Limited<W> {
     }
 }
 
-struct Line(EventFd);
+struct Line(Box<dyn Interrupt>);
 
 impl Trigger for Line {
     type E = io::Error;
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.0.trigger()
     }
 }
 
@@ -129,10 +129,10 @@ pub struct Serial<W: Write, F: Fn()> {
 impl<W: Write, F: Fn()> Serial<W, F> {
     /// A port that interrupts by `line` and sends to `output`. Once it had no room for input it calls
     /// `on_room` when it may have some again.
-    pub fn new(line: EventFd, output: W, on_room: F) -> Self {
+    pub fn new(line: impl Interrupt + 'static, output: W, on_room: F) -> Self {
         let counts = Arc::<Counts>::default();
         let output = Limited { output, bucket: None, counts: counts.clone() };
-        let uart = Uart::with_events(Line(line), Room { wanted: Cell::new(true), on_room, counts }, output);
+        let uart = Uart::with_events(Line(Box::new(line)), Room { wanted: Cell::new(true), on_room, counts }, output);
         Self { uart, divisor_latch: false, listening: false, before_interrupts: None, unread: Vec::new() }
     }
 
@@ -272,6 +272,14 @@ struct State {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    impl Interrupt for EventFd {
+        fn trigger(&self) -> io::Result<()> {
+            self.write(1)
+        }
+    }
 
     #[test]
     fn input_waits_for_a_driver_that_listens() {

@@ -11,4 +11,4 @@ pub const INTERNAL_ERROR_EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULA
 pub use gathered::Gathered;
 pub use state::{Clock, Cpu, Extent, VcpuState, VmState};
 pub use vcpu::{Access, Exit, Kicker, Vcpu};
-pub use vm::{Error, Routes, Vm};
+pub use vm::{Error, IrqLine, Routes, Vm};

@@ -20,6 +20,7 @@ use super::gathered::{Gathered, Turn};
 use crate::arch::x86_64::cpuid::{self, for_vcpu};
 use crate::arch::x86_64::template::{self, Template};
 use crate::arch::x86_64::{layout, needs_x2apic};
+use crate::interrupt::Interrupt;
 use crate::memory::GuestRam;
 use crate::snapshot;
 
@@ -206,9 +207,9 @@ impl Vm {
         }
     }
 
-    /// Has KVM raise interrupt `gsi` whenever `line` is written (`KVM_IRQFD`).
-    pub fn attach_irqfd(&self, line: &EventFd, gsi: u32) -> Result<(), Error> {
-        self.fd.register_irqfd(line, gsi).map_err(Error::ioctl(format!("attach an irqfd to GSI {gsi} (KVM_IRQFD)")))
+    /// The line of interrupt `gsi`.
+    pub fn line(&self, gsi: u32) -> IrqLine {
+        IrqLine { vm: Arc::clone(&self.fd), gsi }
     }
 
     /// Has KVM write `event` whenever the guest writes `value`, 32 bits, at `address` (`KVM_IOEVENTFD`).
@@ -219,12 +220,26 @@ impl Vm {
     }
 }
 
-/// The interrupt messages that irqfds send.
+/// An interrupt line. It is no irqfd: what an irqfd sends to an IOAPIC waits for a thread of the kernel's, which on a busy
+/// host has been seen to come after the guest had halted.
+pub struct IrqLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl Interrupt for IrqLine {
+    /// Up and down (`KVM_IRQ_LINE`).
+    fn trigger(&self) -> io::Result<()> {
+        [true, false].into_iter().try_for_each(|level| Ok(self.vm.set_irq_line(self.gsi, level)?))
+    }
+}
+
+/// The interrupt messages that lines send.
 pub struct Routes(Arc<VmFd>);
 
 impl Routes {
-    /// From now on an irqfd of `gsi` sends the message `data` to `address`, for each of `routes` as (`gsi`, `address`,
-    /// `data`); the irqfds of other GSIs do nothing (`KVM_SET_GSI_ROUTING`).
+    /// From now on the line of `gsi` sends the message `data` to `address`, for each of `routes` as (`gsi`, `address`,
+    /// `data`); those of other GSIs do nothing (`KVM_SET_GSI_ROUTING`).
     pub fn set(&self, routes: impl Iterator<Item = (u32, u64, u32)>) -> Result<(), Error> {
         let entries: Vec<_> = routes
             .map(|(gsi, address, data)| {

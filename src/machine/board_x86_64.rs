@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Error;
 use super::inbox::{Event, Sender};
@@ -20,7 +19,7 @@ use crate::devices::power::Power;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::serial::Serial;
 use crate::interrupt::Interrupt;
-use crate::kvm::Vm;
+use crate::kvm::{IrqLine, Vm};
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
 use crate::sandbox::Sandbox;
@@ -59,10 +58,6 @@ pub(super) struct Attached {
     pub transport: Weak<Mutex<Mmio>>,
 }
 
-fn event_fd(what: &'static str) -> Result<EventFd, Error> {
-    EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| Error::EventFd { what, source })
-}
-
 impl<'a> Board<'a> {
     pub fn new(vm: &'a Vm) -> Self {
         Board { vm, buses: Buses::default(), attached: Vec::new(), counts: Vec::new(), keyboard: None }
@@ -80,18 +75,15 @@ impl<'a> Board<'a> {
             let inbox = inbox.clone();
             move || inbox.send(event())
         };
-        let line = event_fd("the serial port")?;
-        self.vm.attach_irqfd(&line, layout::COM1_IRQ)?;
         let on_room: Box<dyn Fn() + Send> = Box::new(send(|| Event::InputRoom));
-        let mut serial = Serial::new(line, output, on_room);
+        let mut serial = Serial::new(self.vm.line(layout::COM1_IRQ), output, on_room);
         config.serial_bw.into_iter().for_each(|limit| serial.limit(limit));
         self.counts.push(("serial", serial.counts()));
         let serial = Arc::new(Mutex::new(serial));
         self.attach_port(layout::COM1, 8, serial.clone())?;
 
-        let line = config.keyboard.then(|| event_fd("the keyboard")).transpose()?;
-        line.iter().try_for_each(|line| self.vm.attach_irqfd(line, layout::KEYBOARD_IRQ))?;
-        let line = line.map(|line| Arc::new(line) as Arc<dyn Interrupt>);
+        let line = || Arc::new(self.vm.line(layout::KEYBOARD_IRQ)) as Arc<dyn Interrupt>;
+        let line = config.keyboard.then(line);
         let on_reset: Box<dyn Fn() + Send> = Box::new(send(|| Event::Reset));
         let i8042 = I8042::new(on_reset, line);
         self.counts.push(("keyboard", i8042.counts()));
@@ -132,16 +124,13 @@ impl<'a> Board<'a> {
         Ok(self.buses.pio.attach(port.into(), len, device)?)
     }
 
-    /// Gives a restored machine an ID of its own; what interrupts the guest to tell it so, for as long as it is open.
-    pub fn attach_generation_id(&mut self, ram: &GuestRam) -> Result<EventFd, Error> {
-        let what = "the generation ID";
+    /// Gives a restored machine an ID of its own; what interrupts the guest to tell it so.
+    pub fn attach_generation_id(&mut self, ram: &GuestRam) -> Result<IrqLine, Error> {
         let mut id = [0; 16];
         let random = retry_on_intr(|| getrandom(&mut id[..], GetRandomFlags::empty()));
-        random.map_err(|error| Error::EventFd { what, source: error.into() })?;
+        random.map_err(|error| Error::GenerationId(error.into()))?;
         ram.write_slice(&id, GuestAddress(layout::GENERATION_ID)).expect("every machine has the first MiB");
-        let line = event_fd(what)?;
-        self.vm.attach_irqfd(&line, layout::ACPI_EVENT_GSI)?;
-        Ok(line)
+        Ok(self.vm.line(layout::ACPI_EVENT_GSI))
     }
 
     /// Attaches the virtio devices, each with a window and an interrupt of its own, in this order. There are no
@@ -151,9 +140,7 @@ impl<'a> Board<'a> {
         for (index, (VirtioWindow { base, gsi }, (name, device))) in virtio_windows().zip(devices).enumerate() {
             let others = own.iter().enumerate().filter(|(other, _)| *other != index).flat_map(|(_, files)| files);
             let sandbox = sandbox.device(device.device_type(), others.copied());
-            let line = event_fd("a virtio device")?;
-            self.vm.attach_irqfd(&line, gsi)?;
-            let line: Arc<dyn Interrupt> = Arc::new(line);
+            let line = Arc::new(self.vm.line(gsi));
             let mmio = Mmio::new(ram.clone(), device, line, name.as_str())
                 .map_err(|source| Error::EventFd { what: "a virtqueue", source })?
                 .sandboxed(sandbox);

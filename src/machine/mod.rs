@@ -45,7 +45,6 @@ use pause::{Pause, Save};
 use quota::Quota;
 pub use report::{Durations, Limits, Report};
 pub use snapshot::Snapshot;
-use vmm_sys_util::eventfd::EventFd;
 pub use working_set::Record;
 
 use crate::command::Kept;
@@ -53,6 +52,7 @@ use crate::config::Config;
 use crate::devices::console::Input;
 use crate::devices::output::Output;
 use crate::file::FileId;
+use crate::kvm::IrqLine;
 use crate::metrics::Metrics;
 use crate::outcome::Outcome;
 use crate::sandbox::{Access, Sandbox};
@@ -132,6 +132,9 @@ pub enum Error {
     /// The guest could not start the command.
     #[error("cannot run the command in the guest: {0}")]
     Guest(String),
+    /// A restored machine has no ID of its own.
+    #[error("cannot have random bytes for the generation ID")]
+    GenerationId(#[source] io::Error),
     /// An eventfd could not be had.
     #[error("cannot create an eventfd for {what}")]
     EventFd {
@@ -217,7 +220,7 @@ pub struct Machine {
     /// The process that users know.
     pid: Option<u32>,
     /// Tells the guest that the machine is another than the one it was saved in; of a restored machine.
-    generation: Option<EventFd>,
+    generation: Option<IrqLine>,
     /// The snapshot that its memory is mapped from.
     origin: Option<snapshot::Base>,
     /// Files that have all of its memory but what has changed since: those that it is mapped from, and the last one that all of

@@ -16,6 +16,7 @@ use super::{Error, Machine, changed, snapshot};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
+use crate::interrupt::Interrupt;
 use crate::kvm;
 use crate::outcome::{Outcome, Panic};
 use crate::terminal;
@@ -80,7 +81,7 @@ impl Machine {
             // It had booted before. One that waits for a command has still to show that it lives.
             self.watch.user_space = self.command.is_none();
             // Fails only when the counter is full.
-            let _ = generation.write(1);
+            let _ = generation.trigger();
         }
         if self.start_paused {
             self.stand_still_from_start();

@@ -102,7 +102,7 @@ pub(super) const SOCKETS: &List = &[
     (SYS_ioctl, Is(1, &[FIONBIO])),
 ];
 
-/// A virtio device at work: what it waits for.
+/// A virtio device at work: what it waits for, and interrupts.
 pub(super) const EVENTS: &List = &[
     (SYS_epoll_wait, Any),
     (SYS_epoll_pwait, Any),
@@ -111,7 +111,10 @@ pub(super) const EVENTS: &List = &[
     (SYS_timerfd_settime, Any),
     (SYS_timerfd_gettime, Any),
     (SYS_eventfd2, Any),
+    (SYS_ioctl, Is(1, &[KVM_IRQ_LINE])),
 ];
+
+const KVM_IRQ_LINE: u32 = kvm::<kvm::kvm_irq_level>(WRITES, 0x61);
 
 /// Files that are open, and disks.
 pub(super) const STORAGE: &List = &[
