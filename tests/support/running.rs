@@ -154,7 +154,8 @@ impl Ended {
     /// Checks that this is so.
     #[track_caller]
     pub fn require(&self, so: bool, otherwise: &str) {
-        assert!(so, "{otherwise} (status {})\n{}", self.status, shown(&self.stdout, &self.stderr));
+        let Self { status, stdout, stderr, report, .. } = self;
+        assert!(so, "{otherwise} (status {status})\n{}\n--- report\n{report:#}", shown(stdout, stderr));
     }
 
     /// What the guest printed as the first line `name=value`.
