@@ -1,8 +1,11 @@
 //! A control group (version 2) of one machine, below that of this process, where that was delegated to the user.
 //!
-//! It is a threaded group (Documentation/admin-guide/cgroup-v2.rst, "Threads"): threads can be put into it while the rest of
-//! the process stays where it is, and the group above need not be empty. It is locked (flock) by the process that made it;
-//! what a killed process has left is empty and unlocked, and removed by the next that makes one beside it.
+//! One for CPU time is a threaded group (Documentation/admin-guide/cgroup-v2.rst, "Threads"): threads can be put into it while
+//! the rest of the process stays where it is, and the group above need not be empty. One for memory has a whole process, and
+//! only the root group may have both processes and such groups below: elsewhere it is beside that of this process.
+//!
+//! A group is locked (flock) by the process that made it; what a killed process has left is empty and unlocked, and removed by
+//! the next that makes one beside it.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,9 +13,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, FlockOperation, access, flock};
 
 const PREFIX: &str = "bantam-";
+/// The file of a group that is locked. Who has it open can get nowhere from there, as from a folder.
+const LOCKED: &str = "cgroup.events";
+/// What limits a whole process.
+const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 /// How long threads that have just ended may still count, at most.
 const LAST_THREAD: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -49,6 +56,8 @@ pub struct Group {
     path: PathBuf,
     /// Holds the lock.
     _lock: File,
+    /// Another process removes it.
+    is_others: bool,
     /// Where threads are put into it, and into the one above: open, as a process in a jail has no paths.
     threads: Option<[File; 2]>,
 }
@@ -60,20 +69,11 @@ impl Group {
     /// When this process may not make one.
     pub fn with_cpu_quota(quota: u64, period: u64, pid: u32) -> Result<Self, Error> {
         let own = own_group().ok_or(Error::None)?;
-        let controllers = fs::read_to_string(own.join("cgroup.controllers"));
-        if !controllers.is_ok_and(|names| names.split_whitespace().any(|name| name == "cpu")) {
-            return Err(Error::NoController { group: own, controller: "cpu" });
-        }
-        let below = &own.join("cgroup.subtree_control");
+        require(&own, "cpu")?;
         sweep(&own);
         let mut group = make(&own, pid)?;
         group.write("cgroup.type", "threaded")?;
-        let enabled = fs::read_to_string(below).unwrap_or_default();
-        if !enabled.split_whitespace().any(|name| name == "cpu") {
-            // It stays: others may have come to need it.
-            let refused = |source| Error::Refused { what: "give CPU quotas below", path: own.clone(), source };
-            fs::write(below, "+cpu").map_err(refused)?;
-        }
+        enable(&own, "cpu", "give CPU quotas below")?;
         group.write("cpu.max", &format!("{quota} {period}"))?;
         let open = |folder: &Path| {
             let refused = |source| Error::Refused { what: "put threads into", path: folder.into(), source };
@@ -81,6 +81,72 @@ impl Group {
         };
         group.threads = Some([open(&group.path)?, open(&own)?]);
         Ok(group)
+    }
+
+    /// Makes a group whose processes may have `memory` bytes, page cache included, and be `tasks` processes and threads, named
+    /// for the process `pid`. It is below this process' own if that can be, and otherwise beside it.
+    ///
+    /// # Errors
+    /// When this process may make one in neither place.
+    pub fn with_limits(memory: u64, tasks: u64, pid: u32) -> Result<Self, Error> {
+        let own = own_group().ok_or(Error::None)?;
+        let made = Self::limited(&own, memory, tasks, pid);
+        match (made, above(&own)) {
+            (Err(_), Some(above)) => Self::limited(above, memory, tasks, pid),
+            (made, _) => made,
+        }
+    }
+
+    /// Where [`Self::with_limits`] would make one. Nothing is changed.
+    pub fn place_for_limits() -> Option<PathBuf> {
+        let own = own_group()?;
+        let read = |folder: &Path, file| fs::read_to_string(folder.join(file)).unwrap_or_default();
+        let places = [Some(own.as_path()), above(&own)].into_iter().flatten();
+        let mut places = places.filter(|place| {
+            let names = read(place, "cgroup.subtree_control");
+            let is_enabled = CONTROLLERS.iter().all(|name| has(&names, name));
+            let controllers = read(place, "cgroup.controllers");
+            // The root group has no type.
+            let may_be = is_enabled || !place.join("cgroup.type").exists() || read(place, "cgroup.procs").is_empty();
+            let files = ["", "cgroup.procs", "cgroup.subtree_control"];
+            may_be
+                && CONTROLLERS.iter().all(|name| has(&controllers, name))
+                && files.iter().all(|file| access(place.join(file), Access::WRITE_OK).is_ok())
+        });
+        places.next().map(Path::to_owned)
+    }
+
+    fn limited(above: &Path, memory: u64, tasks: u64, pid: u32) -> Result<Self, Error> {
+        for controller in CONTROLLERS {
+            require(above, controller)?;
+            enable(above, controller, "limit memory and processes below")?;
+        }
+        // For a quota below it.
+        let _ = enable(above, "cpu", "");
+        sweep(above);
+        let group = make(above, pid)?;
+        group.write("memory.max", &memory.to_string())?;
+        group.write("pids.max", &tasks.to_string())?;
+        // What is left of a machine is of no use. Older kernels than Linux 4.19 end one process.
+        let _ = group.write("memory.oom.group", "1");
+        Ok(group)
+    }
+
+    /// Puts this process, which has one thread, into the group. Another process removes it.
+    ///
+    /// # Errors
+    /// When this process may not be put there.
+    pub fn enter(mut self) -> Result<(), Error> {
+        self.is_others = true;
+        let refused = |source| Error::Refused { what: "enter", path: self.path.clone(), source };
+        fs::write(self.path.join("cgroup.procs"), "0").map_err(refused)
+    }
+
+    /// How often the kernel has ended a process in it that wanted more memory.
+    pub fn out_of_memory(&self) -> u64 {
+        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        let count = events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok());
+        count.unwrap_or(0)
     }
 
     /// Where it is.
@@ -122,12 +188,16 @@ impl Group {
         if is_populated()? {
             poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&LAST_THREAD))?;
         }
+        sweep(&self.path);
         fs::remove_dir(&self.path)
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
+        if self.is_others {
+            return;
+        }
         if let Err(error) = self.remove() {
             log::info!("cannot remove the control group {}: {error}", self.path.display());
         }
@@ -138,7 +208,7 @@ impl Drop for Group {
 fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
     loop {
         let path = own.join(format!("{PREFIX}{number}"));
-        let made = fs::create_dir(&path).and_then(|()| File::open(&path));
+        let made = fs::create_dir(&path).and_then(|()| File::open(path.join(LOCKED)));
         match made {
             // Another machine of this process, or what a process of the same number has left.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number = number.wrapping_add(1),
@@ -147,7 +217,7 @@ fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
             made => {
                 let lock = made.map_err(|source| Error::Refused { what: "make", path: path.clone(), source })?;
                 if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() && path.exists() {
-                    return Ok(Group { path, _lock: lock, threads: None });
+                    return Ok(Group { path, _lock: lock, is_others: false, threads: None });
                 }
             }
         }
@@ -166,12 +236,41 @@ fn sweep(own: &Path) {
         let number = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         let is_ours = number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
         let path = entry.path();
-        if let Some(lock) = File::open(&path).ok().filter(|_| is_ours)
+        if let Some(lock) = File::open(path.join(LOCKED)).ok().filter(|_| is_ours)
             && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
         {
+            sweep(&path);
             let _ = fs::remove_dir(path);
         }
     }
+}
+
+/// Refuses a group that has no such controller to give.
+fn require(group: &Path, controller: &'static str) -> Result<(), Error> {
+    let controllers = fs::read_to_string(group.join("cgroup.controllers"));
+    match controllers.is_ok_and(|names| has(&names, controller)) {
+        true => Ok(()),
+        false => Err(Error::NoController { group: group.to_owned(), controller }),
+    }
+}
+
+/// Has the groups below this one have a controller. It stays: others may have come to need it.
+fn enable(group: &Path, controller: &str, what: &'static str) -> Result<(), Error> {
+    let below = group.join("cgroup.subtree_control");
+    if has(&fs::read_to_string(&below).unwrap_or_default(), controller) {
+        return Ok(());
+    }
+    let refused = |source| Error::Refused { what, path: group.to_owned(), source };
+    fs::write(below, format!("+{controller}")).map_err(refused)
+}
+
+fn has(names: &str, name: &str) -> bool {
+    names.split_whitespace().any(|it| it == name)
+}
+
+/// The group that this one is in, if that is mounted.
+fn above(group: &Path) -> Option<&Path> {
+    group.parent().filter(|above| above.join("cgroup.controllers").exists())
 }
 
 /// The folder of this process' group.

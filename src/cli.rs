@@ -303,8 +303,9 @@ pub struct Run {
     /// Run the machine in a process that sees nothing of the host but what was opened for it.
     ///
     /// It has namespaces of its own (mount with an empty root, PID, network, IPC, UTS, cgroup) and, if root starts it, a user
-    /// and a group that nobody else has, or these. Without root that takes user namespaces.
-    #[arg(long, value_name = "uid=N,gid=N", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    /// and a group that nobody else has, or these. Without root that takes user namespaces. A control group (version 2) limits
+    /// its memory and processes, if this user may make one: cgroup=on refuses to go on without, off makes none.
+    #[arg(long, value_name = "uid=N,gid=N,cgroup=on|off", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     #[arg(value_parser = file::Jail::read, help_heading = "Limits")]
     pub jail: Option<file::Jail>,
     /// Let the command have at most N processes and threads.

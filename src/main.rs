@@ -212,7 +212,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
             (run.warm.is_some(), "a warm start (--warm)", warm),
         ];
         jail::check(&config, &others)?;
-        match jail::start(spec)? {
+        match jail::start(spec, &config)? {
             Side::Launcher(launcher) => return launcher.finish(&config, |file, text| attempts.write(file, text)),
             Side::Inside(inside) => {
                 attempts.write_by(&inside.files());
@@ -301,7 +301,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     process.later = report.iter().filter_map(OutputFile::opened_later).collect();
     if let Some(spec) = &restore.jail {
         jail::check(&snapshot.config, &restore.unfit_for_jail())?;
-        match jail::start(spec)? {
+        match jail::start(spec, &snapshot.config)? {
             Side::Launcher(launcher) => {
                 let write = |_, content: &[u8]| report.as_ref().map_or(Ok(()), |file| file.write(content));
                 return launcher.finish(&snapshot.config, write);

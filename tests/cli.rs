@@ -328,7 +328,8 @@ fn a_mistaken_flag_is_refused() {
     folder.refuses(&["--serial", "tty"], &["--serial", "file=PATH"]);
     folder.refuses(&["--sandbox", "yes"], &["--sandbox", "expected on, log or off"]);
     folder.refuses(&["--jail=me"], &["--jail", "uid=me"]);
-    folder.refuses(&["--jail=uid=0,name=x"], &["--jail", "`name` is not known here: expected uid, gid"]);
+    folder.refuses(&["--jail=uid=0,name=x"], &["--jail", "`name` is not known here: expected uid, gid, cgroup"]);
+    folder.refuses(&["--jail=cgroup=maybe"], &["--jail", "`cgroup=maybe` cannot be used", "on or off"]);
     folder.refuses(&["--jail", "--retry", "1"], &["cannot have other attempts (--retry) in a jail (--jail)"]);
     let share = ["--jail", "--share", "/:/x", "disk", "--", "true"];
     folder.refuses(&share, &["cannot have shared folders (--share, --rw) in a jail", "disk image"]);

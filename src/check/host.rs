@@ -9,6 +9,7 @@ use kvm_ioctls::{Cap, Kvm};
 use rustix::process::{getegid, geteuid, getgroups};
 
 use crate::arch::x86_64::cpuid::has_virtualization;
+use crate::cgroup::Group;
 use crate::sandbox::landlock_version;
 
 use super::{Row, Table, syscall, without_number};
@@ -40,7 +41,7 @@ pub fn host() -> Table {
             rows.push(Row::missing(KVM, format!("cannot be opened: {}. {advice}", reason(&error))));
         }
     }
-    rows.extend([tun(), io_uring(), userfaultfd(), seccomp(), landlock(), user_namespaces(), passt()]);
+    rows.extend([tun(), io_uring(), userfaultfd(), seccomp(), landlock(), user_namespaces(), control_group(), passt()]);
     Table(rows)
 }
 
@@ -250,6 +251,18 @@ fn user_namespaces() -> Row {
     Row::absent(name, format!("--jail takes root, and so does --net user: {cure}"))
 }
 
+fn control_group() -> Row {
+    let name = "control groups";
+    match Group::place_for_limits() {
+        Some(path) => Row::ok(name, format!("--jail limits memory and processes, below {}", path.display())),
+        None => Row::absent(
+            name,
+            "--jail limits neither memory nor processes: this user may make no group of version 2 with these controllers. As \
+             root, or by systemd-run --user --scope bantam run --jail ...",
+        ),
+    }
+}
+
 /// An error's text without the number.
 fn reason(error: &io::Error) -> String {
     without_number(&error.to_string())
@@ -283,6 +296,7 @@ mod tests {
             "seccomp",
             "Landlock",
             "user namespaces",
+            "control groups",
         ] {
             assert_eq!(table.0.iter().filter(|row| row.name == name).count(), 1, "{name}");
         }

@@ -20,14 +20,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bantam::cgroup::{self, Group};
 use bantam::config::Config;
 use bantam::config::file::Jail;
 use bantam::sandbox::drop_capabilities;
+use bantam::virtio::blk::Engine;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, getegid, geteuid, pidfd_open, set_parent_process_death_signal};
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
 
 pub use launcher::Launcher;
+
+use super::message::chain;
 
 /// Users from here on belong to nobody (systemd's UIDs and GIDs).
 const FIRST_UID: u32 = 0x7000_0000;
@@ -52,6 +56,10 @@ pub enum Error {
     Root,
     #[error("cannot have {0} in a jail (--jail): {1}")]
     Unfit(&'static str, &'static str),
+    #[error(
+        "cannot limit the memory of a jail (--jail=cgroup=on): that takes a control group of version 2 that this user may use"
+    )]
+    Limits(#[source] cgroup::Error),
 }
 
 fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
@@ -89,6 +97,8 @@ pub struct Inside {
     files: Arc<File>,
     /// The process that users know.
     pub launcher: u32,
+    /// What limits it, or why nothing does; none if nothing is to.
+    limits: Option<Result<String, String>>,
 }
 
 impl Inside {
@@ -105,6 +115,15 @@ impl Inside {
     /// Leaves the host, for good and without privileges. The process has one thread, and all is open.
     pub fn enter(&self) -> Result<(), Error> {
         only_thread()?;
+        match &self.limits {
+            Some(Ok(limits)) => log::info!("the jail is limited by {limits}"),
+            Some(Err(why)) => {
+                log::warn!(
+                    "memory and processes of the jail have no limit (--jail=cgroup=off says nothing of it): {why}"
+                );
+            }
+            None => {}
+        }
         namespaces::leave()?;
         keep_no_capability_for_programs();
         if let Some((uid, gid)) = self.user {
@@ -119,8 +138,36 @@ impl Inside {
     }
 }
 
-/// Splits into the process of the machine, and one that waits for it.
-pub fn start(spec: &Jail) -> Result<Side, Error> {
+/// A control group for the process of the machine that `config` makes, if there is to be one.
+fn limits(spec: &Jail, config: &Config, pid: u32) -> Result<Option<Result<Group, cgroup::Error>>, Error> {
+    if spec.cgroup == Some(false) {
+        return Ok(None);
+    }
+    let (memory, tasks) = (memory_max(config), tasks_max(config));
+    match Group::with_limits(memory, tasks, pid) {
+        Err(error) if spec.cgroup == Some(true) => Err(Error::Limits(error)),
+        group => Ok(Some(group)),
+    }
+}
+
+/// What a machine's process may have of memory, in bytes: the guest's, a 64th of that for page tables, and what bantam, passt
+/// and connections that nobody reads from may come to.
+fn memory_max(config: &Config) -> u64 {
+    const OTHER: u64 = 256 << 20;
+    let memory = config.memory.get();
+    let connections = if config.vsock.is_some() { OTHER } else { 0 };
+    memory.saturating_add(memory / 64).saturating_add(OTHER + connections)
+}
+
+/// How many processes and threads it may be: more than it ever is. Each io_uring has threads of the kernel.
+fn tasks_max(config: &Config) -> u64 {
+    const OTHER: u64 = 512;
+    let rings = config.all_disks().filter(|disk| disk.engine == Engine::IoUring);
+    rings.fold(OTHER + u64::from(config.cpus), |tasks, _| tasks + OTHER)
+}
+
+/// Splits into the process of the machine that `config` makes, and one that waits for it.
+pub fn start(spec: &Jail, config: &Config) -> Result<Side, Error> {
     only_thread()?;
     let privileged = CapabilitySet::SYS_ADMIN | CapabilitySet::SETUID | CapabilitySet::SETGID;
     let has = rustix::thread::capabilities(None).map_err(failed("look at the privileges"))?.effective;
@@ -142,24 +189,43 @@ pub fn start(spec: &Jail) -> Result<Side, Error> {
     let (from_launcher, to_machine) =
         pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed("make a pipe"))?;
     let (from_machine, to_launcher) = pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
+    let group = limits(spec, config, pid)?;
     // First: a signal from now on is for the machine.
     let signals = launcher::signals().map_err(failed("wait for signals"))?;
     namespaces::split(user.is_none())?;
     match crate::process::fork().map_err(failed("make a process"))? {
         Some(child) => {
             let child = pidfd_open(child, PidfdFlags::empty()).map_err(failed("watch the process"))?;
-            Ok(Side::Launcher(Launcher::new(child, signals, to_machine, from_machine)))
+            let group = group.and_then(Result::ok);
+            Ok(Side::Launcher(Launcher::new(child, signals, to_machine, from_machine, group)))
         }
         None => {
             set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))?;
             drop(to_machine);
             launcher::must_live(&from_launcher);
+            // Before there is any memory of the machine: it counts where it was first used.
+            let limits = match group {
+                Some(Ok(group)) => Some(enter_group(group, spec, config)?),
+                Some(Err(error)) => Some(Err(chain(&error))),
+                None => None,
+            };
             crate::process::end_when_aborted().map_err(failed("handle SIGABRT"))?;
             let stat = File::open("/proc/self/stat").map_err(failed("look at the process"))?;
             bantam::terminal::look_from_outside(stat);
             let files = Arc::new(File::from(to_launcher));
-            Ok(Side::Inside(Inside { user, signals: RefCell::new(Some(from_launcher)), files, launcher: pid }))
+            let signals = RefCell::new(Some(from_launcher));
+            Ok(Side::Inside(Inside { user, signals, files, launcher: pid, limits }))
         }
+    }
+}
+
+/// Puts this process into its group. What limits it then, or why it does not.
+fn enter_group(group: Group, spec: &Jail, config: &Config) -> Result<Result<String, String>, Error> {
+    let (memory, tasks, path) = (memory_max(config), tasks_max(config), group.path().to_owned());
+    match group.enter() {
+        Ok(()) => Ok(Ok(format!("the control group {}: memory.max {memory}, pids.max {tasks}", path.display()))),
+        Err(error) if spec.cgroup == Some(true) => Err(Error::Limits(error)),
+        Err(error) => Ok(Err(chain(&error))),
     }
 }
 
@@ -190,6 +256,7 @@ mod tests {
         assert_eq!(read(""), Some((None, None)));
         assert_eq!(read("uid=1000,gid=5"), Some((Some(1000), Some(5))));
         assert_eq!(read("1000"), Some((Some(1000), None)));
+        assert_eq!(Jail::read("cgroup=off").map(|spec| spec.cgroup).ok(), Some(Some(false)));
         assert_eq!([read("uid=-1"), read("user=x")], [None; 2]);
     }
 }

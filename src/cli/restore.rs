@@ -71,7 +71,7 @@ pub struct Restore {
     #[arg(long, value_name = "on|log|off", help_heading = "Limits")]
     sandbox: Option<bantam::sandbox::Mode>,
     /// Run the machine in a process that sees nothing of the host but what was opened for it, as bantam run does.
-    #[arg(long, value_name = "uid=N,gid=N", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(long, value_name = "uid=N,gid=N,cgroup=on|off", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     #[arg(value_parser = Jail::read, help_heading = "Limits")]
     pub jail: Option<Jail>,
 

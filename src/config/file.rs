@@ -56,7 +56,7 @@ pub struct Run {
     pub metrics: Option<PathBuf>,
 }
 
-/// Who a machine's process is in a jail.
+/// Who a machine's process is in a jail, and how it is limited.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -67,10 +67,13 @@ pub struct Jail {
     /// The group; otherwise that of the user's number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gid: Option<u32>,
+    /// Whether a control group limits its memory and processes; otherwise, if one can be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<bool>,
 }
 
 impl Jail {
-    /// Reads `uid=N,gid=N`, of which each may be missing.
+    /// Reads `uid=N,gid=N,cgroup=on|off`, of which each may be missing.
     ///
     /// # Errors
     /// When it is something else.

@@ -1,5 +1,6 @@
 //! What the process of a machine in a jail sees of the host, and that it ends as any other.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
@@ -45,13 +46,31 @@ fn sees_nothing(pid: i32, uid: u32) {
     assert!(status["NSpid"].ends_with("\t1"), "{}", status["NSpid"]);
 }
 
+/// The control group of a machine's process in a jail, which is a group of its own with limits for `memory` MiB of guest.
+fn limited(pid: i32, memory: u64) -> PathBuf {
+    let named = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let group = named.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    let group = Path::new("/sys/fs/cgroup").join(group);
+    let read = |file: &str| fs::read_to_string(group.join(file)).unwrap_or_else(|error| panic!("{group:?}: {error}"));
+    // With vsock.
+    assert_eq!(read("memory.max"), format!("{}\n", (memory << 20) + (memory << 14) + (512 << 20)), "{group:?}");
+    assert_eq!(read("pids.max"), "513\n");
+    assert!(read("cgroup.procs").lines().any(|line| line == pid.to_string()));
+    let launcher = fs::read_to_string("/proc/self/cgroup").unwrap();
+    assert_ne!(named, launcher, "only the machine is in it");
+    group
+}
+
+/// MiB of memory that the guest has.
+const MEMORY: u64 = 192;
+
 /// A guest that copies what it is sent by vsock to its disk, and answers.
-fn guest(folder: &Path, disk: &Path) -> Guest {
+fn guest(folder: &Path, disk: &Path, jail: &str) -> Guest {
     let vsock = format!("cid=3,socket={}", folder.join("vsock").display());
     let script = "head -c 9 /dev/vda; ip link set eth0 up && echo; read -r line && echo \"got $line\" && dd if=/dev/zero \
                   of=/dev/vda bs=4k count=1 conv=fsync 2>/dev/null && echo written; read -r line && poweroff -f";
     let guest = Guest::new(Kernel::Tiny).script(script).disk(disk.display()).option("--vsock", vsock);
-    guest.flag("--jail")
+    guest.memory(&format!("{MEMORY}M")).flag(jail)
 }
 
 /// Talks to the guest by its console's socket.
@@ -81,14 +100,17 @@ fn root_is_nobody_in_a_jail() {
     let (disk, console) = (folder.path().join("disk"), folder.path().join("console"));
     fs::write(&disk, vec![b'x'; 1 << 20]).unwrap();
     let tap = "bantamjail0";
-    let guest = guest(folder.path(), &disk).net(format_args!("tap={tap}"));
+    let guest = guest(folder.path(), &disk, "--jail").net(format_args!("tap={tap}"));
     let running = guest.option("--serial", format_args!("socket={}", console.display())).start();
     let launcher = running.pid().as_raw_pid();
+    let group = Cell::new(None);
     talk(&running, &console, |pid| {
         sees_nothing(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff);
         assert!(Path::new("/sys/class/net").join(tap).exists(), "the tap is where it was made");
+        group.set(Some(limited(pid, MEMORY)));
     });
     let ended = running.wait();
+    assert!(!group.take().unwrap().exists(), "its group is removed");
     assert_eq!(ended.status, 0, "{}", ended.stderr);
     assert_eq!(ended.report["outcome"], "halted");
     assert!(fs::read(&disk).unwrap()[..4096].iter().all(|byte| *byte == 0), "what was flushed is there");
@@ -111,7 +133,7 @@ const AS_USER: [&str; 6] = ["--reuid", "1000", "--regid", "1000", "--clear-group
 fn a_user_has_a_jail_by_a_user_namespace() {
     let (folder, disk) = others_folder();
     let console = folder.path().join("console");
-    let guest = guest(folder.path(), &disk)
+    let guest = guest(folder.path(), &disk, "--jail")
         .net("user")
         .option("--cpu-quota", "150%")
         .option("--serial", format_args!("socket={}", console.display()));
@@ -121,6 +143,66 @@ fn a_user_has_a_jail_by_a_user_namespace() {
     let ended = running.wait();
     assert_eq!(ended.status, 0, "{}", ended.stderr);
     assert_eq!(ended.report["outcome"], "halted");
+    // No group is this user's.
+    let unlimited =
+        "memory and processes of the jail have no limit (--jail=cgroup=off says nothing of it): cannot make";
+    assert!(ended.stderr.contains(unlimited), "{}", ended.stderr);
+}
+
+#[test]
+fn a_user_may_have_a_control_group_for_a_jail() {
+    // As systemd does it for a user's session: one for its processes, beside which others may be.
+    let script = "cd /sys/fs/cgroup; echo +memory +pids +cpu >cgroup.subtree_control; mkdir jails; cd jails
+        echo +memory +pids +cpu >cgroup.subtree_control; mkdir session; echo $$ >session/cgroup.procs
+        chown 1000 . cgroup.procs cgroup.subtree_control; exec setpriv --reuid 1000 --regid 1000 --clear-groups -- \"$@\"";
+    let (folder, disk) = others_folder();
+    let console = folder.path().join("console");
+    let guest = guest(folder.path(), &disk, "--jail=cgroup=on")
+        .option("--cpu-quota", "150%")
+        .option("--serial", format_args!("socket={}", console.display()));
+    fs::set_permissions(guest.folder(), PermissionsExt::from_mode(0o777)).unwrap();
+    let running = started_by(guest, "sh", &["-ec", script, "sh"]).start();
+    let group = Cell::new(None);
+    talk(&running, &console, |pid| {
+        sees_nothing(pid, 1000);
+        group.set(Some(limited(pid, MEMORY)));
+    });
+    let ended = running.wait();
+    assert_eq!(ended.status, 0, "{}", ended.stderr);
+    let told = ended.report["limits"]["cpu-quota"].as_str().unwrap_or_default();
+    let group = group.take().unwrap();
+    assert!(told.starts_with(&format!("the control group {}/bantam-", group.display())), "{told}");
+    assert_eq!(group.parent(), Some(Path::new("/sys/fs/cgroup/jails")));
+    // There is nothing in them any more.
+    for folder in ["/sys/fs/cgroup/jails/session", "/sys/fs/cgroup/jails"] {
+        fs::remove_dir(folder).unwrap();
+    }
+}
+
+#[test]
+fn a_jail_that_wants_more_memory_is_ended() {
+    let running = Guest::new(Kernel::Tiny).script("echo up; sleep 1000").flag("--jail=cgroup=on").spawn();
+    running.wait_for("up");
+    let machine = machine_of(running.pid().as_raw_pid());
+    let named = fs::read_to_string(format!("/proc/{machine}/cgroup")).unwrap();
+    let group = Path::new("/sys/fs/cgroup").join(named.trim().strip_prefix("0::/").unwrap());
+    fs::write(group.join("memory.max"), "1M").unwrap();
+    let ended = running.wait();
+    assert_eq!(ended.status, 128 + Signal::KILL.as_raw(), "{}", ended.stderr);
+    let said = format!("its process wanted more than memory.max of {}", group.display());
+    assert!(ended.stderr.contains(&said) && !group.exists(), "{}", ended.stderr);
+}
+
+#[test]
+fn a_jail_that_must_have_a_control_group_is_refused_without() {
+    let (folder, disk) = others_folder();
+    let guest = Guest::new(Kernel::Tiny).disk(disk.display()).flag("--jail=cgroup=on");
+    fs::set_permissions(guest.folder(), PermissionsExt::from_mode(0o777)).unwrap();
+    let ended = started_by(guest, "setpriv", &AS_USER).run();
+    assert_eq!(ended.status, 125, "{}", ended.stderr);
+    let said = "cannot limit the memory of a jail (--jail=cgroup=on): that takes a control group of version 2";
+    assert!(ended.stderr.contains(said) && ended.stderr.contains("Permission denied"), "{}", ended.stderr);
+    drop(folder);
 }
 
 #[test]
@@ -217,7 +299,7 @@ fn where_there_are_no_namespaces_there_is_no_jail() {
     // None in the namespace that it is started from: a namespace in which none more may be made.
     let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --reuid 0 --bounding-set -sys_admin \
                   --inh-caps -sys_admin -- \"$0\" \"$@\"";
-    let guest = guest(folder.path(), &disk);
+    let guest = guest(folder.path(), &disk, "--jail");
     let ended = started_by(guest, "unshare", &["--user", "--map-root-user", "sh", "-c", script]).run();
     assert_eq!(ended.status, 125, "{}", ended.stderr);
     assert!(ended.stderr.contains("cannot make namespaces for a jail (--jail)"), "{}", ended.stderr);

@@ -5,14 +5,16 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 
+use bantam::cgroup::{self, Group};
 use bantam::config::Config;
 use bantam::devices::console;
 use bantam::signal::{self, SignalFd};
-use bantam::{cgroup, socket};
+use bantam::socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr, write};
 use rustix::process::{Signal, WaitId, WaitIdOptions, getpid, kill_process, pidfd_send_signal, waitid};
 
+use crate::cli::message::say;
 use crate::cli::output_file;
 use crate::process::ExitCode;
 
@@ -41,11 +43,20 @@ pub struct Launcher {
     from_machine: Option<File>,
     /// The signal that the machine's process was killed for, as nobody there took it.
     untaken: Option<i32>,
+    /// What limits the machine's process.
+    group: Option<Group>,
 }
 
 impl Launcher {
-    pub(super) fn new(child: OwnedFd, signals: SignalFd, to_machine: OwnedFd, from_machine: OwnedFd) -> Self {
-        Self { child, signals, to_machine: Some(to_machine), from_machine: Some(from_machine.into()), untaken: None }
+    pub(super) fn new(
+        child: OwnedFd,
+        signals: SignalFd,
+        to_machine: OwnedFd,
+        from_machine: OwnedFd,
+        group: Option<Group>,
+    ) -> Self {
+        let (to_machine, from_machine) = (Some(to_machine), Some(from_machine.into()));
+        Self { child, signals, to_machine, from_machine, untaken: None, group }
     }
 
     /// Waits until the machine that `config` makes has ended, and writes and removes what its process cannot: files by their
@@ -54,16 +65,21 @@ impl Launcher {
     /// # Errors
     /// When it cannot be waited for, or a file not be written.
     pub fn finish(
-        self,
+        mut self,
         config: &Config,
         write: impl Fn(u8, &[u8]) -> Result<(), output_file::Error>,
     ) -> Result<ExitCode, Box<dyn Error>> {
+        let group = self.group.take();
         let ended = self.wait().map_err(|error| format!("cannot wait for the machine in a jail: {error}"));
         let vsock = config.vsock.iter().map(|vsock| &vsock.socket);
         let console = if let console::Spec::Socket(path) = &config.serial { Some(path) } else { None };
         // A process that is killed leaves them.
         vsock.chain(console).filter(|path| socket::is_stale(path)).for_each(|path| drop(std::fs::remove_file(path)));
         cgroup::clear();
+        if let Some(group) = group.filter(|group| group.out_of_memory() > 0) {
+            let path = group.path().display();
+            say(&format!("the machine was ended by the kernel: its process wanted more than memory.max of {path}"));
+        }
         let (end, told) = ended?;
         split(&told).into_iter().try_for_each(|(number, content)| write(number, content))?;
         Ok(match end {
