@@ -113,7 +113,7 @@ fn few_system_calls_come_before_the_guest() {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
     let disk = disk.path().to_str().unwrap();
-    for (budget, options) in [(132, &["--memory", "128M"][..]), (141, &["--memory", "128M", "--disk", disk])] {
+    for (budget, options) in [(130, &["--memory", "128M"][..]), (139, &["--memory", "128M", "--disk", disk])] {
         let (count, calls) = calls_before_the_guest(options);
         assert!(count <= budget, "{count} system calls, of {budget}, with {options:?}:\n{calls}");
     }
