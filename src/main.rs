@@ -11,6 +11,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Instant;
 
+use bantam::boot::kernel;
 use bantam::config::Config;
 use bantam::control::Served;
 use bantam::devices::console;
@@ -399,6 +400,7 @@ fn build(
     let build = |builder: Builder| {
         let signals = signals(terminal, process.jail.as_ref())?;
         let builder = builder.started(started).signals(signals).sandbox(threads.clone());
+        let builder = builder.kernel_cache(kernel::Cache::User);
         let mut builder = builder.upkeep(process::give_back);
         if let Some(jail) = &process.jail {
             builder = builder.pid(jail.launcher);

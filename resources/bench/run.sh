@@ -158,6 +158,7 @@ start() {
     in_turn 31 11 start_time "$tiny" "17 MB ELF kernel (budget 5)"
     in_turn 7 3 start_time "$debian" "14 MB bzImage"
     vmms=(bantam)
+    in_turn 7 3 start_unpacked
     in_turn 11 3 start_cached
     in_turn 31 11 start_api
     vmms=(bantam qemu)
@@ -183,10 +184,22 @@ start_calls() {
         "$(awk '/KVM_RUN/ { exit } !/resumed>|---|\+\+\+/ { calls++ } END { print calls }' "$built/calls")"
 }
 
+# A kernel that only this machine unpacks, one that is unpacked for others, too, and one that was, each in turn.
+start_unpacked() {
+    start_time "$1" "$debian" "14 MB bzImage, unpacked for itself"
+    rm -rf "$built/kernels"
+    start_time "$1" "$debian" "14 MB bzImage, first" "$built/kernels"
+    start_time "$1" "$debian" "14 MB bzImage, kept" "$built/kernels"
+    rm -f "$built"/kernels/bantam/unpacked/file-*
+    start_time "$1" "$debian" "14 MB bzImage, kept, read again" "$built/kernels"
+    start_time "$1" "${debian%vmlinuz}vmlinux" "its 53 MB ELF kernel"
+}
+
+# start_time VMM KERNEL NAME [FOLDER]: with bantam's cache there, or without one.
 start_time() {
     machine "$1" "$2" "$built/boot.cpio" ""
     [[ $1 != bantam ]] || command+=(--report "$built/report.json")
-    figure "$1" "exec to first KVM_RUN, $3, ms" "$(measured -r 20 | awk '{ print $2 * 1000 }')"
+    figure "$1" "exec to first KVM_RUN, $3, ms" "$(XDG_CACHE_HOME=${4:-/dev/null} measured -r 20 | awk '{ print $2 * 1000 }')"
 }
 
 restore() {

@@ -4,7 +4,7 @@
 //! inside is loaded as the ELF that it is. Only if its compression is not one we read does the guest unpack it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -18,14 +18,12 @@ pub use super::elf::Error as ElfError;
 use super::elf::{self, Elf};
 use super::image::{FileImage, HEAD, Image, StreamImage};
 use super::low_memory_end;
+use super::payload::Payload;
 pub use super::unpack::Compression;
-use super::unpack::unpack;
+pub use super::unpacked::Cache;
 use crate::arch::x86_64::layout::ZERO_PAGE;
 pub use crate::arch::x86_64::regs::Entry;
 use crate::memory::GuestRam;
-
-/// How much of a payload is read at once.
-const READ_AHEAD: usize = 256 << 10;
 
 /// A kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -114,19 +112,27 @@ pub struct Kernel {
 /// # Errors
 /// When there is no such kernel, or it does not fit guest memory; the error names the file and the figures.
 pub fn load(ram: &GuestRam, path: &Path) -> Result<Kernel, Error> {
-    load_file(ram, path).map_err(|reason| Error { path: path.into(), reason })
+    load_with(ram, path, &Cache::Off)
 }
 
-fn load_file(ram: &GuestRam, path: &Path) -> Result<Kernel, Reason> {
+/// The same with a cache of unpacked kernels: what is in a bzImage is mapped from there, as an ELF file is, and put there if it
+/// was not yet.
+///
+/// # Errors
+/// As [`load`]. A cache that cannot be used is none.
+pub fn load_with(ram: &GuestRam, path: &Path, cache: &Cache) -> Result<Kernel, Error> {
+    load_file(ram, path, cache).map_err(|reason| Error { path: path.into(), reason })
+}
+
+fn load_file(ram: &GuestRam, path: &Path, cache: &Cache) -> Result<Kernel, Reason> {
     let (file, len) = open(path)?;
-    let mut head = vec![0; HEAD.min(usize::try_from(len).unwrap_or(HEAD))];
-    file.read_exact_at(&mut head, 0)?;
+    let head = read_head(&file, len)?;
     if head.starts_with(&elf::MAGIC) {
         let mut image = FileImage { file: &file, head: &head, len };
         return Ok(of_elf(elf::load(&mut image, ram)?));
     }
     if is_bzimage(&head) {
-        return load_bzimage(&file, &BzImage::parse(&head, len)?, ram);
+        return load_bzimage(&file, &head, &BzImage::parse(&head, len)?, ram, cache);
     }
     Err(Reason::NotKernel(not_kernel(&head)))
 }
@@ -142,15 +148,15 @@ pub fn extract(path: &Path, to: &mut impl Write) -> Result<Format, Error> {
 
 fn extract_file(path: &Path, to: &mut impl Write) -> Result<Format, Reason> {
     let (mut file, len) = open(path)?;
-    let mut head = vec![0; HEAD.min(usize::try_from(len).unwrap_or(HEAD))];
-    file.read_exact_at(&mut head, 0)?;
+    let head = read_head(&file, len)?;
     if is_bzimage(&head) {
         let image = BzImage::parse(&head, len)?;
-        if let (Some(unpacked), Some(compression)) = unpack_payload(&file, &image)? {
-            let size = unpacked_size(&file, &image)?;
-            let copied = io::copy(&mut unpacked.take(size), to);
-            copied.map_err(|source| Reason::Unpack { compression, source })?;
-            return Ok(Format::Elf);
+        if let Some(payload) = Payload::of(&file, &image)? {
+            let failed = |source| Reason::Unpack { compression: payload.compression, source };
+            if let Some(unpacked) = payload.unpack().map_err(failed)? {
+                io::copy(&mut unpacked.take(payload.unpacked_size()), to).map_err(failed)?;
+                return Ok(Format::Elf);
+            }
         }
     }
     io::copy(&mut file, to)?;
@@ -173,6 +179,13 @@ pub(super) fn open(path: &Path) -> Result<(File, u64), Reason> {
     Ok((file, metadata.len()))
 }
 
+/// The first bytes of a file of this length.
+fn read_head(file: &File, len: u64) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; HEAD.min(usize::try_from(len).unwrap_or(HEAD))];
+    file.read_exact_at(&mut head, 0)?;
+    Ok(head)
+}
+
 fn of_elf(Elf { entry, range, acpi }: Elf) -> Kernel {
     Kernel {
         entry,
@@ -187,32 +200,37 @@ fn of_elf(Elf { entry, range, acpi }: Elf) -> Kernel {
     }
 }
 
-fn load_bzimage(file: &File, image: &BzImage, ram: &GuestRam) -> Result<Kernel, Reason> {
+fn load_bzimage(file: &File, head: &[u8], image: &BzImage, ram: &GuestRam, cache: &Cache) -> Result<Kernel, Reason> {
     let version = image.version.and_then(|offset| read_version(file, offset));
-    let (unpacked, compression) = unpack_payload(file, image)?;
-    let kernel = match (unpacked, compression) {
-        (Some(unpacked), Some(compression)) => {
-            let unpacked = unpacked_size(file, image).and_then(|size| StreamImage::new(unpacked, size));
-            let mut unpacked = unpacked.map_err(|source| Reason::Unpack { compression, source })?;
-            of_elf(elf::load(&mut unpacked, ram).map_err(Reason::Payload)?)
-        }
-        _ => load_packed(file, image, ram)?,
+    let payload = Payload::of(file, image)?;
+    let unpacked = match &payload {
+        Some(payload) => load_payload(payload, head, ram, cache)?,
+        None => None,
     };
+    let kernel = match unpacked {
+        Some(elf) => of_elf(elf),
+        None => load_packed(file, image, ram)?,
+    };
+    let compression = payload.map(|payload| payload.compression);
     Ok(Kernel { format: Format::BzImage, compression, version, ..kernel })
 }
 
-/// What is in a payload, if it is not for the guest to unpack, and how that is compressed, if it is known.
-#[expect(clippy::type_complexity, reason = "it is taken apart at once")]
-fn unpack_payload<'a>(
-    file: &'a File,
-    image: &BzImage,
-) -> Result<(Option<Box<dyn Read + 'a>>, Option<Compression>), Reason> {
-    let mut start = [0; 8];
-    file.read_exact_at(&mut start, image.payload.start)?;
-    let Some(compression) = Compression::detect(&start) else { return Ok((None, None)) };
-    let packed = Part { file, range: image.payload.start..image.payload.end - compression.trailer() };
-    let unpacked = unpack(compression, BufReader::with_capacity(READ_AHEAD, packed)).transpose();
-    Ok((unpacked.map_err(|source| Reason::Unpack { compression, source })?, Some(compression)))
+/// Loads what is in a payload; `None` if that is for the guest to unpack.
+fn load_payload(payload: &Payload<'_>, head: &[u8], ram: &GuestRam, cache: &Cache) -> Result<Option<Elf>, Reason> {
+    if payload.compression.is_for_guest() {
+        return Ok(None);
+    }
+    if let Some(unpacked) = cache.open(payload, head) {
+        let head = read_head(&unpacked.file, unpacked.len)?;
+        let mut image = FileImage { file: &unpacked.file, head: &head, len: unpacked.len };
+        let elf = elf::load(&mut image, ram).map_err(Reason::Payload)?;
+        unpacked.keep();
+        return Ok(Some(elf));
+    }
+    let failed = |source| Reason::Unpack { compression: payload.compression, source };
+    let Some(unpacked) = payload.unpack().map_err(failed)? else { return Ok(None) };
+    let mut image = StreamImage::new(unpacked, payload.unpacked_size()).map_err(failed)?;
+    elf::load(&mut image, ram).map(Some).map_err(Reason::Payload)
 }
 
 /// Loads a bzImage as it is, to be unpacked by the guest.
@@ -234,35 +252,12 @@ fn load_packed(file: &File, image: &BzImage, ram: &GuestRam) -> Result<Kernel, R
     })
 }
 
-/// What a payload unpacks to, in bytes: the build puts it last, as gzip does by itself.
-fn unpacked_size(file: &File, image: &BzImage) -> io::Result<u64> {
-    let mut size = [0; 4];
-    file.read_exact_at(&mut size, image.payload.end - 4)?;
-    Ok(u32::from_le_bytes(size).into())
-}
-
 /// The NUL-terminated text at `offset`.
 fn read_version(file: &File, offset: u64) -> Option<String> {
     let mut text = [0; 256];
     let read = file.read_at(&mut text, offset).ok()?;
     let end = memchr::memchr(0, &text[..read])?;
     Some(String::from_utf8_lossy(&text[..end]).into_owned())
-}
-
-/// A part of a file, as a reader.
-struct Part<'a> {
-    file: &'a File,
-    range: Range<u64>,
-}
-
-impl Read for Part<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
-        let size = left.min(buf.len());
-        let read = self.file.read_at(&mut buf[..size], self.range.start)?;
-        self.range.start += read as u64;
-        Ok(read)
-    }
 }
 
 /// Says what a file is that is not a kernel of ours.

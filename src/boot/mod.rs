@@ -22,7 +22,9 @@ pub mod initrd;
 pub mod inspect;
 pub mod kernel;
 pub mod modules;
+mod payload;
 mod unpack;
+mod unpacked;
 
 /// Why a guest could not be loaded.
 #[derive(Debug, thiserror::Error)]

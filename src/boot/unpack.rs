@@ -43,6 +43,11 @@ impl Compression {
 }
 
 impl Compression {
+    /// Whether only the guest unpacks it.
+    pub(super) fn is_for_guest(self) -> bool {
+        matches!(self, Compression::Lzma | Compression::Lzo)
+    }
+
     /// How many bytes the kernel's build appends: the unpacked size, which gzip has already.
     pub(super) fn trailer(self) -> u64 {
         if self == Compression::Gzip { 0 } else { 4 }

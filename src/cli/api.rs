@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::log::LevelFilter;
+use bantam::boot::kernel;
 use bantam::config::firecracker::{Logger, Metrics, Settings, host};
 use bantam::config::{Config, Name, file};
 use bantam::control::{Api, Program, Server, Stop, VERSION};
@@ -269,7 +270,7 @@ impl Machines {
     fn build(&mut self, builder: Builder, config: &Config) -> Result<Handle, String> {
         super::descriptors::allow(config);
         let threads = self.process.threads(config).map_err(|error| message::chain(&*error))?;
-        let builder = builder.sandbox(threads);
+        let builder = builder.sandbox(threads).kernel_cache(kernel::Cache::User);
         let signals = signals().map_err(|error| message::chain(&error))?;
         let builder = builder.started(self.started).signals(signals).upkeep(crate::process::give_back);
         let builder = told::telling(builder, self.events.as_deref(), None)?;

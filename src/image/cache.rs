@@ -55,9 +55,14 @@ pub(super) struct Name {
 
 /// A file's identity and times: if they are the same, so is what is in it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stamp([i64; 7]);
+pub(crate) struct Stamp([i64; 7]);
 
 impl Stamp {
+    /// All of it.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.map(i64::to_le_bytes).concat()
+    }
+
     /// Of a file that may be in use. `None` if it has changed so lately that a change more might not show.
     pub fn of(file: &File) -> io::Result<Option<Self>> {
         let metadata = file.metadata()?;

@@ -34,7 +34,7 @@ mod config;
 mod contents;
 mod credentials;
 mod curl;
-mod digest;
+pub(crate) mod digest;
 mod directory;
 mod erofs;
 mod layer;

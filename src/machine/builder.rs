@@ -48,6 +48,7 @@ pub struct Builder {
     paused: bool,
     sandbox: Sandbox,
     pid: Option<u32>,
+    kernel_cache: kernel::Cache,
 }
 
 /// What a console's output goes through.
@@ -74,6 +75,7 @@ impl Builder {
             paused: false,
             sandbox: Sandbox::default(),
             pid: None,
+            kernel_cache: kernel::Cache::Off,
         }
     }
 
@@ -102,6 +104,13 @@ impl Builder {
     /// Has events tell this ID of a process, by which users know the machine, in place of this process' own.
     pub fn pid(mut self, pid: u32) -> Self {
         self.pid = Some(pid);
+        self
+    }
+
+    /// Has what is in a bzImage be kept in `cache`, and be mapped from there as an ELF kernel is, in place of being unpacked for
+    /// each machine.
+    pub fn kernel_cache(mut self, cache: kernel::Cache) -> Self {
+        self.kernel_cache = cache;
         self
     }
 
@@ -191,6 +200,7 @@ impl Builder {
             paused,
             sandbox,
             pid,
+            kernel_cache,
         } = self;
         config.validate()?;
         match &snapshot {
@@ -217,7 +227,7 @@ impl Builder {
         let (vcpus, has_modules, module_files) = match &snapshot {
             // Those that were needed are in it.
             Some(snapshot) => (restore(&vm, snapshot)?, true, vec![]),
-            None => boot(&config, &vm, save.is_some())?,
+            None => boot(&config, &vm, save.is_some(), &kernel_cache)?,
         };
         let told_command = match (&snapshot, &save) {
             (Some(_), _) => command::Told::AtOnce,
@@ -319,9 +329,14 @@ impl Builder {
 }
 
 /// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found, and in which files.
-fn boot(config: &Config, vm: &Vm, waits: bool) -> Result<(Vec<Vcpu>, bool, Vec<PathBuf>), Error> {
+fn boot(
+    config: &Config,
+    vm: &Vm,
+    waits: bool,
+    cache: &kernel::Cache,
+) -> Result<(Vec<Vcpu>, bool, Vec<PathBuf>), Error> {
     let (path, ram) = (config.kernel.as_deref().ok_or(Error::NoKernel)?, vm.ram());
-    let kernel = kernel::load(ram, path).map_err(boot::Error::from)?;
+    let kernel = kernel::load_with(ram, path, cache).map_err(boot::Error::from)?;
     let told = |command| if waits { command::WAIT.to_vec() } else { command::told(command, Session::window()) };
     let make = |command| initramfs(config, command, &told(command), path, ram, &kernel);
     let command = config.command.as_ref().map(make).transpose()?;

@@ -93,10 +93,15 @@ fn vmlinux_without_pvh_is_entered_in_64_bits() {
 /// The system calls before a machine's guest runs. A release makes about 12 less: its dynamic linker loads no libgcc, and the
 /// standard library does not check what it closes.
 fn calls_before_the_guest(options: &[&str]) -> (usize, String) {
+    calls_of(&Kernel::Tiny.vmlinux(), Path::new("/nowhere"), options)
+}
+
+/// The same with any kernel, and the folder for what bantam keeps.
+fn calls_of(kernel: &Path, cache: &Path, options: &[&str]) -> (usize, String) {
     let calls = NamedTempFile::new().unwrap();
     let mut strace = Command::new("strace");
     strace.args(["-f", "-o"]).arg(calls.path()).arg(env!("CARGO_BIN_EXE_bantam"));
-    strace.args(["run", "--timeout", "1s", "--kernel"]).arg(Kernel::Tiny.vmlinux());
+    strace.args(["run", "--timeout", "1s", "--kernel"]).arg(kernel).env("XDG_CACHE_HOME", cache);
     strace.arg("--initrd").arg(Kernel::Tiny.file("initramfs.cpio")).args(options);
     // cargo has the dynamic linker look into folders of its own.
     let output = strace.env_remove("LD_LIBRARY_PATH").stdin(Stdio::null()).output().unwrap();
@@ -135,6 +140,65 @@ fn neither_memory_nor_cpus_cost_many_system_calls() {
     const EACH: usize = 18;
     let [one, four, eight] = [small, count("1G", "4"), count("1G", "8")];
     assert!(four <= one + 3 * EACH + CHANCE && eight <= one + 7 * EACH + CHANCE, "{one}, {four}, {eight}");
+}
+
+/// What bantam says of a machine that is ended at once.
+fn said(kernel: &Path, cache: &Path, options: &[&str]) -> String {
+    let mut bantam = Command::new(env!("CARGO_BIN_EXE_bantam"));
+    bantam.args(["run", "-vv", "--serial", "none", "--timeout", "1s", "--kernel"]).arg(kernel).args(options);
+    let output = bantam.env("XDG_CACHE_HOME", cache).stdin(Stdio::null()).output().unwrap();
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_bzimage_is_unpacked_once() {
+    const KEPT: &str = "the kernel is unpacked as";
+    const MAPPED: &str = "mapping the unpacked kernel";
+    const ALONE: &str = "unpacking the kernel for this machine alone";
+    let cache = tempfile::tempdir().unwrap();
+    let image = Kernel::Tiny.bzimage();
+    let run = |words: &str| {
+        let mut guest = Guest::with_image(Kernel::Tiny, &image).script("uname -a").flag("-vv");
+        guest.command().env("XDG_CACHE_HOME", cache.path());
+        let ended = guest.run().succeeded();
+        ended.require(ended.stderr.contains(words), words);
+        (ended.stdout.lines().find(|line| line.starts_with("Linux")).map(String::from), ended.report["kernel"].clone())
+    };
+    assert_eq!(run(KEPT), run(MAPPED));
+    let folder = cache.path().join("bantam/unpacked");
+    let count = || fs::read_dir(&folder).unwrap().count();
+    let kept = count();
+    assert!(kept <= 2, "the kernel, and what file it is in");
+
+    // Of the file only its ends are read: 13 system calls more than with an ELF kernel, and 2 of a build that is no release.
+    let (calls, list) = calls_of(&image, cache.path(), &["--memory", "128M"]);
+    assert!(calls <= 147, "{calls} system calls:\n{list}");
+    assert!(said(&image, cache.path(), &["--jail"]).contains(MAPPED), "it is mapped in a jail");
+
+    // What only the guest can unpack, and what is none, are not there.
+    let packed = changed(&image, |bytes| {
+        let at = |field: usize| u32::from_le_bytes(bytes[field..field + 4].try_into().unwrap()) as usize;
+        let start = (usize::from(bytes[0x1f1]) + 1) * 512 + at(0x248);
+        bytes[start..start + 8].fill(0xff);
+    });
+    let words = said(packed.path(), cache.path(), &[]);
+    assert!(![KEPT, MAPPED, ALONE].iter().any(|word| words.contains(word)), "{words}");
+    assert_eq!(count(), kept);
+
+    // Without a place to keep it, or room there, it boots as well.
+    assert!(said(&image, Path::new("/proc/nowhere"), &[]).contains(ALONE));
+    if rustix::process::geteuid().is_root() {
+        let small = tempfile::tempdir().unwrap();
+        let mount = |program: &str, arguments: &[&str]| {
+            assert!(Command::new(program).args(arguments).arg(small.path()).status().unwrap().success(), "{program}");
+        };
+        mount("mount", &["-t", "tmpfs", "-o", "size=4m", "none"]);
+        let words = said(&image, small.path(), &[]);
+        let left = fs::read_dir(small.path().join("bantam/unpacked")).map(|entries| entries.count());
+        mount("umount", &[]);
+        assert!(words.contains(ALONE) && words.contains("No space left"), "{words}");
+        assert_eq!(left.ok(), Some(0));
+    }
 }
 
 #[test]
