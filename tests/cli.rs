@@ -263,6 +263,7 @@ fn a_file_that_is_no_machine_is_refused() {
         ("a.json", "{\"cpus\": 2,\n\"cpus\": 3}", &["a.json, line 2", "`cpus` is given twice"]),
         ("a", "[[disks]]\npath = 'disk'\nreadonly = 'yes'", &["line 3: `disks[0].readonly`: expected true or false"]),
         ("a", "{\"boot-source\": {\"kernel\": 1}}", &["line 1: `boot-source`: unknown key `kernel`"]),
+        ("a", "cpus = 2\nsandbox = true", &["line 2: `sandbox`: expected \"on\", \"log\" or \"off\", and not true"]),
         ("a", "cpus = 0", &["0 cpus"]),
     ] {
         folder.write(name, content.as_bytes());

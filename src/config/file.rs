@@ -278,6 +278,12 @@ mod tests {
             ("a", "cpus = 1\ncpus = 2", "line 2: "),
             ("a", "{\"cpus\": 1,\n", "line 2: EOF"),
             ("a.json", "[]", "line 1: expected a table, and not a list"),
+            (
+                "a",
+                "\nsandbox = true",
+                "line 2: `sandbox`: expected \"on\", \"log\" or \"off\", and not true: write \"on\"",
+            ),
+            ("a", "sandbox = 'yes'", "`sandbox`: cannot use `yes` as a sandbox: expected on, log or off"),
             ("a", "[[disks]]\npath = 'd'\niops = 0", "`disks[0].iops`: "),
         ] {
             let found = read(name, text).unwrap_err();

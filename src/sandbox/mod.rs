@@ -21,8 +21,6 @@ pub use landlock::{Access, Error, Ruleset, version as landlock_version};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 pub use violation::name_violations;
 
-use crate::text::serde_as_text;
-
 /// Whether there is a sandbox: `on`, `log` or `off`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -58,7 +56,53 @@ impl fmt::Display for Mode {
     }
 }
 
-serde_as_text!(Mode);
+impl serde::Serialize for Mode {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// By itself, as `true` is what many write, and means either of two.
+impl<'de> serde::Deserialize<'de> for Mode {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+
+        impl serde::de::Visitor<'_> for Text {
+            type Value = Mode;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"on\", \"log\" or \"off\"")
+            }
+
+            fn visit_bool<E: serde::de::Error>(self, switch: bool) -> Result<Mode, E> {
+                let meant = if switch { "on" } else { "off" };
+                Err(E::custom(format_args!("expected \"on\", \"log\" or \"off\", and not {switch}: write \"{meant}\"")))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Mode, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(Text)
+    }
+}
+
+#[cfg(test)]
+impl schemars::JsonSchema for Mode {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Mode".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        // As other texts.
+        schemars::json_schema!({"type": ["string", "integer"]})
+    }
+}
 
 /// What a thread does for a machine, and so may do. One that is started by another has what both have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
