@@ -17,6 +17,8 @@ use bantam::config::{Config, Size};
 use bantam::devices::console::{self, Console};
 use bantam::machine::{self, Builder, Handle, Machine};
 use bantam::outcome::Outcome;
+use bantam::sandbox::{Mode, Sandbox};
+use bantam::virtio::blk::{Engine, Spec};
 use support::screen::Screen;
 use support::{Guest, Kernel};
 
@@ -141,6 +143,23 @@ fn one_machine_is_stopped_while_another_goes_on() {
     // Nobody is there any more, and nothing happens.
     first_handle.stop();
     second_handle.input("echo\n");
+}
+
+#[test]
+fn the_threads_of_a_program_have_a_sandbox_that_lets_io_uring_through() {
+    let _process = PROCESS.read().unwrap_or_else(PoisonError::into_inner);
+    let lab = Lab::new("dd if=/dev/zero of=/dev/vda bs=4k count=4 conv=fsync 2>/dev/null && echo written");
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&disk, [b'x'; 32 << 10]).unwrap();
+    let config = lab.config.clone().disk(Spec { engine: Engine::IoUring, ..Spec::new(disk.path()) });
+    let sandbox = Sandbox::new(Mode::On);
+    // It may be used for more than one machine.
+    let builder = Builder::new(config).sandbox(sandbox.clone()).console(Console::to(lab.screen.clone()));
+    assert_eq!(builder.build().unwrap().run().unwrap(), Outcome::Halted);
+    lab.screen.wait_for("written");
+    let (zeros, rest) = (vec![0; 16 << 10], vec![b'x'; 16 << 10]);
+    assert!(fs::read(&disk).unwrap() == [zeros, rest].concat());
+    drop(sandbox);
 }
 
 #[test]

@@ -9,7 +9,6 @@ use super::jail::{self, Inside};
 use bantam::config::Config;
 use bantam::machine::Machine;
 use bantam::sandbox::{self, Access, Mode, Role, Ruleset, Sandbox};
-use bantam::virtio::blk::Engine;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::CapabilitySet;
 
@@ -83,8 +82,7 @@ impl Process {
 
     /// The sandbox of the threads of a machine that is to be built.
     pub fn threads(&self, config: &Config) -> Result<Sandbox, Box<dyn Error>> {
-        let mut threads = Sandbox::new(self.mode).with_files(config.has_folders(), self.changes_disks);
-        threads = threads.with_rings(config.all_disks().any(|disk| disk.engine == Engine::IoUring));
+        let mut threads = Sandbox::new(self.mode).changing_disks(self.changes_disks);
         if self.mode == Mode::On {
             threads = threads.keeping(self.kept(config));
             if self.is_free() {

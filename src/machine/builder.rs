@@ -116,6 +116,21 @@ impl Builder {
 
     /// Has the threads that are made for the machine be in `sandbox`. The thread that [runs](Machine::run) it is not, nor is
     /// the process: a caller that wants that restricts them before it runs the machine.
+    ///
+    /// What the threads may do follows from the configuration: which devices there are, and whether a disk has an io_uring.
+    ///
+    /// ```no_run
+    /// use bantam::config::Config;
+    /// use bantam::machine::Builder;
+    /// use bantam::sandbox::{Mode, Sandbox};
+    /// use bantam::virtio::blk::{Engine, Spec};
+    ///
+    /// let disk = Spec { engine: Engine::IoUring, ..Spec::new("disk.img") };
+    /// let config = Config::new().kernel("vmlinux").disk(disk);
+    /// let mut machine = Builder::new(config).sandbox(Sandbox::new(Mode::On)).build()?;
+    /// println!("{}", machine.run()?);
+    /// # Ok::<(), bantam::machine::Error>(())
+    /// ```
     pub fn sandbox(mut self, sandbox: Sandbox) -> Self {
         self.sandbox = sandbox;
         self
@@ -213,6 +228,8 @@ impl Builder {
         }
         // First, before a number that is not open becomes that of something opened here.
         let first_nets = first_nets(&config)?;
+        let rings = config.all_disks().any(|disk| disk.engine == blk::Engine::IoUring);
+        let sandbox = sandbox.having(config.has_folders(), rings);
         let disks = open_disks(&config)?;
         let shares = open_shares(&config)?;
 

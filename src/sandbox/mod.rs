@@ -188,33 +188,39 @@ struct Files {
 
 /// The sandbox of a machine's threads. By default there is none.
 #[derive(Debug, Clone, Default)]
-pub struct Sandbox(Option<Arc<Rules>>);
+pub struct Sandbox {
+    rules: Option<Arc<Rules>>,
+    files: Files,
+}
 
 #[derive(Debug)]
 struct Rules {
     log: bool,
-    files: Files,
     kept: CapabilitySet,
     /// The process does without: each thread restricts itself.
     alone: Option<Option<Ruleset>>,
 }
 
 impl Sandbox {
-    /// A sandbox in which system calls are filtered, of a machine whose devices open no files while it runs.
+    /// A sandbox in which system calls are filtered. What they are is up to the machine: its builder knows of its folders and
+    /// rings.
     ///
     /// A violation is a SIGSYS, which kills the process unless somebody handles it ([`name_violations`]); with [`Mode::Log`]
     /// somebody has to.
     pub fn new(mode: Mode) -> Self {
-        let rules =
-            Rules { log: mode == Mode::Log, files: Files::default(), kept: CapabilitySet::empty(), alone: None };
-        Self((mode != Mode::Off).then(|| Arc::new(rules)))
+        let rules = Rules { log: mode == Mode::Log, kept: CapabilitySet::empty(), alone: None };
+        Self { rules: (mode != Mode::Off).then(|| Arc::new(rules)), files: Files::default() }
     }
 
-    /// The same, of a machine that may have shared `folders`, and whose `disks` may be given other files while it runs.
-    pub fn with_files(mut self, folders: bool, disks: bool) -> Self {
-        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
-            rules.files = Files { folders, disks, ..rules.files };
-        }
+    /// The same, of a machine whose disks may be given other files while it runs, or not.
+    pub fn changing_disks(mut self, change: bool) -> Self {
+        self.files.disks = change;
+        self
+    }
+
+    /// The same, of a machine that may have shared `folders`, and disks with `rings` of io_uring.
+    pub(crate) fn having(mut self, folders: bool, rings: bool) -> Self {
+        (self.files.folders, self.files.rings) = (folders, rings);
         self
     }
 
@@ -222,22 +228,14 @@ impl Sandbox {
     /// `others`.
     pub fn device(&self, device_type: u32, others: impl Iterator<Item = RawFd>) -> Device {
         // Where disks change, descriptors come and go, and a number may be another's.
-        let is_fixed = self.0.as_ref().is_some_and(|rules| !rules.files.disks);
+        let is_fixed = self.rules.is_some() && !self.files.disks;
         let others = if is_fixed { others.filter_map(|fd| fd.try_into().ok()).collect() } else { Arc::default() };
         Device { sandbox: self.clone(), role: Role::of_device(device_type), others }
     }
 
-    /// The same, of a machine that may have disks that are used by io_uring.
-    pub fn with_rings(mut self, rings: bool) -> Self {
-        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
-            rules.files.rings = rings;
-        }
-        self
-    }
-
     /// The same, and of the capabilities no others are kept by threads that give them up.
     pub fn keeping(mut self, kept: CapabilitySet) -> Self {
-        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+        if let Some(rules) = self.rules.as_mut().and_then(Arc::get_mut) {
             rules.kept = kept;
         }
         self
@@ -246,7 +244,7 @@ impl Sandbox {
     /// The same, for a process that is not in a sandbox: each thread gives up capabilities, and vCPUs and devices can open
     /// only the files that `ruleset` allows.
     pub fn by_themselves(mut self, ruleset: Option<Ruleset>) -> Self {
-        if let Some(rules) = self.0.as_mut().and_then(Arc::get_mut) {
+        if let Some(rules) = self.rules.as_mut().and_then(Arc::get_mut) {
             rules.alone = Some(ruleset);
         }
         self
@@ -261,12 +259,12 @@ impl Sandbox {
     }
 
     fn enter_without(&self, role: Role, others: &[u32]) -> io::Result<()> {
-        let Some(rules) = &self.0 else { return Ok(()) };
+        let Some(rules) = &self.rules else { return Ok(()) };
         if let Some(ruleset) = rules.alone.as_ref().filter(|_| !matches!(role, Role::Main | Role::Control)) {
             rules.give_up()?;
             ruleset.as_ref().map_or(Ok(()), Ruleset::restrict).map_err(io::Error::other)?;
         }
-        let mut lists = role.lists(rules.files);
+        let mut lists = role.lists(self.files);
         if rules.log {
             // These cannot be made from a handler.
             lists.push(calls::THREADS);
@@ -297,7 +295,7 @@ impl Sandbox {
     /// # Errors
     /// As [`enter`](Self::enter).
     pub fn enter_first(&self, role: Role) -> io::Result<()> {
-        self.0.as_ref().filter(|rules| rules.alone.is_none()).map_or(Ok(()), |rules| rules.give_up())?;
+        self.rules.as_ref().filter(|rules| rules.alone.is_none()).map_or(Ok(()), |rules| rules.give_up())?;
         self.enter(role)
     }
 }
