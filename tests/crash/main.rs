@@ -2,10 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says what went wrong by failing")]
 
+#[allow(dead_code, reason = "of which not all is used here")]
+#[path = "../api/client.rs"]
+mod client;
 mod faults;
 mod journal;
 mod kills;
 mod running;
+mod saves;
 mod starts;
 mod stop;
 #[path = "../support/mod.rs"]
