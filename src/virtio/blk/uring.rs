@@ -175,7 +175,9 @@ impl Uring {
 
     /// Tells the kernel of what was begun.
     pub fn submit(&mut self) -> io::Result<()> {
-        if self.queued { self.enter(0) } else { Ok(()) }
+        // What a fuzz target has done is done when the device rests.
+        let want = if cfg!(fuzzing) { self.len } else { 0 };
+        if self.queued { self.enter(want) } else { Ok(()) }
     }
 
     /// Does the same, and waits until a request is done, if there is one.

@@ -4,8 +4,9 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
-use bantam::virtio::blk::{Blk, Cache, Spec};
+use bantam::virtio::blk::{Blk, Cache, Engine, Spec};
 use bantam::virtio::change::{Change, Rates};
 use bantam::virtio::device::VirtioDevice;
 use bantam::virtio::mmio::Mmio;
@@ -21,6 +22,7 @@ struct Disk {
     readonly: bool,
     cache: Cache,
     limited: bool,
+    engine: Engine,
 }
 
 /// A disk whose every sector begins with its number.
@@ -39,6 +41,17 @@ fn content() -> Vec<u8> {
     (0..SECTORS).flat_map(sector).collect()
 }
 
+/// Whether the host has io_uring. Where it has not, disks are without.
+fn has_rings() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        let file = disk(&content());
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let opened = Blk::open(&Spec { engine: Engine::IoUring, ..Spec::new(path) });
+        opened.inspect_err(|error| eprintln!("SKIPPED: {error}")).is_ok()
+    })
+}
+
 impl Disk {
     fn limit(&mut self, mmio: &mut Mmio, limited: bool) {
         self.limited = limited;
@@ -49,7 +62,8 @@ impl Disk {
 
     fn open(&self) -> Box<dyn VirtioDevice> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let spec = Spec { readonly: self.readonly, cache: self.cache, id: Some("fuzzed".into()), ..Spec::new(path) };
+        let (readonly, cache, engine) = (self.readonly, self.cache, self.engine);
+        let spec = Spec { readonly, cache, engine, id: Some("fuzzed".into()), ..Spec::new(path) };
         Box::new(Blk::open(&spec).expect("a disk"))
     }
 
@@ -67,7 +81,8 @@ impl Device for Disk {
     fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)> {
         let kind: u8 = u.arbitrary()?;
         let cache = if kind & 2 == 0 { Cache::Unsafe } else { Cache::Writeback };
-        let disk = Self { file: disk(&content()), readonly: kind & 1 == 1, cache, limited: false };
+        let engine = if kind & 0xc == 0xc && has_rings() { Engine::IoUring } else { Engine::Sync };
+        let disk = Self { file: disk(&content()), readonly: kind & 1 == 1, cache, limited: false, engine };
         let device = disk.open();
         Ok((disk, device))
     }
@@ -115,6 +130,10 @@ impl Device for Disk {
     fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
         self.limit(mmio, u.arbitrary()?);
         Ok(())
+    }
+
+    fn uses_in_any_order(&self) -> bool {
+        self.engine == Engine::IoUring
     }
 
     fn serves_all(&self, _: u16) -> bool {

@@ -4,7 +4,8 @@
 //! does, after each turn of the device:
 //!
 //! - guest memory is as it was, but for buffers that the device was given, and its part of the rings;
-//! - the used index has moved by buffers that were given, in their order, and no length is more than there was room for;
+//! - the used index has moved by buffers that were given, each once, in their order unless the device has another, and no length is
+//!   more than there was room for;
 //! - no byte behind that length has changed, unless something longer was dropped;
 //! - a driver that wants to hear of used buffers was interrupted;
 //! - the device comes to rest, and has done what it can;
@@ -49,6 +50,10 @@ pub trait Device: Sized {
     fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
         let _ = (mmio, u);
         Ok(())
+    }
+    /// Whether the device may use what it is given in any order.
+    fn uses_in_any_order(&self) -> bool {
+        false
     }
     /// Whether the device uses all that it is given by a queue before it rests.
     fn serves_all(&self, queue: u16) -> bool {
@@ -433,11 +438,6 @@ impl<D: Device> Guest<D> {
             );
             may.extend(before.used_parts(if after.is_some() { count } else { before.size }));
             used.push((index, *before, count));
-            for (i, given) in pending.given.iter().enumerate() {
-                if i >= usize::from(count) {
-                    may.extend(given.writable.iter().cloned());
-                }
-            }
         }
         if tangled || D::EMPTIES_PAGES && self.is_torn(&rings) {
             self.memory.refresh();
@@ -448,17 +448,21 @@ impl<D: Device> Guest<D> {
         // Of used buffers, as much as the device says; that is in memory, which was not looked at yet.
         let underestimates = self.device.underestimates();
         let mut elements = vec![];
+        let in_order = !self.device.uses_in_any_order();
         for (index, before, count) in used {
+            let mut left: Vec<_> = self.pending[index].given.iter().collect();
             for i in 0..count {
                 let at = before.used_element(before.next_used.wrapping_add(i));
                 let (id, len) = (fresh(at, 4), fresh(at + 4, 4));
-                let given = &self.pending[index].given[usize::from(i)];
-                assert_eq!(id, given.head, "queue {index} used another buffer than the next");
+                let found = left.iter().position(|given| given.head == id).filter(|found| *found == 0 || !in_order);
+                let given = left.remove(found.unwrap_or_else(|| panic!("queue {index} used {id}, which is not next")));
                 assert!(len <= given.room(), "queue {index} used {len} bytes of {}", given.room());
                 let exact = given.is_memory(&self.memory) && !underestimates;
                 elements.extend(given.first(if exact { len } else { u64::MAX }));
                 elements.extend(given.last().filter(|_| D::STATUS_LAST));
             }
+            // The device may still write what it has not used.
+            elements.extend(left.iter().flat_map(|given| given.writable.iter().cloned()));
             if let Some(Some(after)) = rings.get(index).filter(|_| count > 0) {
                 assert_eq!(fresh(before.device + 2, 2), u64::from(after.next_used), "the used index of queue {index}");
                 let wants = if before.event_idx {
