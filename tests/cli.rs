@@ -720,6 +720,22 @@ fn a_tap_that_cannot_be_used_is_refused() {
 }
 
 #[test]
+fn vhost_where_it_cannot_be_is_refused() {
+    let folder = Folder::new();
+    folder.refuses(&["--net", "tap0,vhost=maybe"], &["--net", "vhost", "maybe"]);
+    folder.refuses(&["--net", "user,vhost=on"], &["cannot use vhost-net with a user network"]);
+    for limit in ["bw=1M", "pps=100"] {
+        let card = format!("tap0,vhost=on,{limit}");
+        folder.refuses(&["--net", &card], &["cannot use vhost-net with limits", "bw, pps"]);
+    }
+    // Where anyone may open it, it is the tap that cannot be created.
+    let output = unprivileged(&folder, &["--net", "bantam-none,vhost=on"]);
+    refused(&output, &[]);
+    let error = text(&output.stderr);
+    assert!(error.contains("cannot open /dev/vhost-net, for vhost=on") || error.contains("bantam-none"), "{error}");
+}
+
+#[test]
 fn a_place_for_output_that_cannot_be_is_refused() {
     let folder = Folder::new();
     folder.write("taken", b"");

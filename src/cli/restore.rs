@@ -35,7 +35,11 @@ pub struct Restore {
     /// Put a network card elsewhere: the first --net is for the guest's first card, and so on. What is not given is as it was.
     ///
     /// A guest's driver goes on with the address that it has; it sees another one when it is bound anew.
-    #[arg(long = "net", value_name = "user|[tap=]NAME|fd=N[,mac=ADDR][,bw=SIZE][,pps=N]", help_heading = "Devices")]
+    #[arg(
+        long = "net",
+        value_name = "user|[tap=]NAME|fd=N[,mac=ADDR][,bw=SIZE][,pps=N][,vhost=on|off|auto]",
+        help_heading = "Devices"
+    )]
     #[arg(value_parser = kv::from_str::<net::Spec>)]
     nets: Vec<net::Spec>,
     /// Put the socket device elsewhere. The guest's connections have ended in any case.
@@ -200,6 +204,7 @@ impl Restore {
                 mtu: asked.mtu.or(card.mtu),
                 bw: asked.bw.or(card.bw),
                 pps: asked.pps.or(card.pps),
+                vhost: asked.vhost.or(card.vhost),
                 ..asked.clone()
             };
         }

@@ -142,8 +142,8 @@ pub(super) const RING_FILES: &List = &[(SYS_io_uring_register, Is(1, &[IORING_RE
 
 const IORING_REGISTER_FILES_UPDATE: u32 = 6;
 
-/// A tap.
-pub(super) const TAP: &List = &[(SYS_ioctl, Is(1, &[TUNSETOFFLOAD]))];
+/// A tap, and vhost-net on it.
+pub(super) const TAP: &List = &[(SYS_ioctl, Is(1, TAP_IOCTLS))];
 
 /// The system calls that do something to the file of a descriptor or with it, and by which argument it is named.
 pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
@@ -182,6 +182,21 @@ const BLKGETSIZE64: u32 = ioctl::<usize>(READS, 0x12, 114);
 const BLKROGET: u32 = 0x125e;
 const BLKSSZGET: u32 = 0x1268;
 const TUNSETOFFLOAD: u32 = ioctl::<u32>(WRITES, b'T', 208);
+
+const TAP_IOCTLS: &[u32] = &[
+    TUNSETOFFLOAD,
+    ioctl::<u64>(WRITES, 0xaf, 0x00),      // VHOST_SET_FEATURES
+    ioctl::<()>(IO, 0xaf, 0x01),           // VHOST_SET_OWNER
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x03), // VHOST_SET_MEM_TABLE
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x10), // VHOST_SET_VRING_NUM
+    ioctl::<[u64; 5]>(WRITES, 0xaf, 0x11), // VHOST_SET_VRING_ADDR
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x12), // VHOST_SET_VRING_BASE
+    ioctl::<[u32; 2]>(BOTH, 0xaf, 0x12),   // VHOST_GET_VRING_BASE
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x20), // VHOST_SET_VRING_KICK
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x21), // VHOST_SET_VRING_CALL
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x22), // VHOST_SET_VRING_ERR
+    ioctl::<[u32; 2]>(WRITES, 0xaf, 0x30), // VHOST_NET_SET_BACKEND
+];
 
 const DISK_IOCTLS: &[u32] = &[BLKDISCARD, BLKGETSIZE64, BLKROGET, BLKSSZGET];
 

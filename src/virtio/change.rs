@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{balloon, blk};
+use super::{balloon, blk, device};
 use crate::limit::Limit;
 use crate::size::Size;
 
@@ -67,6 +67,12 @@ pub enum Error {
     /// The balloon cannot be so.
     #[error(transparent)]
     Balloon(#[from] balloon::Error),
+    /// Packets are not counted that the host's kernel moves.
+    #[error("cannot limit the rates of a network card that has vhost=on")]
+    Vhost,
+    /// The device cannot go on otherwise than it does.
+    #[error(transparent)]
+    Device(#[from] device::Error),
     /// The host has no timer for the rate limit.
     #[error("cannot make a timer for the rate limit")]
     Timer(#[source] io::Error),

@@ -174,6 +174,15 @@ impl Io {
         }
     }
 
+    /// Calls the device's `queue_ready(index)` for each event of `kick`, as from the start.
+    pub(super) fn watch_kick(&self, index: usize, kick: impl AsFd) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(index as u64);
+        match epoll::add(&self.events, kick, data, EventFlags::IN | EventFlags::ET) {
+            Err(rustix::io::Errno::EXIST) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
     /// Stops watching `fd`.
     pub fn unwatch(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(epoll::delete(&self.events, fd)?)

@@ -174,8 +174,7 @@ impl Queue {
         self.ring
     }
 
-    /// The ring.
-    #[cfg(fuzzing)]
+    /// The ring as the driver set it up, and the device's position in it.
     pub fn ring(&self) -> &virtio_queue::Queue {
         &self.ring
     }
@@ -183,6 +182,16 @@ impl Queue {
     /// The next available and the next used index.
     pub fn position(&self) -> (u16, u16) {
         (self.ring.next_avail(), self.ring.next_used())
+    }
+
+    /// Goes on after somebody else, who took what was available up to `next_available` and has used all of it.
+    pub(super) fn go_on_after(&mut self, ram: &GuestRam, next_available: u16) -> Result<(), Error> {
+        let used = self.ring.used_idx(ram, Ordering::Acquire);
+        let used = used.map_err(|source| self.error("cannot read the used ring", source))?;
+        self.ring.set_next_avail(next_available);
+        self.ring.set_next_used(used.0);
+        self.notified = used.0;
+        Ok(())
     }
 
     /// The eventfd that the driver's notifications arrive on.

@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::namespace::Namespace;
@@ -23,8 +24,8 @@ pub fn network() -> Namespace {
     network
 }
 
-/// Sends `SIZE` bytes to the guest by TCP, and has them sent back.
-fn exchange(guest: Guest, network: &Namespace) -> Ended {
+/// Sends so many bytes to the guest by TCP, and has them sent back.
+fn exchange(guest: Guest, network: &Namespace, size: usize) -> Ended {
     let script = "
         ip address add 10.0.0.2/24 dev eth0
         ip link set eth0 up
@@ -40,7 +41,7 @@ fn exchange(guest: Guest, network: &Namespace) -> Ended {
         nc 10.0.0.1 5001 </mnt/data
         echo tx-packets=$(($(cat /sys/class/net/eth0/statistics/tx_packets) - acknowledgements))
     ";
-    let data = noise(SIZE);
+    let data = noise(size);
     let (guest, returned) = network.inside(|| {
         let listener = TcpListener::bind("10.0.0.1:5001").unwrap();
         let guest = guest.inside(network.name()).limit(LIMIT).script(script).start();
@@ -60,7 +61,11 @@ fn exchange(guest: Guest, network: &Namespace) -> Ended {
     let ended = guest.wait().succeeded();
     assert!(ended.value("received").starts_with(&sha256(&data)));
     assert!(returned == data, "{} bytes came back, or others", returned.len());
+    ended
+}
 
+/// Checks that bantam counted what was exchanged.
+fn counted(ended: &Ended) {
     let size = SIZE as u64;
     for direction in ["rx", "tx"] {
         let bytes = ended.counted("net0", &format!("{direction}-bytes"));
@@ -68,21 +73,21 @@ fn exchange(guest: Guest, network: &Namespace) -> Ended {
         assert_eq!(ended.counted("net0", &format!("{direction}-errors")), 0);
         assert_eq!(ended.counted("net0", &format!("{direction}-drops")), 0);
     }
-    ended
 }
 
-/// The mean size of the packets, as the guest counts them, that brought `SIZE` bytes in one direction.
-fn packet_size(ended: &Ended, direction: &str) -> usize {
-    SIZE / ended.value(&format!("{direction}-packets")).parse::<usize>().unwrap()
+/// The mean size of the packets, as the guest counts them, that brought so many bytes in one direction.
+fn packet_size(ended: &Ended, direction: &str, size: usize) -> usize {
+    size / ended.value(&format!("{direction}-packets")).parse::<usize>().unwrap()
 }
 
 #[test]
 fn tcp_goes_both_ways_in_large_packets() {
     let network = network();
     let guest = Guest::new(Kernel::Debian612).memory("512M").net("tap0");
-    let ended = exchange(guest, &network);
+    let ended = exchange(guest, &network, SIZE);
+    counted(&ended);
     // How much of what the guest sends goes in one packet depends on how fast its program writes it in small pieces.
-    let size = packet_size(&ended, "rx");
+    let size = packet_size(&ended, "rx", SIZE);
     assert!(size > 2000, "{size} bytes a packet");
 }
 
@@ -91,11 +96,59 @@ fn tcp_goes_both_ways_without_offloads() {
     let network = network();
     network.ip(&["link", "set", "tap0", "gso_max_segs", "1"]);
     let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap=tap0");
-    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network);
+    let ended = exchange(guest.cmdline("virtio_net.csum=0 virtio_net.gso=0"), &network, SIZE);
+    counted(&ended);
     for direction in ["rx", "tx"] {
-        let size = packet_size(&ended, direction);
+        let size = packet_size(&ended, direction, SIZE);
         assert!(size <= 1514, "{direction}: {size} bytes a packet");
     }
+}
+
+#[test]
+fn tcp_goes_both_ways_through_vhost() {
+    if !Path::new("/dev/vhost-net").exists() {
+        eprintln!("SKIPPED a test: this host has no /dev/vhost-net");
+        return;
+    }
+    let network = network();
+    let guest = Guest::new(Kernel::Tiny).memory("512M").net("tap0,vhost=on");
+    let size = SIZE / 4;
+    let ended = exchange(guest, &network, size);
+    assert!(packet_size(&ended, "rx", size) > 1600, "{ended:?}");
+    // Nothing of it went through bantam.
+    for counter in ["rx-packets", "tx-packets", "rx-drops", "tx-drops"] {
+        assert_eq!(ended.counted("net0", counter), 0, "{counter}");
+    }
+    assert!(ended.counted("net0", "interrupts") > 0);
+}
+
+/// In a mount namespace in which that is another device.
+#[test]
+fn without_vhost_net_bantam_moves_packets_unless_it_must_not() {
+    let network = network();
+    let hidden = |vhost: &str, script: &str| {
+        let mut guest =
+            Guest::new(Kernel::Tiny).net(format!("tap0,vhost={vhost}")).script(script).inside(network.name());
+        let command = guest.command();
+        let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+        // `ip netns exec NAME` is in a mount namespace of its own.
+        let hide = r#"[ ! -e /dev/vhost-net ] || mount --bind /dev/null /dev/vhost-net; exec "$@""#;
+        let mut shell = Command::new("ip");
+        shell.args(&arguments[..3]).args(["sh", "-c", hide, "sh"]).args(&arguments[3..]);
+        shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        *command = shell;
+        guest.run()
+    };
+    let refused = hidden("on", "");
+    assert_eq!(refused.status, 125, "{refused:?}");
+    assert!(refused.stderr.contains("cannot open /dev/vhost-net, for vhost=on"), "{refused:?}");
+    let script = "
+        ip address add 10.0.0.2/24 dev eth0
+        ip link set eth0 up
+        ping -c 1 -w 30 10.0.0.1
+    ";
+    let ended = hidden("auto", script).succeeded();
+    assert!(ended.counted("net0", "rx-packets") > 0 && ended.counted("net0", "tx-packets") > 0, "{ended:?}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn guest(script: &str) -> (Guest, Vec<u8>, Namespace) {
     let guest = guest
         .file("devmem", &fs::read(file("tools/devmem")).unwrap())
         .disk(disk.display())
-        .net("tap=tap0")
+        .net("tap=tap0,vhost=auto")
         .option("--vsock", format!("cid=3,socket={}", vsock.display()))
         .option("--balloon", "stats=1s")
         .script(script);

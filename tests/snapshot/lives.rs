@@ -11,6 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use bantam::machine::{Builder, Destination, Snapshot};
+use bantam::virtio::change::{Change, Rates};
+use bantam::virtio::net::vhost;
 use bantam::virtio::{blk, vsock};
 use serde_json::json;
 
@@ -75,7 +77,7 @@ fn lives(rounds: usize, cpus: u32) {
     thread::spawn(move || listener.incoming().flatten().try_for_each(|stream| sender.send(stream)));
     let spec = blk::Spec { engine: blk::Engine::IoUring, ..blk::Spec::new(&disk) };
     lab.config = lab.config.cpus(cpus).disk(spec).vsock(vsock::Spec { cid: 3, socket });
-    lab.config = lab.config.net(serde_json::from_value(json!({"tap": "tap0"})).unwrap());
+    lab.config = lab.config.net(serde_json::from_value(json!({"tap": "tap0", "vhost": "auto"})).unwrap());
 
     let mut machine = network.inside(|| Running::start(Builder::new(lab.config.clone())));
     let seen = machine.screen.wait_until(|seen| !counts(seen).is_empty());
@@ -94,10 +96,17 @@ fn lives(rounds: usize, cpus: u32) {
         machine.handle.pause().unwrap();
         machine.handle.snapshot(Destination::Folder(saved.clone())).unwrap();
         printed += &machine.stop();
-        machine = network.inside(|| Running::start(Builder::restore(Snapshot::open(&saved).unwrap())));
+        let mut snapshot = Snapshot::open(&saved).unwrap();
+        // By turns bantam moves the packets, and the host's kernel, if it can.
+        let vhost = if round % 2 == 0 { vhost::Mode::Off } else { vhost::Mode::Auto };
+        snapshot.config.nets[0].vhost = Some(vhost);
+        machine = network.inside(|| Running::start(Builder::restore(snapshot)));
     }
     held.push(accepted.recv_timeout(LIMIT).expect("the guest connects again"));
     let echoed = |text: &str| values(text, "echoed").len();
+    // With a limit it is bantam again, while the guest runs.
+    let rates = Rates { bytes: Some("1G".parse().unwrap()), operations: None };
+    machine.handle.change("net0", Change::NetRates { rx: Some(rates), tx: Some(rates) }).unwrap();
     let before = echoed(&machine.screen.text());
     machine.screen.wait_until(|seen| echoed(seen) > before);
     machine.handle.input("last\n");

@@ -15,6 +15,7 @@ pub mod tap;
 #[cfg(test)]
 mod tests;
 mod tx;
+pub mod vhost;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -34,10 +35,11 @@ use self::passt::Passt;
 use self::rx::Rx;
 use self::tap::offload;
 use self::tx::Tx;
+use self::vhost::Vhost;
 use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::{self, Iovecs};
-use super::queue::Chain;
+use super::queue::{Chain, INTERRUPT_USED_RING};
 use super::rate_limiter::RateLimiter;
 use crate::limit::{Directions, Limit};
 use crate::metrics::{Counter, Metrics};
@@ -58,6 +60,8 @@ const BATCH: u32 = 64;
 const HOST: u32 = 0;
 /// What the timers of the queues' rate limits are watched as.
 const LIMITS: [u32; 2] = [1, 2];
+/// What vhost is watched as: interrupts for the driver, and rings that are broken.
+const VHOST: [u32; 2] = [3, 4];
 /// Where the status is in the configuration, and the link's bit of it.
 const CONFIG_STATUS: usize = 6;
 const LINK_UP: u8 = 1;
@@ -93,6 +97,9 @@ pub struct Spec {
     pub bw: Option<Directions>,
     /// How many frames may go in each direction.
     pub pps: Option<Directions>,
+    /// Whether the host's kernel moves the packets (vhost-net); without a wish, it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<vhost::Mode>,
     /// Its name in Firecracker's API; `eth0`, `eth1`, ... without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -115,6 +122,15 @@ pub enum Error {
     /// Ports with a network that has its own addresses.
     #[error("cannot publish port {0}: only a user network has published ports")]
     Publish(Publish),
+    /// vhost-net with what passes it by.
+    #[error("cannot use vhost-net with {0}: leave vhost=on away")]
+    Vhost(&'static str),
+    /// There is no vhost-net.
+    #[error(
+        "cannot open /dev/vhost-net, for vhost=on{}",
+        if .0.kind() == io::ErrorKind::NotFound { " (`sudo modprobe vhost_net` makes it)" } else { "" }
+    )]
+    NoVhost(#[source] io::Error),
     /// The rate cannot be limited.
     #[error("cannot make a timer for the network device's rate limit")]
     Timer(#[source] io::Error),
@@ -135,8 +151,19 @@ impl Spec {
             _ if hosts.iter().filter(|given| **given).count() != 1 => Err(Error::OneHost),
             (Some(mtu), _) if !(68..=max).contains(&mtu) => Err(Error::Mtu { mtu, max }),
             (_, Some(port)) if !self.user => Err(Error::Publish(*port)),
+            _ if self.vhost() != vhost::Mode::On => Ok(()),
+            _ if self.user => Err(Error::Vhost("a user network")),
+            _ if self.is_limited() => Err(Error::Vhost("limits of its rates (bw, pps)")),
             _ => Ok(()),
         }
+    }
+
+    fn vhost(&self) -> vhost::Mode {
+        self.vhost.unwrap_or_default()
+    }
+
+    fn is_limited(&self) -> bool {
+        self.bw.is_some() || self.pps.is_some()
     }
 
     /// The guest's address in a user network.
@@ -157,6 +184,14 @@ impl Spec {
     }
 
     fn open_unlimited(&self) -> Result<Net, Error> {
+        let needs_vhost = self.vhost() == vhost::Mode::On;
+        let vhost = match self.vhost() {
+            vhost::Mode::On => Some(Vhost::open().map_err(Error::NoVhost)?),
+            vhost::Mode::Auto if !self.user && !self.is_limited() => {
+                Vhost::open().inspect_err(|error| log::debug!("no vhost-net for a network card: {error}")).ok()
+            }
+            _ => None,
+        };
         let tap = match (&self.tap, self.fd, self.user_mac()) {
             (Some(name), ..) => Tap::open(name)?,
             (_, Some(fd), _) => Tap::from_fd(fd)?,
@@ -173,7 +208,7 @@ impl Spec {
             tap.set_mtu(mtu)?;
         }
         let mac = self.mac.unwrap_or_else(|| MacAddr::from_name(tap.name()));
-        Ok(Net::new(tap, mac, self.mtu))
+        Ok(Net { vhost, needs_vhost, ..Net::new(tap, mac, self.mtu) })
     }
 }
 
@@ -214,6 +249,12 @@ pub struct Net {
     config: [u8; 12],
     /// The offloads that a tap's packets may have.
     offloads: u32,
+    /// Moves the packets, if it is there.
+    vhost: Option<Vhost>,
+    /// Whether nothing else may.
+    needs_vhost: bool,
+    /// What the driver negotiated.
+    negotiated: u64,
     /// Of each queue, by its index.
     limits: [Option<RateLimiter>; 2],
     statistics: Arc<Statistics>,
@@ -294,7 +335,18 @@ impl Net {
             features |= 1 << VIRTIO_NET_F_MTU;
             config[10..].copy_from_slice(&mtu.to_le_bytes());
         }
-        Self { host, features, config, offloads: 0, limits: [None, None], statistics: Arc::default(), running: None }
+        Self {
+            host,
+            features,
+            config,
+            offloads: 0,
+            vhost: None,
+            needs_vhost: false,
+            negotiated: 0,
+            limits: [None, None],
+            statistics: Arc::default(),
+            running: None,
+        }
     }
 
     /// Waits until what it is on is ready; a tap is at once. What passt says from then on is to be
@@ -350,6 +402,48 @@ impl Net {
     fn transmit(&mut self, io: &mut Io) -> Result<(), device::Error> {
         if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(TX)) {
             running.tx_wait = running.tx.run(&mut self.host, ram, queue, &mut self.limits[TX], &self.statistics)?;
+        }
+        self.watch(io)
+    }
+
+    /// Has the host's kernel move the packets, or moves them itself.
+    fn run(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        let (Backend::Tap(tap), Some(vhost)) = (&self.host, &mut self.vhost) else { return self.run_here(io) };
+        match vhost.attach(tap, self.negotiated, VHOST, io) {
+            Ok(()) => Ok(()),
+            Err(error) if self.needs_vhost => {
+                Err(device::Error::Host { what: format!("cannot start vhost-net on {}", self.host), source: error })
+            }
+            Err(error) => {
+                log::warn!("cannot start vhost-net on {}, which is slower without: {error}", self.host);
+                self.do_without_vhost(io)
+            }
+        }
+    }
+
+    /// Moves the packets itself from now on.
+    fn do_without_vhost(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        let Some(mut vhost) = self.vhost.take() else { return Ok(()) };
+        vhost.detach(io)?;
+        self.run_here(io)?;
+        let what = || format!("cannot watch the queues of {}", self.host);
+        Vhost::give_kicks_back(io).map_err(|source| device::Error::Host { what: what(), source })?;
+        // One that vhost was about to make may be lost.
+        io.interrupt.raise(INTERRUPT_USED_RING);
+        Ok(())
+    }
+
+    fn run_here(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        let rx_wait = if io.queue(RX).is_some() { Wait::Host } else { Wait::Driver };
+        self.running = Some(Running {
+            rx: Rx::new(&io.ram, self.negotiated & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0),
+            rx_wait,
+            tx: Tx::new(&io.ram),
+            tx_wait: Wait::Driver,
+            watched: EventFlags::empty(),
+        });
+        for (limit, token) in self.limits.iter().zip(LIMITS) {
+            limit.as_ref().map_or(Ok(()), |limit| limit.watch(token, io))?;
         }
         self.watch(io)
     }
@@ -418,21 +512,15 @@ impl VirtioDevice for Net {
             }
         }
         self.offloads = offloads;
-        let rx_wait = if io.queue(RX).is_some() { Wait::Host } else { Wait::Driver };
-        self.running = Some(Running {
-            rx: Rx::new(&io.ram, features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0),
-            rx_wait,
-            tx: Tx::new(&io.ram),
-            tx_wait: Wait::Driver,
-            watched: EventFlags::empty(),
-        });
-        for (limit, token) in self.limits.iter().zip(LIMITS) {
-            limit.as_ref().map_or(Ok(()), |limit| limit.watch(token, io))?;
-        }
-        self.watch(io)
+        self.negotiated = features;
+        self.run(io)
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        if self.vhost.as_ref().is_some_and(|vhost| !vhost.is_attached()) {
+            // The device goes on after a pause.
+            return self.run(io);
+        }
         // While the host is waited for, there is nothing to do for the driver.
         match (&self.running, index) {
             (Some(Running { rx_wait: Wait::Driver, .. }), RX) => self.receive(io),
@@ -443,12 +531,36 @@ impl VirtioDevice for Net {
 
     fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
         match change {
-            Change::NetRates { rx, tx } => self.set_rates([*rx, *tx], io).map_err(change::Error::Timer),
+            Change::NetRates { rx, tx } => {
+                let rates = [*rx, *tx];
+                let mut io = io;
+                if self.vhost.is_some() && rates.iter().flatten().any(|rates| *rates != Rates::default()) {
+                    if self.needs_vhost {
+                        return Err(change::Error::Vhost);
+                    }
+                    match &mut io {
+                        Some(io) => self.do_without_vhost(io).map_err(change::Error::Device)?,
+                        None => self.vhost = None,
+                    }
+                }
+                self.set_rates(rates, io).map_err(change::Error::Timer)
+            }
             other => Err(other.unsupported()),
         }
     }
 
     fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), device::Error> {
+        match VHOST.iter().position(|vhost| *vhost == token) {
+            Some(0) => {
+                io.interrupt.raise(INTERRUPT_USED_RING);
+                return Ok(());
+            }
+            Some(_) => {
+                let source = io::Error::other("its driver broke a virtqueue");
+                return Err(device::Error::Host { what: "vhost-net has stopped".into(), source });
+            }
+            None => {}
+        }
         let limited = LIMITS.iter().position(|limit| *limit == token);
         if let Some(limit) = limited.and_then(|index| self.limits[index].as_mut()) {
             limit.woken();
@@ -464,6 +576,15 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn pause(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        if let Some(vhost) = self.vhost.as_mut().filter(|vhost| vhost.is_attached()) {
+            vhost.detach(io)?;
+            // One that vhost was about to make may be lost.
+            io.interrupt.raise(INTERRUPT_USED_RING);
+        }
+        Ok(())
+    }
+
     fn settle(&mut self, io: &mut Io) {
         if let (Some(running), Some((_, queue))) = (&mut self.running, io.queue(RX)) {
             running.rx.stop(queue, &self.statistics);
@@ -471,6 +592,11 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&mut self, io: &mut Io) {
+        if let Some(vhost) = &mut self.vhost
+            && let Err(error) = vhost.detach(io)
+        {
+            log::debug!("{}: {error}", self.host);
+        }
         let Some(mut running) = self.running.take() else { return };
         self.limits.iter().flatten().for_each(|limit| limit.unwatch(io));
         if !running.watched.is_empty()
