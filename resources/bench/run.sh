@@ -50,6 +50,7 @@ build() {
     cat target/guest/tiny/initramfs.cpio "$built/base.cpio" >"$built/boot.cpio"
     gcc -O2 -static -pthread -o "$root/bin/disk" resources/bench/disk.c
     gcc -O2 -static -o "$root/bin/share" resources/bench/share.c
+    gcc -O2 -static -o "$root/bin/udp" resources/bench/udp.c
     local program
     for program in iperf3 git; do
         cp "$(command -v "$program")" "$root/bin/"
@@ -81,7 +82,8 @@ archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$
 # machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU, 128 MiB, a serial
 # console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
-# bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With share=FOLDER it
+# bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With $vhost, a tap is
+# on vhost-net; with share=FOLDER it
 # starts QEMU's virtiofsd, which ends with the VMM.
 machine() {
     local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on
@@ -91,7 +93,7 @@ machine() {
         for device in "$@"; do
             case $device in
             disk=*) command+=(--disk "${device#*=}") ;;
-            tap=*) command+=(--net "$device") ;;
+            tap=*) command+=(--net "$device,vhost=${vhost:-off}") ;;
             share=*) command+=(--share "${device#*=}:/mnt") ;;
             esac
         done
@@ -107,7 +109,7 @@ machine() {
         case $device in
         disk=*) command+=(-device "virtio-blk-device,drive=disk"
             -drive "if=none,id=disk,format=raw,cache=writeback,file=${device#*=}") ;;
-        tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=off"
+        tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=${vhost:-off}"
             -device "virtio-net-device,netdev=net") ;;
         share=*)
             virtiofsd "${device#*=}"
@@ -454,9 +456,13 @@ net() {
     ip address add 10.0.0.1/24 dev bench
     ip link set bench up
     iperf3 -s >/dev/null &
-    local server=$!
-    in_turn 5 2 guest_figures net tap=bench
-    kill "$server"
+    local servers=($!) vhost
+    "$built/root/bin/udp" echo 7 &
+    servers+=($!)
+    for vhost in off on; do
+        if [[ $vhost == off || -w /dev/vhost-net ]]; then in_turn 3 2 guest_figures net tap=bench; fi
+    done
+    kill "${servers[@]}"
 }
 
 share() {
@@ -571,6 +577,7 @@ guest_figures() {
         "quiet rdinit=/bench bench=$2 $size seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
     measured 120 bench-reboot >/dev/null || return 1
     tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do
+        [[ $2 != net || $vhost == off ]] || what="vhost-net: $what"
         figure "$1" "$what" "$value"
     done
 }
@@ -595,7 +602,7 @@ guests=()
 for item in "${items[@]}"; do [[ $item =~ start|restore|density|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
-    KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=900 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
+    KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=1800 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
 cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
 cat "$built/figures.own" "$built/figures.emulated" | awk -v folder="$built" -f resources/bench/plot.awk
