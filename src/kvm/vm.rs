@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION hands host memory to a guest")]
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES,
@@ -172,8 +172,9 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: host as u64,
             };
-            // SAFETY: the slot covers a whole region of `self.ram`. The virtual machine lives as long as a descriptor of
-            // it or of a vCPU is open; `self` and each `Vcpu` keep the memory mapped until theirs is closed.
+            // SAFETY: the slot covers a whole region of `self.ram`, which vCPUs access, and what runs while `self` or one of
+            // them lives: `self` and each `Vcpu` keep the memory mapped until theirs is closed. What is left of the virtual
+            // machine then, for as long as a line has its descriptor, is not run.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(Error::ioctl(format!(
                 "map {} MiB of guest memory at {:#x} (KVM_SET_USER_MEMORY_REGION)",
                 region.len() >> 20,
@@ -209,7 +210,7 @@ impl Vm {
 
     /// The line of interrupt `gsi`.
     pub fn line(&self, gsi: u32) -> IrqLine {
-        IrqLine { vm: Arc::clone(&self.fd), gsi }
+        IrqLine { vm: Arc::clone(&self.fd), gsi, turn: Mutex::default() }
     }
 
     /// Has KVM write `event` whenever the guest writes `value`, 32 bits, at `address` (`KVM_IOEVENTFD`).
@@ -225,11 +226,14 @@ impl Vm {
 pub struct IrqLine {
     vm: Arc<VmFd>,
     gsi: u32,
+    /// Held from up to down: an edge between those of another thread would be none.
+    turn: Mutex<()>,
 }
 
 impl Interrupt for IrqLine {
     /// Up and down (`KVM_IRQ_LINE`).
     fn trigger(&self) -> io::Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         [true, false].into_iter().try_for_each(|level| Ok(self.vm.set_irq_line(self.gsi, level)?))
     }
 }

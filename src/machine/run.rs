@@ -80,8 +80,9 @@ impl Machine {
         if let Some(generation) = &self.generation {
             // It had booted before. One that waits for a command has still to show that it lives.
             self.watch.user_space = self.command.is_none();
-            // Fails only when the counter is full.
-            let _ = generation.trigger();
+            if let Err(error) = generation.trigger() {
+                log::error!("cannot tell the guest of its new generation ID: {error}");
+            }
         }
         if self.start_paused {
             self.stand_still_from_start();
