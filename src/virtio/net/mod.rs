@@ -123,7 +123,7 @@ pub enum Error {
     #[error("cannot publish port {0}: only a user network has published ports")]
     Publish(Publish),
     /// vhost-net with what passes it by.
-    #[error("cannot use vhost-net with {0}: leave vhost=on away")]
+    #[error("cannot use vhost-net with {0}: say vhost=off, or leave vhost=on away")]
     Vhost(&'static str),
     /// There is no vhost-net.
     #[error(
@@ -184,14 +184,6 @@ impl Spec {
     }
 
     fn open_unlimited(&self) -> Result<Net, Error> {
-        let needs_vhost = self.vhost() == vhost::Mode::On;
-        let vhost = match self.vhost() {
-            vhost::Mode::On => Some(Vhost::open().map_err(Error::NoVhost)?),
-            vhost::Mode::Auto if !self.user && !self.is_limited() => {
-                Vhost::open().inspect_err(|error| log::debug!("no vhost-net for a network card: {error}")).ok()
-            }
-            _ => None,
-        };
         let tap = match (&self.tap, self.fd, self.user_mac()) {
             (Some(name), ..) => Tap::open(name)?,
             (_, Some(fd), _) => Tap::from_fd(fd)?,
@@ -207,6 +199,15 @@ impl Spec {
         {
             tap.set_mtu(mtu)?;
         }
+        // Behind the tap, whose descriptor may be told by a number that is free.
+        let needs_vhost = self.vhost() == vhost::Mode::On;
+        let vhost = match self.vhost() {
+            vhost::Mode::On => Some(Vhost::open().map_err(Error::NoVhost)?),
+            vhost::Mode::Auto if !self.is_limited() => {
+                Vhost::open().inspect_err(|error| log::debug!("no vhost-net for a network card: {error}")).ok()
+            }
+            _ => None,
+        };
         let mac = self.mac.unwrap_or_else(|| MacAddr::from_name(tap.name()));
         Ok(Net { vhost, needs_vhost, ..Net::new(tap, mac, self.mtu) })
     }
@@ -556,6 +557,10 @@ impl VirtioDevice for Net {
                 return Ok(());
             }
             Some(_) => {
+                // Until a reset nobody is to work on the queues.
+                if let Some(Err(error)) = self.vhost.as_mut().map(|vhost| vhost.detach(io)) {
+                    log::debug!("{}: {error}", self.host);
+                }
                 let source = io::Error::other("its driver broke a virtqueue");
                 return Err(device::Error::Host { what: "vhost-net has stopped".into(), source });
             }
