@@ -223,9 +223,16 @@ fn load_payload(payload: &Payload<'_>, head: &[u8], ram: &GuestRam, cache: &Cach
     if let Some(unpacked) = cache.open(payload, head) {
         let head = read_head(&unpacked.file, unpacked.len)?;
         let mut image = FileImage { file: &unpacked.file, head: &head, len: unpacked.len };
-        let elf = elf::load(&mut image, ram).map_err(Reason::Payload)?;
-        unpacked.keep();
-        return Ok(Some(elf));
+        return match elf::load(&mut image, ram) {
+            Ok(elf) => {
+                unpacked.keep();
+                Ok(Some(elf))
+            }
+            Err(error) => {
+                unpacked.remove();
+                Err(Reason::Payload(error))
+            }
+        };
     }
     let failed = |source| Reason::Unpack { compression: payload.compression, source };
     let Some(unpacked) = payload.unpack().map_err(failed)? else { return Ok(None) };

@@ -94,6 +94,8 @@ impl Cache {
 pub(super) struct Unpacked {
     /// If it was not there before. It goes before the lock on the file does.
     new: Option<New>,
+    /// Where it was, and under which name.
+    found: Option<(Folder, String)>,
     /// The ELF file.
     pub file: File,
     /// Its length.
@@ -101,6 +103,15 @@ pub(super) struct Unpacked {
 }
 
 impl Unpacked {
+    /// It cannot be loaded: the next machine unpacks the kernel again, whatever is wrong.
+    pub fn remove(self) {
+        if let Some((folder, name)) = &self.found
+            && unlinkat(&folder.fd, name, AtFlags::empty()).is_ok()
+        {
+            log::warn!("the unpacked kernel {} may be damaged, and is removed", folder.path.join(name).display());
+        }
+    }
+
     /// It can be loaded: has others find it.
     pub fn keep(self) {
         if let Some(new) = self.new
@@ -173,7 +184,9 @@ struct Folder {
 
 impl Folder {
     fn open(path: &Path) -> io::Result<Self> {
-        let open = || rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        // Root may have been lent the home of a user, who may have put a link to any folder of root's there.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || rustix::fs::open(path, flags, Mode::empty());
         let fd = match open() {
             Err(Errno::NOENT) => {
                 make(path)?;
@@ -199,7 +212,8 @@ impl Folder {
             && let Some(name) = name.to_str().ok().filter(|name| is_digest(name))
             && let Some(file) = self.find(name, len)?
         {
-            return Ok(Unpacked { file, len, new: None });
+            let found = Some((self, name.to_owned()));
+            return Ok(Unpacked { file, len, new: None, found });
         }
         // What is unpacked is what the digest is of, whoever writes to the file meanwhile.
         let packed = payload.read()?;
@@ -209,13 +223,13 @@ impl Folder {
             if let Some(file) = self.find(&name, len)? {
                 // It serves without, and is read again.
                 let _ = self.name(file_name.as_deref(), &name);
-                return Ok(Unpacked { file, len, new: None });
+                return Ok(Unpacked { file, len, new: None, found: Some((self, name)) });
             }
             if let Some(file) = self.begin(&name)? {
                 let new = New { folder: self, name, file_name };
                 // Another process may have been done with it just now.
                 if let Some(file) = new.folder.find(&new.name, len)? {
-                    return Ok(Unpacked { new: None, file, len });
+                    return Ok(Unpacked { new: None, file, len, found: None });
                 }
                 let space = fstatvfs(&new.folder.fd)?;
                 // What others write meanwhile should find some, too.
@@ -224,7 +238,7 @@ impl Folder {
                 }
                 let compressed = usize::try_from(payload.packed_len()).map_err(io::Error::other)?;
                 write(payload, &packed[..compressed], len, &file)?;
-                return Ok(Unpacked { file, len, new: Some(new) });
+                return Ok(Unpacked { file, len, new: Some(new), found: None });
             }
             if begin.elapsed() > PATIENCE {
                 return Err(io::Error::other("another process does not get done with it"));
@@ -475,6 +489,14 @@ mod tests {
             replace(&place, &kernel(6));
             assert_eq!(first_byte(&load(&image, &folder).0), 6, "{what}");
         }
+        // What does not show is told by what comes of it, and unpacked again after that.
+        let mut bad = kernel(7);
+        patch(&mut bad, PHDR[0] + 24, 0x1000u64.to_le_bytes());
+        replace(&place, &bad);
+        let ram = reserve(&[0..64 << 20]).unwrap();
+        let failed = load_with(&ram, image.path(), &Cache::Folder(folder.clone())).unwrap_err();
+        assert!(matches!(failed.reason, Reason::Payload(_)) && !place.exists());
+        assert_eq!(first_byte(&load(&image, &folder).0), 1, "bad contents");
         fs::remove_file(&place).unwrap();
         fs::create_dir(&place).unwrap();
         assert_eq!(first_byte(&load(&image, &folder).0), 1, "a folder");
@@ -492,9 +514,10 @@ mod tests {
         }
         fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
         assert_eq!(first_byte(&load(&image, &folder).0), 7);
-        let file = parent.path().join("file");
+        let (file, link) = (parent.path().join("file"), parent.path().join("link"));
         fs::write(&file, "").unwrap();
-        for nowhere in [&file, &file.join("x"), Path::new("/proc/nowhere/x"), Path::new("")] {
+        symlink(&folder, &link).unwrap();
+        for nowhere in [&file, &link, &file.join("x"), Path::new("/proc/nowhere/x"), Path::new("")] {
             assert_eq!(first_byte(&load(&image, nowhere).0), 1, "{}", nowhere.display());
         }
         if geteuid().is_root() {
