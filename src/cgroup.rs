@@ -48,6 +48,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// It would be beside one with a limit, which its processes would not have any more.
+    #[error("the control group {} has a limit ({limit}) that one beside it would leave", .group.display())]
+    Limited {
+        /// This process' group.
+        group: PathBuf,
+        /// The file of the limit.
+        limit: &'static str,
+    },
 }
 
 /// A control group. It goes when this is dropped.
@@ -84,16 +92,18 @@ impl Group {
     }
 
     /// Makes a group whose processes may have `memory` bytes, page cache included, and be `tasks` processes and threads, named
-    /// for the process `pid`. It is below this process' own if that can be, and otherwise beside it.
+    /// for the process `pid`; with a `quota`, groups below it may limit CPU time. It is below this process' own if that can be,
+    /// and otherwise beside it, if that has no limits.
     ///
     /// # Errors
     /// When this process may make one in neither place.
-    pub fn with_limits(memory: u64, tasks: u64, pid: u32) -> Result<Self, Error> {
+    pub fn with_limits(memory: u64, tasks: u64, quota: bool, pid: u32) -> Result<Self, Error> {
         let own = own_group().ok_or(Error::None)?;
-        let made = Self::limited(&own, memory, tasks, pid);
-        match (made, above(&own)) {
-            (Err(_), Some(above)) => Self::limited(above, memory, tasks, pid),
-            (made, _) => made,
+        let made = Self::limited(&own, memory, tasks, quota, pid);
+        let Some(above) = above(&own).filter(|_| made.is_err()) else { return made };
+        match limit_of(&own) {
+            Some(limit) => Err(Error::Limited { group: own, limit }),
+            None => Self::limited(above, memory, tasks, quota, pid),
         }
     }
 
@@ -101,7 +111,8 @@ impl Group {
     pub fn place_for_limits() -> Option<PathBuf> {
         let own = own_group()?;
         let read = |folder: &Path, file| fs::read_to_string(folder.join(file)).unwrap_or_default();
-        let places = [Some(own.as_path()), above(&own)].into_iter().flatten();
+        let beside = above(&own).filter(|_| limit_of(&own).is_none());
+        let places = [Some(own.as_path()), beside].into_iter().flatten();
         let mut places = places.filter(|place| {
             let names = read(place, "cgroup.subtree_control");
             let is_enabled = CONTROLLERS.iter().all(|name| has(&names, name));
@@ -116,13 +127,15 @@ impl Group {
         places.next().map(Path::to_owned)
     }
 
-    fn limited(above: &Path, memory: u64, tasks: u64, pid: u32) -> Result<Self, Error> {
+    fn limited(above: &Path, memory: u64, tasks: u64, quota: bool, pid: u32) -> Result<Self, Error> {
         for controller in CONTROLLERS {
             require(above, controller)?;
             enable(above, controller, "limit memory and processes below")?;
         }
-        // For a quota below it.
-        let _ = enable(above, "cpu", "");
+        if quota {
+            // Where it cannot be, the quota says so.
+            let _ = enable(above, "cpu", "");
+        }
         sweep(above);
         let group = make(above, pid)?;
         group.write("memory.max", &memory.to_string())?;
@@ -226,7 +239,8 @@ fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
 
 /// Removes what processes have left beside this one that were killed, or could not remove it.
 pub fn clear() {
-    own_group().iter().for_each(|own| sweep(own));
+    let own = own_group();
+    own.iter().flat_map(|own| [Some(own.as_path()), above(own)]).flatten().for_each(sweep);
 }
 
 /// Removes what killed processes have left. A group with a thread in it cannot be removed.
@@ -268,6 +282,15 @@ fn has(names: &str, name: &str) -> bool {
     names.split_whitespace().any(|it| it == name)
 }
 
+/// The file of what limits a group, and not those beside it. How many processes there are is limited anew.
+fn limit_of(group: &Path) -> Option<&'static str> {
+    let is_limit = |file: &&str| {
+        let value = fs::read_to_string(group.join(file)).unwrap_or_default();
+        !value.trim().is_empty() && !value.starts_with("max")
+    };
+    ["memory.max", "memory.high", "cpu.max", "cpuset.cpus", "io.max"].into_iter().find(is_limit)
+}
+
 /// The group that this one is in, if that is mounted.
 fn above(group: &Path) -> Option<&Path> {
     group.parent().filter(|above| above.join("cgroup.controllers").exists())
@@ -296,6 +319,24 @@ fn find_group(groups: &str, mounts: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_with_limits_is_not_left() {
+        let group = tempfile::tempdir().unwrap();
+        let write = |file, value: &str| fs::write(group.path().join(file), value).unwrap();
+        for (file, none) in
+            [("memory.max", "max\n"), ("cpu.max", "max 100000\n"), ("io.max", ""), ("cpuset.cpus", "\n")]
+        {
+            write(file, none);
+        }
+        write("pids.max", "4915\n");
+        assert_eq!(limit_of(group.path()), None);
+        write("memory.high", "536870912\n");
+        assert_eq!(limit_of(group.path()), Some("memory.high"));
+        write("memory.high", "max\n");
+        write("cpu.max", "50000 100000\n");
+        assert_eq!(limit_of(group.path()), Some("cpu.max"));
+    }
 
     #[test]
     fn the_own_group_is_below_the_mount_that_shows_it() {

@@ -18,6 +18,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use bantam::cgroup::{self, Group};
@@ -144,19 +145,30 @@ fn limits(spec: &Jail, config: &Config, pid: u32) -> Result<Option<Result<Group,
         return Ok(None);
     }
     let (memory, tasks) = (memory_max(config), tasks_max(config));
-    match Group::with_limits(memory, tasks, pid) {
+    match Group::with_limits(memory, tasks, config.cpu_quota.is_some(), pid) {
         Err(error) if spec.cgroup == Some(true) => Err(Error::Limits(error)),
         group => Ok(Some(group)),
     }
 }
 
-/// What a machine's process may have of memory, in bytes: the guest's, a 64th of that for page tables, and what bantam, passt
-/// and connections that nobody reads from may come to.
+/// What a machine's process may have of memory, in bytes: the guest's, a 64th of that for page tables, what bantam, passt
+/// and connections that nobody reads from may come to, and disks that are in memory.
 fn memory_max(config: &Config) -> u64 {
     const OTHER: u64 = 256 << 20;
     let memory = config.memory.get();
     let connections = if config.vsock.is_some() { OTHER } else { 0 };
-    memory.saturating_add(memory / 64).saturating_add(OTHER + connections)
+    let written = config.all_disks().filter(|disk| !disk.readonly).map(|disk| (in_memory(&disk.path), disk.path));
+    let disks = written.map(|(is_so, path)| if is_so { path.metadata().map_or(0, |file| file.len()) } else { 0 });
+    let overlay = config.overlay.iter().filter(|overlay| overlay.path.parent().is_some_and(in_memory));
+    let disks = disks.chain(overlay.map(|overlay| overlay.size().get())).fold(0, u64::saturating_add);
+    memory.saturating_add(memory / 64).saturating_add(OTHER + connections).saturating_add(disks)
+}
+
+/// Whether this is on a tmpfs, whose pages are the memory of who wrote them first.
+fn in_memory(path: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    rustix::fs::statfs(path).is_ok_and(|filesystem| filesystem.f_type == TMPFS_MAGIC)
 }
 
 /// How many processes and threads it may be: more than it ever is. Each io_uring has threads of the kernel.
@@ -189,9 +201,9 @@ pub fn start(spec: &Jail, config: &Config) -> Result<Side, Error> {
     let (from_launcher, to_machine) =
         pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed("make a pipe"))?;
     let (from_machine, to_launcher) = pipe_with(PipeFlags::CLOEXEC).map_err(failed("make a pipe"))?;
-    let group = limits(spec, config, pid)?;
-    // First: a signal from now on is for the machine.
+    // First: a signal from now on is for the machine, and leaves no group.
     let signals = launcher::signals().map_err(failed("wait for signals"))?;
+    let group = limits(spec, config, pid)?;
     namespaces::split(user.is_none())?;
     match crate::process::fork().map_err(failed("make a process"))? {
         Some(child) => {
@@ -248,7 +260,27 @@ fn only_thread() -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use bantam::config::{Overlay, Size};
+    use bantam::virtio::blk;
+
     use super::*;
+
+    #[test]
+    fn disks_in_memory_are_memory_of_a_jail() {
+        let (shm, here) = (tempfile::tempdir_in("/dev/shm").unwrap(), tempfile::tempdir_in(".").unwrap());
+        let disk = |folder: &tempfile::TempDir| {
+            let path = folder.path().join("disk");
+            File::create(&path).unwrap().set_len(512 << 20).unwrap();
+            blk::Spec::new(path)
+        };
+        let base = Config::default();
+        let without = memory_max(&base);
+        assert_eq!(memory_max(&base.clone().disk(disk(&here))), without);
+        assert_eq!(memory_max(&base.clone().disk(disk(&shm))), without + (512 << 20));
+        assert_eq!(memory_max(&base.clone().disk(blk::Spec { readonly: true, ..disk(&shm) })), without);
+        let overlay = Overlay { size: Some(Size::gib(1)), ..Overlay::new(shm.path().join("overlay")) };
+        assert_eq!(memory_max(&base.overlay(overlay)), without + (1 << 30));
+    }
 
     #[test]
     fn a_jail_may_be_given_a_user() {
