@@ -64,6 +64,7 @@ tail -s 0.1 --pid="${hosts[0]}" -f -c +1 "$logs/first" &
 statuses=(0 0)
 wait "${hosts[0]}" || statuses[0]=$?
 wait "${hosts[1]}" || statuses[1]=$?
+hosts=()
 wait
 cat "$logs/second"
 status=0
