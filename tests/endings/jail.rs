@@ -46,14 +46,19 @@ fn sees_nothing(pid: i32, uid: u32) {
     assert!(status["NSpid"].ends_with("\t1"), "{}", status["NSpid"]);
 }
 
-/// The control group of a machine's process in a jail, which is a group of its own with limits for `memory` MiB of guest.
-fn limited(pid: i32, memory: u64) -> PathBuf {
+/// The control group of a machine's process in a jail, which is a group of its own with limits for a guest of [`MEMORY`], and for
+/// `disk` if that is in memory, too.
+fn limited(pid: i32, disk: &Path) -> PathBuf {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let is_in_memory = rustix::fs::statfs(disk).unwrap().f_type == TMPFS_MAGIC;
+    let disk = if is_in_memory { fs::metadata(disk).unwrap().len() } else { 0 };
     let named = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let group = named.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
     let group = Path::new("/sys/fs/cgroup").join(group);
     let read = |file: &str| fs::read_to_string(group.join(file)).unwrap_or_else(|error| panic!("{group:?}: {error}"));
     // With vsock.
-    assert_eq!(read("memory.max"), format!("{}\n", (memory << 20) + (memory << 14) + (512 << 20)), "{group:?}");
+    let memory = (MEMORY << 20) + (MEMORY << 14) + (512 << 20) + disk;
+    assert_eq!(read("memory.max"), format!("{memory}\n"), "{group:?}");
     assert_eq!(read("pids.max"), "513\n");
     assert!(read("cgroup.procs").lines().any(|line| line == pid.to_string()));
     let launcher = fs::read_to_string("/proc/self/cgroup").unwrap();
@@ -107,7 +112,7 @@ fn root_is_nobody_in_a_jail() {
     talk(&running, &console, |pid| {
         sees_nothing(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff);
         assert!(Path::new("/sys/class/net").join(tap).exists(), "the tap is where it was made");
-        group.set(Some(limited(pid, MEMORY)));
+        group.set(Some(limited(pid, &disk)));
     });
     let ended = running.wait();
     assert!(!group.take().unwrap().exists(), "its group is removed");
@@ -165,7 +170,7 @@ fn a_user_may_have_a_control_group_for_a_jail() {
     let group = Cell::new(None);
     talk(&running, &console, |pid| {
         sees_nothing(pid, 1000);
-        group.set(Some(limited(pid, MEMORY)));
+        group.set(Some(limited(pid, &disk)));
     });
     let ended = running.wait();
     assert_eq!(ended.status, 0, "{}", ended.stderr);
