@@ -93,8 +93,9 @@ fn shell_with_terminal() -> Guest {
 
 #[test]
 fn it_is_as_before_when_kvm_fails() {
-    // Later than any ioctl of the first thread: a vCPU's KVM_RUN. Its number is changed, which no filter lets pass.
-    let inject = "inject=ioctl:error=EIO:when=400";
+    // From later on than any ioctl of the first thread: those of a vCPU, of which one is KVM_RUN. Its number is changed, which no filter
+    // lets pass.
+    let inject = "inject=ioctl:error=EIO:when=400+";
     let strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=ioctl", "-e", inject];
     let guest = tiny("while true; do echo more; done").option("--sandbox", "off");
     let (terminal, running) = Terminal::start(guest, &strace);
