@@ -10,22 +10,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+
 #define LARGE (1 << 20)
 #define SMALL 1024
 
 static char buffer[LARGE];
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + time.tv_nsec / 1e9;
-}
-
-static void require(int good, const char *what) {
-    if (good) return;
-    perror(what);
-    exit(1);
-}
 
 static void forget_caches(void) {
     sync();

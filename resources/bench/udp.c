@@ -9,20 +9,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+
 // With the headers of UDP, IP and Ethernet, and its checksum, 64 bytes.
 #define SIZE 18
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + time.tv_nsec / 1e9;
-}
-
-static void require(int good, const char *what) {
-    if (good) return;
-    perror(what);
-    exit(1);
-}
 
 static int compare(const void *one, const void *other) {
     double difference = *(const double *)one - *(const double *)other;
