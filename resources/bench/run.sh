@@ -2,8 +2,8 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, restore, density, memory, boot, clones, pause, disk, net, share, commands, warm, images; all without any. `images` needs
-# no KVM, `start`, `restore` and `density` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
+# Items: start, restore, density, device, memory, boot, clones, pause, disk, net, share, commands, warm, images; all without any. `images`
+# needs no KVM, `start`, `restore`, `density` and `device` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
 # need VT-x or SVM, or run in the emulated KVM host. A plot of each item goes to target/bench.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|restore|density|memory|boot|clones|pause|disk|net|share|commands|warm|images]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|restore|density|device|memory|boot|clones|pause|disk|net|share|commands|warm|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start restore density memory boot clones pause disk net share commands warm images)
+(($#)) || items=(start restore density device memory boot clones pause disk net share commands warm images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -43,6 +43,7 @@ build() {
     mkdir -p "$built"
     gcc -O2 -o "$built/measure" resources/bench/measure.c
     gcc -nostdlib -static -Wl,-N,-Ttext=0x100000,--build-id=none,--no-warn-rwx-segments -o "$built/idle" resources/bench/idle.S
+    resources/guest/bare-metal.sh resources/guest/driver.c "$built/driver"
     local root=$built/root library
     mkdir -p "$root"/{bin,tmp}
     cp resources/bench/init "$root/bench"
@@ -83,16 +84,16 @@ archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$
 # console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
 # bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With $vhost, a tap is
-# on vhost-net; with share=FOLDER it
-# starts QEMU's virtiofsd, which ends with the VMM.
+# on vhost-net; with $engine, a disk has requests done by that; with share=FOLDER it
+# starts QEMU's virtiofsd, which ends with the VMM. No INITRD is an empty one.
 machine() {
-    local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on
+    local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on aio=threads
     shift 4
     if [[ $vmm == bantam ]]; then
-        command=("$bantam" run --memory 128M --kernel "$kernel" --initrd "$initrd" --cmdline "$text")
+        command=("$bantam" run --memory 128M --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text")
         for device in "$@"; do
             case $device in
-            disk=*) command+=(--disk "${device#*=}") ;;
+            disk=*) command+=(--disk "path=${device#*=},engine=${engine:-sync}") ;;
             tap=*) command+=(--net "$device,vhost=${vhost:-off}") ;;
             share=*) command+=(--share "${device#*=}:/mnt") ;;
             esac
@@ -104,11 +105,14 @@ machine() {
         -M "microvm,accel=kvm,acpi=$acpi,pit=off,pic=off,rtc=on,isa-serial=on"
         # kvm_pvm refuses the MSR of that feature.
         -cpu "host,arch-capabilities=off" -smp 1 -m 128M -device virtio-rng-device
-        -kernel "$kernel" -initrd "$initrd" -append "console=ttyS0 reboot=t panic=-1 pci=off $text")
+        -kernel "$kernel" ${initrd:+-initrd "$initrd"} -append "console=ttyS0 reboot=t panic=-1 pci=off $text")
+    # The driver knows no legacy interface, and ends QEMU by the latter.
+    [[ $kernel != "$built/driver" ]] || command+=(-global virtio-mmio.force-legacy=off -device isa-debug-exit)
+    [[ ${engine:-} != io_uring ]] || aio=io_uring
     for device in "$@"; do
         case $device in
         disk=*) command+=(-device "virtio-blk-device,drive=disk"
-            -drive "if=none,id=disk,format=raw,cache=writeback,file=${device#*=}") ;;
+            -drive "if=none,id=disk,format=raw,cache=writeback,aio=$aio,file=${device#*=}") ;;
         tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=${vhost:-off}"
             -device "virtio-net-device,netdev=net") ;;
         share=*)
@@ -440,12 +444,38 @@ boot_once() {
     figure "$1" "reboot -f to exit, $3, s (budget 0.1)" "$(awk "BEGIN { print $exit - $reboot }")"
 }
 
+# image_on_tmpfs MIB makes a file that is whole before it is measured.
+image_on_tmpfs() {
+    local image
+    image=$(mktemp /dev/shm/bantam-bench.XXXXXX)
+    dd if=/dev/zero of="$image" bs=1M count="$1" status=none
+    echo "$image"
+}
+
+device() {
+    step "A disk's device, by a driver without a kernel"
+    local image engine depth
+    image=$(image_on_tmpfs 64)
+    for engine in sync io_uring; do
+        for depth in 1 32; do in_turn 5 2 device_once "$image" "$depth"; done
+    done
+    rm "$image"
+}
+
+# With $engine. Its time is that between two lines of the guest's.
+device_once() {
+    local depth=$3 requests=${quick:+5000}
+    requests=${requests:-50000}
+    machine "$1" "$built/driver" "" "depth=$depth requests=$requests" "disk=$2"
+    measured 60 bench-begin bench-end >"$built/times" || return 1
+    figure "$1" "4 KiB reads, $depth at once, $engine, ns each" \
+        "$(awk -v requests="$requests" '$1 == "bench-begin" { begin = $2 } $1 == "bench-end" { print ($2 - begin) / requests * 1e9 }' "$built/times")"
+}
+
 disk() {
     step "Disk"
     local image
-    # On tmpfs, and whole before it is measured.
-    image=$(mktemp /dev/shm/bantam-bench.XXXXXX)
-    dd if=/dev/zero of="$image" bs=1M count=256 status=none
+    image=$(image_on_tmpfs 256)
     in_turn 5 2 guest_figures disk "disk=$image"
     rm "$image"
 }
@@ -592,14 +622,14 @@ own=(resources/bench/run.sh ${quick:+--quick} --figures)
 hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 for item in "${items[@]}"; do
     case $item in
-    start | restore | density | images) "${own[@]}" own "$item" ;;
+    start | restore | density | device | images) "${own[@]}" own "$item" ;;
     net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
 : >"$built/figures.emulated"
 guests=()
-for item in "${items[@]}"; do [[ $item =~ start|restore|density|images || -n $hardware ]] || guests+=("$item"); done
+for item in "${items[@]}"; do [[ $item =~ start|restore|density|device|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
     KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=1800 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"

@@ -7,7 +7,7 @@
  *     4 MiB   CANARY, which no device was given
  *     16 MiB  ARENA: rings, then buffers; what devices may write to lies above it, up to the end of memory
  */
-#include <stdint.h>
+#include "bare-metal.h"
 
 enum {
     CANARY = 4 << 20,
@@ -16,34 +16,10 @@ enum {
     BUFFERS = ARENA + (64 << 10),
     ARENA_END = 24 << 20,
     MEMORY_END = 64 << 20,
-    COM1 = 0x3f8,
     WINDOWS = 24,
 };
 #define WINDOW(n) (0xd0000000ull + 0x1000ull * (n))
 
-/* Virtio 1.2: 4.2.2, 2.1, 2.7.5, 5. */
-enum {
-    DEVICE_ID = 0x8,
-    DEVICE_FEATURES = 0x10,
-    DEVICE_FEATURES_SEL = 0x14,
-    DRIVER_FEATURES = 0x20,
-    DRIVER_FEATURES_SEL = 0x24,
-    QUEUE_SEL = 0x30,
-    QUEUE_NUM_MAX = 0x34,
-    QUEUE_NUM = 0x38,
-    QUEUE_READY = 0x44,
-    QUEUE_NOTIFY = 0x50,
-    INTERRUPT_STATUS = 0x60,
-    INTERRUPT_ACK = 0x64,
-    STATUS = 0x70,
-    QUEUE_DESC = 0x80,
-    QUEUE_DRIVER = 0x90,
-    QUEUE_DEVICE = 0xa0,
-    CONFIG = 0x100,
-};
-enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 64 };
-enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
-enum { NET = 1, BLK = 2, RNG = 4, BALLOON = 5, VSOCK = 19, FS = 26 };
 enum { SIZE = 128, QUEUES = 5 };
 
 struct descriptor {
@@ -78,14 +54,8 @@ static uint64_t rnd(void) {
 }
 static uint64_t below(uint64_t limit) { return rnd() % limit; }
 
-static void outb(uint16_t port, uint8_t value) { asm volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static void outw(uint16_t port, uint16_t value) { asm volatile("outw %0, %1" ::"a"(value), "Nd"(port)); }
 static void outl(uint16_t port, uint32_t value) { asm volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
-static uint8_t inb(uint16_t port) {
-    uint8_t value;
-    asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
-    return value;
-}
 static void in_wide(uint16_t port, unsigned wide) {
     uint32_t value;
     if (wide)
@@ -120,21 +90,6 @@ static void set_wide(unsigned n, unsigned offset, uint64_t value) {
     set(n, offset + 4, value >> 32);
 }
 
-static void print(const char *text) {
-    for (; *text; text++) {
-        while (!(inb(COM1 + 5) & 0x20))
-            ;
-        outb(COM1, *text);
-    }
-}
-static void print_number(uint64_t number) {
-    char text[21], *at = text + 20;
-    *at = 0;
-    do
-        *--at = '0' + number % 10;
-    while (number /= 10);
-    print(at);
-}
 /* Says what is wrong, and ends. */
 static void fail(const char *what, unsigned n) {
     print("\r\nfailed: ");
@@ -144,21 +99,6 @@ static void fail(const char *what, unsigned n) {
     print("\r\n");
     for (;;)
         outb(0x64, 0xfe);
-}
-
-static uint64_t number(const char *line, const char *name) {
-    for (; *line; line++) {
-        const char *a = line, *b = name;
-        while (*b && *a == *b)
-            a++, b++;
-        if (!*b) {
-            uint64_t value = 0;
-            for (; *a >= '0' && *a <= '9'; a++)
-                value = 10 * value + (*a - '0');
-            return value;
-        }
-    }
-    return 0;
 }
 
 static uint64_t any_value(void) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the programs that check file systems in guests, once, as static ones: pjdfstest and fsx, from crates.io, and
-# files.c; journal.c, which writes what is looked for after a crash; and hostile.c, a kernel of its own. Prints their folder.
+# files.c; journal.c, which writes what is looked for after a crash; and driver.c and hostile.c, kernels of their own. Prints their folder.
 set -euo pipefail
 
 here=$(realpath "$(dirname "$0")")
@@ -9,9 +9,9 @@ mkdir -p "$folder"
 for program in files devmem journal; do
     gcc -O2 -Wall -static -o "$folder/$program" "$here/$program.c"
 done
-gcc -O2 -Wall -ffreestanding -fno-stack-protector -fno-pic -mno-red-zone -mgeneral-regs-only -fno-strict-aliasing \
-    -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -nostdlib -static -no-pie \
-    -Wl,-Ttext-segment=0x200000,--build-id=none,-z,noexecstack -o "$folder/hostile" "$here/hostile.c"
+for kernel in driver hostile; do
+    "$here/bare-metal.sh" "$here/$kernel.c" "$folder/$kernel"
+done
 if [[ ! -e $folder/fsx || ! -e $folder/pjdfstest ]]; then
     echo "==> Building pjdfstest and fsx (some minutes, once)" >&2
     scratch=$(mktemp -d)

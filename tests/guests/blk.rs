@@ -4,12 +4,13 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::support::{Guest, Kernel, noise, sha256};
+use crate::support::{Guest, Kernel, file, noise, sha256};
 
 const MIB: usize = 1 << 20;
 
@@ -206,5 +207,52 @@ fn every_engine_moves_the_same_data() {
     assert!(after.iter().all(|hash| *hash == after[0]));
     for disk in ["blk0", "blk1", "blk2"] {
         assert_eq!(ended.counted(disk, "errors"), 0);
+    }
+}
+
+/// How many requests a driver without a kernel (resources/guest/driver.c) has done.
+const REQUESTS: usize = 512;
+
+/// The system calls of the disk's thread, all in all, while such a driver reads.
+fn calls_of_a_disk(engine: &str, depth: usize, interrupts: bool) -> (usize, String) {
+    let images = Images::new();
+    let (disk, log) = (images.add("disk", &noise(MIB)), images.add("log", &[]));
+    let mut guest = Guest::running(file("tools/driver"), &[])
+        .memory("64M")
+        .disk(format!("path={},engine={engine}", disk.display()))
+        .cmdline(&format!("depth={depth} requests={REQUESTS} interrupts={}", u8::from(interrupts)));
+    let bantam = guest.command();
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o"]).arg(&log).arg(bantam.get_program()).args(bantam.get_args());
+    strace.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    *bantam = strace;
+    let ended = guest.run();
+    ended.require(ended.stdout.contains("bench-end") && ended.counted("blk0", "reads") == REQUESTS as u64, "all done");
+    let log = fs::read_to_string(log).unwrap();
+    let name = log.lines().find(|line| line.contains("PR_SET_NAME, \"bantam-blk0\"")).unwrap();
+    let thread = name.split_whitespace().next().unwrap();
+    let is_call = |line: &&str| line.starts_with(thread) && !line.contains("resumed>") && !line.contains("+++");
+    (log.lines().filter(is_call).count(), log.clone())
+}
+
+#[test]
+fn a_request_costs_few_system_calls() {
+    // Those that come before the first request and after the last one, and what is up to chance: how many requests a
+    // notification is for, and how often the device yields.
+    const OTHERS: usize = REQUESTS / 2;
+    for (engine, depth, interrupts, budget) in [
+        // One that waits and one that reads; two for an interrupt.
+        ("sync", 1, false, 2 * REQUESTS),
+        ("io_uring", 1, false, 2 * REQUESTS),
+        ("sync", 1, true, 4 * REQUESTS),
+        // A notification is for several, and so is a system call of io_uring.
+        ("sync", 32, false, REQUESTS),
+        ("io_uring", 32, false, REQUESTS / 8),
+        ("io_uring", 32, true, REQUESTS / 4),
+    ] {
+        let (calls, log) = calls_of_a_disk(engine, depth, interrupts);
+        eprintln!("{calls} system calls with {engine}, {depth} at once, interrupts {interrupts}");
+        assert!(calls <= budget + OTHERS, "{calls} system calls with {engine}, {depth} at once:\n{log}");
+        assert!(calls > REQUESTS / 32, "it is the disk's thread");
     }
 }
