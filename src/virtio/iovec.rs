@@ -221,18 +221,27 @@ impl Iovecs {
         result
     }
 
-    /// preadv(2) into the buffers, from byte `offset` of the file. It may read less than there is room for.
+    /// preadv(2), or pread(2), into the buffers, from byte `offset` of the file. It may read less than there is room for.
     pub fn preadv(&mut self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
         let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
         let offset = file_offset(offset)?;
+        // A list costs the kernel a quarter more.
+        if let [one] = &self.list[..] {
+            // SAFETY: the buffer is in mapped guest memory.
+            return retry(|| unsafe { libc::pread(fd, one.iov_base, one.iov_len, offset) });
+        }
         // SAFETY: the list's buffers are in mapped guest memory.
         retry(|| unsafe { libc::preadv(fd, list, count, offset) })
     }
 
-    /// pwritev(2) from the buffers, to byte `offset` of the file. It may write less than there is.
+    /// pwritev(2), or pwrite(2), from the buffers, to byte `offset` of the file. It may write less than there is.
     pub fn pwritev(&self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
         let (fd, list, count) = (fd.as_fd().as_raw_fd(), self.list.as_ptr(), self.count());
         let offset = file_offset(offset)?;
+        if let [one] = &self.list[..] {
+            // SAFETY: the buffer is in mapped guest memory, and only read.
+            return retry(|| unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, offset) });
+        }
         // SAFETY: the list's buffers are in mapped guest memory.
         retry(|| unsafe { libc::pwritev(fd, list, count, offset) })
     }

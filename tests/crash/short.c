@@ -1,5 +1,5 @@
 /*
- * For LD_PRELOAD: preadv(2) and pwritev(2) that move fewer bytes than they were asked to, which need not be sectors, and that
+ * For LD_PRELOAD: pread(2), preadv(2), pwrite(2) and pwritev(2) that move fewer bytes than they were asked to, which need not be sectors, and that
  * a signal interrupts now and then.
  */
 #define _GNU_SOURCE
@@ -23,6 +23,22 @@ static ssize_t some(long number, int fd, const struct iovec *list, int count, of
     if (first.iov_len > LONGEST)
         first.iov_len = LONGEST;
     return syscall(number, fd, &first, 1, offset, 0L);
+}
+
+static ssize_t some_of_one(long number, int fd, const void *buffer, size_t len, off_t offset)
+{
+    struct iovec one = {(void *)buffer, len};
+    return some(number, fd, &one, 1, offset);
+}
+
+ssize_t pread(int fd, void *buffer, size_t len, off_t offset)
+{
+    return some_of_one(SYS_preadv, fd, buffer, len, offset);
+}
+
+ssize_t pwrite(int fd, const void *buffer, size_t len, off_t offset)
+{
+    return some_of_one(SYS_pwritev, fd, buffer, len, offset);
 }
 
 ssize_t preadv(int fd, const struct iovec *list, int count, off_t offset)
