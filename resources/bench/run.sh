@@ -84,7 +84,7 @@ archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$
 # console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
 # bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With $vhost, a tap is
-# on vhost-net; with $engine, a disk has requests done by that; with share=FOLDER it
+# on vhost-net; with $engine, a disk has requests done by that, with $poll, bantam's looks for them for so long; with share=FOLDER it
 # starts QEMU's virtiofsd, which ends with the VMM. No INITRD is an empty one.
 machine() {
     local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on aio=threads
@@ -93,7 +93,7 @@ machine() {
         command=("$bantam" run --memory 128M --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text")
         for device in "$@"; do
             case $device in
-            disk=*) command+=(--disk "path=${device#*=},engine=${engine:-sync}") ;;
+            disk=*) command+=(--disk "path=${device#*=},engine=${engine:-sync},poll-us=${poll:-0}") ;;
             tap=*) command+=(--net "$device,vhost=${vhost:-off}") ;;
             share=*) command+=(--share "${device#*=}:/mnt") ;;
             esac
@@ -454,21 +454,24 @@ image_on_tmpfs() {
 
 device() {
     step "A disk's device, by a driver without a kernel"
-    local image engine depth
+    local image engine depth poll
     image=$(image_on_tmpfs 64)
     for engine in sync io_uring; do
         for depth in 1 32; do in_turn 5 2 device_once "$image" "$depth"; done
     done
+    engine=sync poll=50 vmms=(bantam)
+    for depth in 1 32; do in_turn 5 2 device_once "$image" "$depth"; done
+    vmms=(bantam qemu)
     rm "$image"
 }
 
-# With $engine. Its time is that between two lines of the guest's.
+# With $engine and $poll. Its time is that between two lines of the guest's.
 device_once() {
     local depth=$3 requests=${quick:+5000}
     requests=${requests:-50000}
     machine "$1" "$built/driver" "" "depth=$depth requests=$requests" "disk=$2"
     measured 60 bench-begin bench-end >"$built/times" || return 1
-    figure "$1" "4 KiB reads, $depth at once, $engine, ns each" \
+    figure "$1" "4 KiB reads, $depth at once, $engine${poll:+, poll-us=$poll}, ns each" \
         "$(awk -v requests="$requests" '$1 == "bench-begin" { begin = $2 } $1 == "bench-end" { print ($2 - begin) / requests * 1e9 }' "$built/times")"
 }
 

@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::time::Duration;
 
 use rustix::event::epoll::{self, EventFlags};
 
@@ -82,6 +83,11 @@ pub trait VirtioDevice: Send {
     ///
     /// [`start`]: VirtioDevice::start
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), Error>;
+
+    /// How long its thread may look for requests at this time, when there are none, before it waits to be notified.
+    fn poll(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// A host descriptor given to [`Io::watch`] with this `token` has one of the watched events.
     fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), Error> {

@@ -11,6 +11,7 @@ pub mod fs;
 pub mod iovec;
 pub mod mmio;
 pub mod net;
+mod polling;
 pub mod queue;
 mod rate_limiter;
 pub mod rng;

@@ -161,12 +161,24 @@ pub struct Queue {
     notified: u16,
     kick: Arc<EventFd>,
     interrupt: Arc<InterruptState>,
+    polling: Polling,
+}
+
+/// Whether the device's thread looks for requests by itself.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Polling {
+    /// No: the driver notifies.
+    Off,
+    /// Not at the moment,
+    On,
+    /// or it does: the driver was not asked to notify, and nothing was there.
+    Now,
 }
 
 impl Queue {
     /// The queue of number `index`, as the driver set it up in `ring`; `kick` is its ioeventfd.
     pub fn new(index: usize, ring: virtio_queue::Queue, kick: Arc<EventFd>, interrupt: Arc<InterruptState>) -> Self {
-        Self { index, notified: ring.next_used(), ring, kick, interrupt }
+        Self { index, notified: ring.next_used(), ring, kick, interrupt, polling: Polling::Off }
     }
 
     /// Gives the ring back to the transport.
@@ -301,6 +313,54 @@ impl Queue {
         result.map_err(|source| self.error("cannot write avail_event", source))
     }
 
+    /// Has [`rest`](Self::rest) leave it to the device's thread to look for requests.
+    pub(super) fn poll(&mut self) {
+        self.polling = Polling::On;
+    }
+
+    /// The device has done all there was: asks the driver to notify again, or has the device's thread look first. True when
+    /// requests became available meanwhile: look again before waiting.
+    pub fn rest(&mut self, ram: &GuestRam) -> Result<bool, Error> {
+        if self.polling == Polling::Off {
+            return self.enable_kicks(ram);
+        }
+        self.polling = Polling::Now;
+        self.has_more(ram)
+    }
+
+    /// Whether the device's thread is to look for requests.
+    pub(super) fn is_looked_at(&self) -> bool {
+        self.polling == Polling::Now
+    }
+
+    /// Whether it has to look no more: there is something, or the device is to find what is wrong.
+    pub(super) fn is_found(&self, ram: &GuestRam) -> bool {
+        self.is_looked_at() && self.has_more(ram).unwrap_or(true)
+    }
+
+    /// The device is called for what was found. Whether it was looked at.
+    pub(super) fn stop_looking(&mut self) -> bool {
+        let is_looked_at = self.is_looked_at();
+        if is_looked_at {
+            self.polling = Polling::On;
+        }
+        is_looked_at
+    }
+
+    /// Nothing was found: asks the driver to notify again.
+    pub(super) fn wait(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        if self.stop_looking() && self.enable_kicks(ram)? {
+            self.kick_again();
+        }
+        Ok(())
+    }
+
+    fn has_more(&self, ram: &GuestRam) -> Result<bool, Error> {
+        let available = self.ring.avail_idx(ram, Ordering::Acquire);
+        let available = available.map_err(|source| self.error("cannot read the available ring", source))?;
+        Ok(available.0 != self.ring.next_avail())
+    }
+
     /// Does what the driver made available: `request` handles one chain and returns how many bytes of it it wrote.
     ///
     /// The driver is interrupted once, at the end, for all requests that it finds; in between only when they take long.
@@ -342,7 +402,7 @@ impl Queue {
                     return Ok(());
                 }
             }
-            if !self.enable_kicks(ram)? {
+            if !self.rest(ram)? {
                 return self.notify(ram);
             }
             self.disable_kicks(ram)?;
@@ -496,6 +556,40 @@ mod tests {
             assert!(line.0.load(Ordering::SeqCst) > 0, "the driver hears of the two");
             queue.serve(&ram, |_| 6).unwrap();
             assert_eq!(driver.used(), [(2, 6)]);
+        }
+    }
+
+    #[test]
+    fn a_driver_is_not_to_notify_while_its_queue_is_looked_at() {
+        for event_idx in [false, true] {
+            let (ram, mut driver, mut queue, _) = queue(event_idx);
+            queue.poll();
+            // Whether the driver is to notify of the next request (2.7.7.2, 2.7.10).
+            let device = driver.device();
+            let is_wanted = |available: u16| {
+                let (flags, event): (u16, u16) = (
+                    ram.read_obj(GuestAddress(device)).unwrap(),
+                    ram.read_obj(GuestAddress(device + 4 + 8 * 4)).unwrap(),
+                );
+                if event_idx { event == available } else { flags == 0 }
+            };
+            for round in 0..8 {
+                driver.add(&[(BUFFERS, 1, false)]);
+                queue.serve(&ram, |_| 1).unwrap();
+                assert!(!queue.is_found(&ram) && !is_wanted(driver.available), "round {round}");
+                driver.add(&[(BUFFERS, 1, false)]);
+                assert!(queue.is_found(&ram));
+                queue.serve(&ram, |_| 1).unwrap();
+                queue.wait(&ram).unwrap();
+                assert!(is_wanted(driver.available) && queue.kick().read().is_err());
+            }
+            // It comes at the last moment.
+            driver.add(&[(BUFFERS, 1, false)]);
+            assert!(!queue.is_found(&ram), "it was notified of");
+            queue.serve(&ram, |_| 1).unwrap();
+            driver.add(&[(BUFFERS, 1, false)]);
+            queue.wait(&ram).unwrap();
+            assert_eq!(queue.kick().read().unwrap(), 1);
         }
     }
 

@@ -14,6 +14,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
@@ -23,7 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::change::{self, Change};
 use super::device::{Error, HOST_TOKEN, Io, VirtioDevice};
-use super::queue::{InterruptState, Queue};
+use super::polling::Polling;
+use super::queue::{InterruptState, Queue, SERVE_FOR};
 use crate::memory::GuestRam;
 use crate::sandbox;
 
@@ -128,6 +130,7 @@ impl Worker {
                     wake,
                     sandbox,
                     state: State::New,
+                    polling: Polling::default(),
                 }));
                 Ok(worker)
             }
@@ -281,6 +284,7 @@ struct Loop {
     wake: Arc<OwnedFd>,
     sandbox: sandbox::Device,
     state: State,
+    polling: Polling,
 }
 
 /// How far a device has come.
@@ -384,6 +388,9 @@ impl Loop {
     /// Starts the device, if it is not, and has it look at all queues.
     fn begin(&mut self) -> Result<(), Error> {
         if self.state == State::New {
+            if !self.device.poll().is_zero() {
+                self.io.queues.iter_mut().flatten().for_each(Queue::poll);
+            }
             self.device.start(self.features, &mut self.io)?;
             self.state = State::Started;
         } else {
@@ -398,8 +405,24 @@ impl Loop {
         Ok(())
     }
 
+    /// Looks at the queues for as long as pays, and calls the device for what is there.
+    fn look(&mut self) -> Result<(), Error> {
+        let start = Instant::now();
+        // Then others have their turn.
+        while self.io.queues.iter().flatten().any(Queue::is_looked_at) && start.elapsed() < SERVE_FOR {
+            let Io { ram, queues, .. } = &self.io;
+            let is_found = |queue: &Option<Queue>| queue.as_ref().is_some_and(|queue| queue.is_found(ram));
+            let Some(index) = self.polling.look(self.device.poll(), || queues.iter().position(is_found)) else { break };
+            self.io.queues[index].as_mut().map(Queue::stop_looking);
+            self.device.queue_ready(index, &mut self.io)?;
+        }
+        let Io { ram, queues, .. } = &mut self.io;
+        queues.iter_mut().flatten().try_for_each(|queue| Ok(queue.wait(ram)?))
+    }
+
     /// Waits for events and calls the device for each.
     fn turn(&mut self, limit: Option<&Timespec>) -> Result<Turn, Error> {
+        self.look()?;
         let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 16];
         let count = retry_on_intr(|| epoll::wait(&self.io.events, &mut events, limit))
             .map_err(|error| Error::Host { what: "cannot wait for events".into(), source: error.into() })?;

@@ -31,6 +31,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Its thread would not see in time that it has to stop.
+    #[error("cannot use disk image {path} with poll-us={poll_us}: it must be at most 10000")]
+    Poll {
+        /// The image.
+        path: PathBuf,
+        /// How long it was to be polled, in microseconds.
+        poll_us: u16,
+    },
     /// Its rate cannot be limited.
     #[error("cannot make a timer for the disk's rate limit")]
     Timer(#[source] io::Error),

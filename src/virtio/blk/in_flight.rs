@@ -34,6 +34,12 @@ pub struct InFlight {
     queued: u64,
 }
 
+impl InFlight {
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
 impl Blk {
     /// Begins a request for data, if there is a ring that can do it.
     pub(super) fn begin(
@@ -127,7 +133,7 @@ impl Blk {
                 queue.kick_again();
                 return Ok(());
             }
-            if !queue.enable_kicks(ram)? {
+            if !queue.rest(ram)? {
                 return Ok(queue.notify(ram)?);
             }
             queue.disable_kicks(ram)?;

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ use self::uring::{Kind, Request, Uring};
 use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::Iovecs;
-use super::queue::Chain;
+use super::queue::{Chain, SERVE_FOR};
 use super::rate_limiter::RateLimiter;
 use crate::limit::Limit;
 use crate::memory::GuestRam;
@@ -89,6 +89,9 @@ pub struct Spec {
     /// How the host is asked for what the guest asks for.
     #[serde(default, skip_serializing_if = "Engine::is_sync")]
     pub engine: Engine,
+    /// How many microseconds its thread looks for requests before it waits to be notified: at most 10000.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub poll_us: u16,
     /// How many bytes may be read and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bw: Option<Limit>,
@@ -104,9 +107,9 @@ impl Spec {
     /// A writable disk at `path`, safe when the guest flushes.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let (readonly, direct) = (false, false);
-        let (id, bw, iops) = (None, None, None);
+        let (id, poll_us, bw, iops) = (None, 0, None, None);
         let (cache, engine, errors) = (Cache::default(), Engine::default(), Errors::default());
-        Self { path: path.into(), readonly, id, cache, direct, engine, bw, iops, errors }
+        Self { path: path.into(), readonly, id, cache, direct, engine, poll_us, bw, iops, errors }
     }
 }
 
@@ -152,6 +155,10 @@ impl Engine {
     }
 }
 
+fn is_zero(number: &u16) -> bool {
+    *number == 0
+}
+
 /// A block device.
 pub struct Blk {
     path: PathBuf,
@@ -177,6 +184,7 @@ pub struct Blk {
     /// Requests that the host failed.
     host_errors: u64,
     limit: Option<RateLimiter>,
+    poll: Duration,
     /// How many bytes of data the request had.
     moved: u64,
     /// Is told that the host failed a request, which is not given back then.
@@ -250,6 +258,10 @@ impl Blk {
             Some(text) => id_bytes(text),
             None => id_bytes(image.serial()),
         };
+        let poll = Duration::from_micros(spec.poll_us.into());
+        if poll > SERVE_FOR {
+            return Err(Error::Poll { path: spec.path.clone(), poll_us: spec.poll_us });
+        }
         let uring = match spec.engine {
             Engine::Sync => None,
             Engine::IoUring => Some(image.ring(&spec.path, QUEUE_SIZES[0])?),
@@ -272,6 +284,7 @@ impl Blk {
             in_flight: InFlight::default(),
             host_errors: 0,
             limit: RateLimiter::new(Rates { bytes: spec.bw, operations: spec.iops }).map_err(Error::Timer)?,
+            poll,
             moved: 0,
             on_error: None,
             stopped: false,
@@ -700,6 +713,11 @@ impl VirtioDevice for Blk {
         if let Some(Err(error)) = self.uring.as_ref().map(|uring| io.unwatch(uring)) {
             log::error!("cannot stop watching a disk's io_uring: {error}");
         }
+    }
+
+    fn poll(&self) -> Duration {
+        // What is under way is waited for.
+        if self.in_flight.is_empty() { self.poll } else { Duration::ZERO }
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {

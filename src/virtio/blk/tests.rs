@@ -1,4 +1,5 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{Ordering, fence};
 
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
@@ -109,6 +110,32 @@ fn sector(number: u64) -> [u8; 512] {
     let mut data = [0x5a; 512];
     data[..8].copy_from_slice(&number.to_le_bytes());
     data
+}
+
+#[test]
+fn a_disk_that_is_polled_misses_no_request() {
+    for poll in [1, 30, 10_000] {
+        let mut disk = Disk::with(|spec| spec.poll_us = poll);
+        for number in 0..500 {
+            disk.header(VIRTIO_BLK_T_IN, number);
+            let before = disk.driver.rings[0].available;
+            disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+            fence(Ordering::SeqCst);
+            // A driver that notifies only if it has to.
+            let event = disk.driver.rings[0].device() + 4 + 8 * u64::from(QUEUE_SIZES[0]);
+            if disk.driver.ram.read_obj::<u16>(GuestAddress(event)).unwrap() == before {
+                disk.driver.notify(0);
+            }
+            while disk.driver.rings[0].used().is_empty() {
+                disk.driver.wait();
+            }
+            assert_eq!(disk.driver.get(DATA, 512), sector(number));
+        }
+    }
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(512).unwrap();
+    let long = Spec { poll_us: 10_001, ..Spec::new(file.path()) };
+    assert!(Blk::open(&long).err().unwrap().to_string().contains("poll-us=10001: it must be at most 10000"));
 }
 
 #[test]

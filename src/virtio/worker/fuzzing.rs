@@ -18,7 +18,16 @@ impl Paused {
         };
         let io = io(rings, ram, kicks, interrupt, events);
         let (name, sandbox) = (name.into(), sandbox::Sandbox::default().device(0, std::iter::empty()));
-        Ok(Self(Box::new(Loop { name, device, io, features, wake, sandbox, state: State::New })))
+        Ok(Self(Box::new(Loop {
+            name,
+            device,
+            io,
+            features,
+            wake,
+            sandbox,
+            state: State::New,
+            polling: Polling::default(),
+        })))
     }
 
     /// Has the device do what there is to do at the moment; whether there was anything.

@@ -21,11 +21,17 @@ fn places(index: u64) -> [u64; 3] {
 
 #[test]
 fn a_device_changes_hands_while_it_is_notified() {
+    for poll_us in [0, 50] {
+        changes_hands(poll_us);
+    }
+}
+
+fn changes_hands(poll_us: u16) {
     let file = tempfile::NamedTempFile::new().unwrap();
     for sector in 0..SECTORS {
         file.as_file().write_all_at(&[u8::try_from(sector).unwrap(); 512], 512 * sector).unwrap();
     }
-    let mut driver = Driver::new(Box::new(Blk::open(&Spec::new(file.path())).unwrap()));
+    let mut driver = Driver::new(Box::new(Blk::open(&Spec { poll_us, ..Spec::new(file.path()) }).unwrap()));
     driver.start();
     let kick = Arc::new(driver.mmio.kicks().next().unwrap().1.try_clone().unwrap());
     let is_over = Arc::new(AtomicBool::new(false));
