@@ -76,50 +76,91 @@ pub(super) fn compile(lists: &[&List], others: &[u32], but_at: Option<u64>) -> V
     }
     program.extend([load(NUMBER), jump_if_at_least(NEWER, 0, 2), jump_if_at_least(X32, 1, 0)]);
     program.push(ret(libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()));
-    let rules: Vec<_> = rules.chunk_by(|one, other| one.0 == other.0).collect();
-    search(&rules, others, &mut program);
+    search(&segments(&rules, !others.is_empty()), others, &mut program);
     program
 }
 
-/// Looks for the number among those of the `rules`, of which each slice has one number.
-fn search(rules: &[&[(u32, When)]], others: &[u32], program: &mut Vec<sock_filter>) {
-    match rules {
-        [] => program.push(ret(libc::SECCOMP_RET_TRAP)),
-        [rule] => {
-            let mut code = deny(rule[0].0, others);
-            code.extend(rule.iter().flat_map(|(_, when)| allow(*when)));
-            program.push(equal(rule[0].0, 0, code.len()));
-            program.extend(code);
+/// System calls from a number to that of the next segment.
+type Segment<'a> = (u32, Verdict<'a>);
+
+/// What becomes of a system call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict<'a> {
+    Trap,
+    Allow,
+    /// That is for its arguments to say.
+    Look(&'a [(u32, When)]),
+}
+
+/// All numbers in few segments: what is always allowed is often next to its like, unless it matters `on_which` descriptor
+/// it is done.
+fn segments(rules: &[(u32, When)], on_which: bool) -> Vec<Segment<'_>> {
+    let mut segments: Vec<Segment> = Vec::with_capacity(2 * rules.len() + 1);
+    let mut add = |from, verdict| {
+        segments.pop_if(|last| last.0 == from);
+        if segments.last().is_none_or(|last| last.1 != verdict) {
+            segments.push((from, verdict));
+        }
+    };
+    add(0, Verdict::Trap);
+    for rule in rules.chunk_by(|one, other| one.0 == other.0) {
+        let number = rule[0].0;
+        let always =
+            rule.iter().any(|(_, when)| *when == When::Any) && !(on_which && on_descriptor(number).count() > 0);
+        add(number, if always { Verdict::Allow } else { Verdict::Look(rule) });
+        add(number + 1, Verdict::Trap);
+    }
+    segments
+}
+
+/// Looks for the segment that the number is in.
+fn search(segments: &[Segment], others: &[u32], program: &mut Vec<sock_filter>) {
+    if let [(number, verdict)] = segments {
+        match verdict {
+            Verdict::Allow => program.push(ret(libc::SECCOMP_RET_ALLOW)),
+            Verdict::Look(rule) => {
+                program.extend(deny(*number, others));
+                program.extend(rule.iter().flat_map(|(_, when)| allow(*when)));
+            }
+            Verdict::Trap => {}
+        }
+        if *verdict != Verdict::Allow {
             program.push(ret(libc::SECCOMP_RET_TRAP));
         }
-        _ => {
-            let (low, high) = rules.split_at(rules.len() / 2);
-            let at = program.len();
-            search(low, others, program);
-            // Over the lower half. A jump of a condition is a byte, that of BPF_JA is not.
-            let jump = u32::try_from(program.len() - at).expect("a short program");
-            program.insert(at, jump_if_at_least(high[0][0].0, 0, 1));
-            program.insert(at + 1, op(BPF_JMP | libc::BPF_JA, jump, 0, 0));
-            search(high, others, program);
-        }
+        return;
     }
+    let (low, high) = segments.split_at(segments.len() / 2);
+    let at = program.len();
+    program.push(jump_if_at_least(high[0].0, 0, 0));
+    search(low, others, program);
+    let over = program.len() - at - 1;
+    if let Ok(over) = u8::try_from(over) {
+        program[at].jt = over;
+    } else {
+        // A jump of a condition is a byte, that of BPF_JA is not.
+        program[at].jf = 1;
+        let over = u32::try_from(over).expect("a short program");
+        program.insert(at + 1, op(BPF_JMP | libc::BPF_JA, over, 0, 0));
+    }
+    search(high, others, program);
+}
+
+/// By which arguments a system call names descriptors.
+fn on_descriptor(number: u32) -> impl Iterator<Item = u8> {
+    let on = super::calls::ON_DESCRIPTORS.iter();
+    on.filter(move |(call, _)| u32::try_from(*call) == Ok(number)).map(|(_, index)| *index)
 }
 
 /// What returns for a system call with one of the descriptors `others`, and else goes on behind it.
-fn deny(number: u32, others: &[u32]) -> Vec<sock_filter> {
-    if others.is_empty() {
-        return vec![];
-    }
-    let on = super::calls::ON_DESCRIPTORS.iter().filter(|(call, _)| u32::try_from(*call) == Ok(number));
-    on.flat_map(|(_, index)| {
+fn deny(number: u32, others: &[u32]) -> impl Iterator<Item = sock_filter> {
+    let named = on_descriptor(number).filter(|_| !others.is_empty());
+    named.flat_map(|index| {
         let tests = others.iter().enumerate().map(|(at, fd)| {
             let left = others.len() - at - 1;
             equal(*fd, left, usize::from(left == 0))
         });
-        let trap = ret(libc::SECCOMP_RET_TRAP);
-        [load(ARGUMENTS + 8 * u32::from(*index))].into_iter().chain(tests).chain([trap])
+        [load(ARGUMENTS + 8 * u32::from(index))].into_iter().chain(tests).chain([ret(libc::SECCOMP_RET_TRAP)])
     })
-    .collect()
 }
 
 /// What returns for a system call that is allowed, and else goes on behind it.
@@ -207,6 +248,16 @@ mod tests {
         assert_eq!([3, 4, 12].map(|value| call(9, [0, 0, value, 0, 0, 0])), [allow, trap, trap]);
         assert_eq!(call(3, [std::process::id(), 0, 0, 0, 0, 0]), allow);
         assert_eq!(judge(&program, 1, [0; 6], 0x4000_0003, 0), libc::SECCOMP_RET_KILL_PROCESS, "32-bit calls");
+    }
+
+    /// The kernel checks, translates and compiles each of them when the filter is installed.
+    #[test]
+    fn neighbours_share_instructions() {
+        let one: &List = &[(1, When::Any)];
+        let many: &List = &[(1, When::Any), (2, When::Any), (3, When::Any), (4, When::Any)];
+        let of = |list, others: &[u32]| compile(&[list], others, None).len();
+        assert_eq!(of(one, &[]), of(many, &[]));
+        assert!(of(one, &[7]) < of(many, &[7]), "pread64 and others are for some descriptors");
     }
 
     #[test]
