@@ -132,7 +132,7 @@ impl Tree {
     fn to_attr(&self, stat: &Stat) -> Attr {
         let map = |id: u32, own: Option<u32>| if own == Some(id) { 0 } else { id };
         let small = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let nanoseconds = |value: u64| u32::try_from(value).unwrap_or(0);
+        let nanoseconds = |value| u32::try_from(value).unwrap_or(0);
         Attr {
             ino: stat.st_ino,
             size: u64::try_from(stat.st_size).unwrap_or(0),
