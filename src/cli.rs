@@ -241,7 +241,7 @@ pub struct Run {
     /// Add a disk: a raw image or a block device. The guest sees /dev/vda, vdb, ... in this order, after ROOTFS.
     #[arg(
         long = "disk",
-        value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe][,direct=on|off][,engine=sync|io_uring][,poll-us=N][,errors=report|stop][,bw=SIZE][,iops=N]"
+        value_name = "[path=]FILE[,readonly=on|off][,id=NAME][,cache=writeback|unsafe][,direct=on|off][,engine=sync|io_uring][,queues=N][,poll-us=N][,errors=report|stop][,bw=SIZE][,iops=N]"
     )]
     #[arg(value_parser = kv::from_str::<blk::Spec>, help_heading = "Devices")]
     disks: Vec<blk::Spec>,

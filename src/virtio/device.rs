@@ -20,7 +20,7 @@ use std::time::Duration;
 use rustix::event::epoll::{self, EventFlags};
 
 use super::change::{self, Change};
-use super::queue::{self, InterruptState, Queue};
+use super::queue::{self, INTERRUPT_USED_RING, InterruptState, Queue};
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
 
@@ -168,6 +168,23 @@ impl Io {
     pub fn queue(&mut self, index: usize) -> Option<(&GuestRam, &mut Queue)> {
         let queue = self.queues.get_mut(index)?.as_mut()?;
         Some((&self.ram, queue))
+    }
+
+    /// Interrupts the driver once for all queues that have something to tell, as [`Queue::notify`] does for one.
+    pub fn notify(&mut self) -> Result<(), queue::Error> {
+        let mut is_to_be_told = false;
+        for queue in self.queues.iter_mut().flatten() {
+            is_to_be_told |= queue.is_to_be_told(&self.ram)?;
+        }
+        if is_to_be_told {
+            self.interrupt.raise(INTERRUPT_USED_RING);
+        }
+        Ok(())
+    }
+
+    /// Has the device called for each queue once more, as if the driver had notified.
+    pub fn kick_all(&self) {
+        self.queues.iter().flatten().for_each(Queue::kick_again);
     }
 
     /// Calls the device's `host_ready(token)` for as long as `fd` has one of `events` (level-triggered). Watching an

@@ -532,6 +532,10 @@ impl BusDevice for Mmio {
             let (then, now) = (state.device_type, self.device_type);
             return refuse(&format_args!("it was a device of type {then}, and here is one of type {now}"));
         }
+        if !state.queues.iter().map(|queue| queue.max).eq(self.queues.iter().map(|queue| queue.max)) {
+            let (then, now) = (state.queues.len(), self.queues.len());
+            return refuse(&format_args!("its queues are other than here: it had {then}, and here it has {now}"));
+        }
         let missing = state.accepted & !self.offered;
         // A driver may have accepted what there is not, and was told so by the status.
         if state.status & FEATURES_OK != 0 && missing != 0 {
@@ -543,9 +547,6 @@ impl BusDevice for Mmio {
         }
         if state.status & FEATURES_OK != 0 && state.accepted & (1 << VIRTIO_F_VERSION_1) == 0 {
             return refuse(&"its driver uses the legacy interface");
-        }
-        if !state.queues.iter().map(|queue| queue.max).eq(self.queues.iter().map(|queue| queue.max)) {
-            return refuse(&"its queues are other than here");
         }
         let runs = state.status & DRIVER_OK != 0 && !state.needs_reset;
         let has_position = |index| state.positions.get(index).copied().flatten().is_some();

@@ -274,9 +274,17 @@ impl Queue {
 
     /// Interrupts the driver, if anything was used since the last call and the driver asked to hear of it.
     pub fn notify(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        if self.is_to_be_told(ram)? {
+            self.interrupt.raise(INTERRUPT_USED_RING);
+        }
+        Ok(())
+    }
+
+    /// Whether anything was used since the last call, of which the driver asked to hear.
+    pub(super) fn is_to_be_told(&mut self, ram: &GuestRam) -> Result<bool, Error> {
         let (old, new) = (self.notified, self.ring.next_used());
         if new == old {
-            return Ok(());
+            return Ok(false);
         }
         self.notified = new;
         // What was used must be visible before looking whether the driver wants to know.
@@ -289,16 +297,12 @@ impl Queue {
             })
         };
         // virtio_queue neither looks at the flag (2.7.7) nor knows of what was used together.
-        let wanted = if self.ring.event_idx_enabled() {
+        if self.ring.event_idx_enabled() {
             let event = load(4 + 2 * u64::from(self.ring.size()))?;
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
         } else {
-            u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        };
-        if wanted {
-            self.interrupt.raise(INTERRUPT_USED_RING);
+            Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
         }
-        Ok(())
     }
 
     /// Asks the driver not to notify, as the device is looking at the ring anyway.

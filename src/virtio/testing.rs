@@ -1,5 +1,6 @@
 //! The guest's part in tests: a driver that speaks to the registers, and lays rings out in guest memory.
 
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -113,22 +114,28 @@ impl Ring {
 
     /// Sets `avail.idx`.
     pub fn set_available(&self, index: u16) {
-        self.ram.store(index, GuestAddress(self.driver() + 2), std::sync::atomic::Ordering::Release).unwrap();
+        self.ram.store(index, GuestAddress(self.driver() + 2), Ordering::Release).unwrap();
     }
 
     /// What the device used since the last call: heads and lengths.
     pub fn used(&mut self) -> Vec<(u16, u32)> {
         let device = self.device();
-        let index: u16 = self.ram.load(GuestAddress(device + 2), std::sync::atomic::Ordering::Acquire).unwrap();
         let mut used = Vec::new();
-        while self.seen != index {
-            let at = device + 4 + 8 * u64::from(self.seen % self.size);
-            let [head, len]: [u32; 2] = self.ram.read_obj(GuestAddress(at)).unwrap();
-            used.push((u16::try_from(head).unwrap(), len));
-            self.seen = self.seen.wrapping_add(1);
+        loop {
+            let index: u16 = self.ram.load(GuestAddress(device + 2), Ordering::Acquire).unwrap();
+            if self.seen == index {
+                return used;
+            }
+            while self.seen != index {
+                let at = device + 4 + 8 * u64::from(self.seen % self.size);
+                let [head, len]: [u32; 2] = self.ram.read_obj(GuestAddress(at)).unwrap();
+                used.push((u16::try_from(head).unwrap(), len));
+                self.seen = self.seen.wrapping_add(1);
+            }
+            self.ram.write_obj(self.seen, GuestAddress(self.driver() + 4 + 2 * u64::from(self.size))).unwrap();
+            // What came before the device knew that was not told.
+            fence(Ordering::SeqCst);
         }
-        self.ram.write_obj(self.seen, GuestAddress(self.driver() + 4 + 2 * u64::from(self.size))).unwrap();
-        used
     }
 }
 

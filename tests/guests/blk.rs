@@ -256,3 +256,50 @@ fn a_request_costs_few_system_calls() {
         assert!(calls > REQUESTS / 32, "it is the disk's thread");
     }
 }
+
+#[test]
+fn each_cpu_has_a_queue_of_its_own() {
+    let images = Images::on_disk();
+    let content = noise(8 * MIB);
+    let disks = ["queues=2", "queues=4,engine=io_uring,direct=on"].map(|options| {
+        let path = images.add(&options.replace([',', '='], "-"), &content);
+        (format!("path={},{options}", path.display()), path)
+    });
+    // Each CPU writes and flushes its half, both at the same time, and reads the other's.
+    let script = r#"
+        dd if=/dev/urandom of=/block bs=1M count=4 status=none
+        for disk in vda vdb; do
+            for queue in /sys/block/$disk/mq/*; do echo $disk=$(basename $queue):$(cat $queue/cpu_list); done
+            echo before=$(sha256sum </dev/$disk)
+            for cpu in 0 1; do
+                taskset -c $cpu dd if=/block of=/dev/$disk bs=64k seek=$((64 * cpu)) oflag=direct conv=notrunc,fsync status=none &
+            done
+            wait
+            for cpu in 0 1; do
+                echo half=$(taskset -c $cpu dd if=/dev/$disk bs=64k skip=$((64 - 64 * cpu)) count=64 iflag=direct status=none | sha256sum) &
+            done
+            wait
+        done
+        echo block=$(sha256sum </block)
+    "#;
+    let guest = disks.iter().fold(Guest::new(Kernel::Debian61).cpus(2), |guest, (spec, _)| guest.disk(spec));
+    let ended = guest.option("--sandbox", "on").script(script).run().succeeded();
+    // Linux takes no more than it has CPUs.
+    for disk in ["vda", "vdb"] {
+        let mut queues: Vec<_> = ended.values(disk).collect();
+        queues.sort_unstable();
+        assert_eq!(queues, ["0:0", "1:1"], "{disk}");
+    }
+    let hash = |value: &str| value.split(' ').next().unwrap().to_owned();
+    assert!(ended.values("before").all(|before| hash(before) == sha256(&content)));
+    let block = hash(ended.value("block"));
+    assert_eq!(ended.values("half").map(hash).collect::<Vec<_>>(), [block.as_str(); 4]);
+    for (_, path) in &disks {
+        let now = fs::read(path).unwrap();
+        assert!(now.chunks(4 * MIB).all(|half| sha256(half) == block), "{}", path.display());
+    }
+    for disk in ["blk0", "blk1"] {
+        assert_eq!(ended.counted(disk, "errors"), 0);
+        assert!(ended.counted(disk, "flushes") >= 2);
+    }
+}

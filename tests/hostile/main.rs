@@ -40,7 +40,7 @@ fn survives(seed: u64, rounds: u32, engine: &str) {
 
     let mut running = guest
         .memory("64M")
-        .disk(format!("path={},engine={engine}", first.display()))
+        .disk(format!("path={},engine={engine},queues=4", first.display()))
         .disk(format!("path={},readonly=on", kept.display()))
         .net("tap=tap0")
         .option("--share", format!("{}:/mnt", share.display()))

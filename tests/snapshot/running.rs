@@ -27,3 +27,60 @@ fn a_guest_goes_on_while_it_is_saved_as_it_was() {
     let again = goes_on(first, Destination::Folder(full.clone()), &full);
     goes_on(again, Destination::Diff(diff.clone()), &diff).stop();
 }
+
+/// Each CPU counts in a sector of its own, by the queue of its own, and flushes each count.
+const TWO_QUEUES: &str = r#"
+count() {
+    i=0
+    while :; do
+        i=$((i + 1))
+        printf %512s "$i" | taskset -c $1 dd of=/dev/vda seek=$1 oflag=direct conv=notrunc,fsync status=none
+        echo "cpu$1=$i end"
+    done
+}
+count 0 &
+count 1
+"#;
+
+#[test]
+fn all_queues_of_a_disk_go_on() {
+    let mut lab = Lab::new(Kernel::Tiny, TWO_QUEUES);
+    let (disk, saved) = (lab.disk("disk"), lab.path("saved"));
+    let spec = blk::Spec { queues: 2, engine: blk::Engine::IoUring, ..blk::Spec::new(&disk) };
+    lab.config = lab.config.cpus(2).disk(spec);
+    let cpu = |text: &str, cpu: u64| -> Vec<u64> {
+        values(text, &format!("cpu{cpu}")).iter().map(|count| count.parse().unwrap()).collect()
+    };
+    let mut printed = String::new();
+    let mut machine = Running::start(Builder::new(lab.config.clone()));
+    for _ in 0..3 {
+        machine.screen.wait_until(|seen| [0, 1].iter().all(|number| cpu(seen, *number).len() >= 2));
+        machine.handle.pause().unwrap();
+        machine.handle.snapshot(Destination::Folder(saved.clone())).unwrap();
+        printed += &machine.stop();
+        let state: serde_json::Value = snapshot::decode(&fs::read(saved.join("state")).unwrap()).unwrap();
+        let positions = &state["devices"]["memory 0xd0000000"]["positions"];
+        let positions: Vec<(u16, u16)> = serde_json::from_value(positions.clone()).unwrap();
+        assert!(
+            positions.len() == 2 && positions.iter().all(|(next, used)| next == used && *next >= 2),
+            "{positions:?}"
+        );
+        machine = Running::restore(&saved);
+    }
+    machine.screen.wait_until(|seen| [0, 1].iter().all(|number| cpu(seen, *number).len() >= 2));
+    printed += &machine.stop();
+    let disk = fs::read(&disk).unwrap();
+    for number in 0..2 {
+        let all = cpu(&printed, number);
+        assert!(all[0] == 1 && all.windows(2).all(|two| two[1] == two[0] + 1), "{printed}");
+        let sector = &disk[512 * usize::try_from(number).unwrap()..][..512];
+        let count: u64 = std::str::from_utf8(sector).unwrap().trim().parse().unwrap();
+        let last = *all.last().unwrap();
+        assert!((last..=last + 1).contains(&count), "{count} is on the disk, and {last} was said");
+    }
+    let mut snapshot = Snapshot::open(&saved).unwrap();
+    snapshot.config.disks[0].queues = 1;
+    let error = Builder::restore(snapshot).console(Console::to(std::io::sink())).build().err().unwrap();
+    let cause = error.source().unwrap().to_string();
+    assert!(cause.contains("its queues are other than here: it had 2, and here it has 1"), "{error}: {cause}");
+}

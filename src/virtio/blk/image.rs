@@ -39,6 +39,14 @@ pub enum Error {
         /// How long it was to be polled, in microseconds.
         poll_us: u16,
     },
+    /// It would have more virtqueues than there can be, or none.
+    #[error("cannot give disk image {path} queues={queues}: it must be 1 to {}", super::QUEUES_MAX)]
+    Queues {
+        /// The image.
+        path: PathBuf,
+        /// How many it would have.
+        queues: u16,
+    },
     /// Its rate cannot be limited.
     #[error("cannot make a timer for the disk's rate limit")]
     Timer(#[source] io::Error),

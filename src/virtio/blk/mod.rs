@@ -1,7 +1,7 @@
 //! The block device: a disk image or block device of the host as the guest's disk. Virtio 1.2, section 5.2.
 //!
 //! Requests are done straight between guest memory and the host's page cache, or the disk: on the device's thread one after the
-//! other, or several at the same time by io_uring.
+//! other, or several at the same time by io_uring. Its virtqueues are served by turns: whatever one of them asks for, the others go on.
 
 mod direct;
 mod image;
@@ -38,10 +38,13 @@ use crate::metrics::{Counter, Metrics};
 
 /// Bytes in a sector, the unit of all that the driver asks for.
 const SECTOR: u64 = 512;
-const QUEUE_SIZES: [u16; 1] = [256];
+/// The most virtqueues that a disk has.
+pub const QUEUES_MAX: u16 = 16;
+/// Descriptors of each.
+const QUEUE_SIZE: u16 = 256;
 /// Descriptors in a request: as many as the queue has (2.7.5.3.1), two of which are the header and the status.
-const DESCRIPTORS_MAX: usize = QUEUE_SIZES[0] as usize;
-const SEG_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
+const DESCRIPTORS_MAX: usize = QUEUE_SIZE as usize;
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const SIZE_MAX: u32 = 1 << 20;
 /// The most data that a driver which keeps to the two can ask for at once. No request takes longer than that much.
 const DATA_MAX: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
@@ -89,6 +92,10 @@ pub struct Spec {
     /// How the host is asked for what the guest asks for.
     #[serde(default, skip_serializing_if = "Engine::is_sync")]
     pub engine: Engine,
+    /// How many virtqueues it has, 1 to [`QUEUES_MAX`]: Linux uses no more than it has CPUs.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[cfg_attr(test, schemars(range(min = 1, max = QUEUES_MAX)))]
+    pub queues: u16,
     /// How many microseconds its thread looks for requests before it waits to be notified: at most 10000.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub poll_us: u16,
@@ -109,8 +116,16 @@ impl Spec {
         let (readonly, direct) = (false, false);
         let (id, poll_us, bw, iops) = (None, 0, None, None);
         let (cache, engine, errors) = (Cache::default(), Engine::default(), Errors::default());
-        Self { path: path.into(), readonly, id, cache, direct, engine, poll_us, bw, iops, errors }
+        Self { path: path.into(), readonly, id, cache, direct, engine, queues: 1, poll_us, bw, iops, errors }
     }
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn is_one(queues: &u16) -> bool {
+    *queues == 1
 }
 
 /// What becomes of a request that the host fails: for want of space, say.
@@ -171,6 +186,9 @@ pub struct Blk {
     /// Whether that is the image's own.
     default_id: bool,
     config: [u8; CONFIG_SIZE],
+    queue_sizes: Box<[u16]>,
+    /// The queue that is the first to be served when all are: the one after the last that was.
+    turn: usize,
     counts: Arc<Counts>,
     /// What was negotiated.
     features: u64,
@@ -247,6 +265,10 @@ enum Answer {
 impl Blk {
     /// Opens and locks the image.
     pub fn open(spec: &Spec) -> Result<Self, Error> {
+        let queues = spec.queues;
+        if !(1..=QUEUES_MAX).contains(&queues) {
+            return Err(Error::Queues { path: spec.path.clone(), queues });
+        }
         let mut image = Image::open(&spec.path, spec.readonly)?;
         if spec.direct {
             image.pass_page_cache(&spec.path)?;
@@ -264,7 +286,7 @@ impl Blk {
         }
         let uring = match spec.engine {
             Engine::Sync => None,
-            Engine::IoUring => Some(image.ring(&spec.path, QUEUE_SIZES[0])?),
+            Engine::IoUring => Some(image.ring(&spec.path, QUEUE_SIZE * queues)?),
         };
         Ok(Self {
             path: spec.path.clone(),
@@ -272,16 +294,18 @@ impl Blk {
             cache: spec.cache,
             id,
             default_id: spec.id.is_none(),
-            config: config(&image),
+            config: config(&image, queues),
+            queue_sizes: vec![QUEUE_SIZE; queues.into()].into(),
+            turn: 0,
             image,
             counts: Arc::default(),
             features: 0,
             layout: Layout::default(),
             iovecs: None,
             written: 0,
-            current: Request { head: 0, status_at: GuestAddress(0), room: 0 },
+            current: Request { queue: 0, head: 0, status_at: GuestAddress(0), room: 0 },
             uring,
-            in_flight: InFlight::default(),
+            in_flight: InFlight::new(queues),
             host_errors: 0,
             limit: RateLimiter::new(Rates { bytes: spec.bw, operations: spec.iops }).map_err(Error::Timer)?,
             poll,
@@ -305,7 +329,7 @@ impl Blk {
         if self.default_id {
             self.id = id_bytes(image.serial());
         }
-        self.config = config(&image);
+        self.config = config(&image, self.queues());
         self.path = path.into();
         self.image = image;
         Ok(())
@@ -314,20 +338,45 @@ impl Blk {
     fn set_rates(&mut self, rates: Rates, mut io: Option<&mut Io>) -> io::Result<()> {
         RateLimiter::change(&mut self.limit, rates, LIMIT, io.as_deref_mut())?;
         // What waited for the last limit.
-        if let Some((_, queue)) = io.and_then(|io| io.queue(0)) {
-            queue.kick_again();
-        }
+        io.iter().for_each(|io| io.kick_all());
         Ok(())
     }
 
-    /// Does one request unless the rate limit, or the host, has it wait.
-    fn limited_request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
+    fn queues(&self) -> u16 {
+        u16::try_from(self.queue_sizes.len()).expect("no more than QUEUES_MAX")
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.limit.as_ref().is_some_and(RateLimiter::is_waiting)
+    }
+
+    /// Does what is available in queue `index`, if it may.
+    fn serve(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        let may = self.uring.is_some() || !self.stopped && !self.is_waiting();
+        let Some((ram, queue)) = io.queue(index).filter(|_| may) else { return Ok(()) };
+        let mut iovecs = self.iovecs.take().expect("start made it, and it is put back below");
+        let result = if self.uring.is_some() {
+            self.serve_ring(io, index, &mut iovecs)
+        } else {
+            let served = queue.serve_some(ram, |chain| match self.limited_request(ram, index, chain, &mut iovecs) {
+                Answer::Used(written) => Some(written),
+                Answer::Begun | Answer::Again | Answer::Alone => None,
+            });
+            served.map_err(device::Error::from)
+        };
+        self.iovecs = Some(iovecs);
+        result
+    }
+
+    /// Does one request of queue `index` unless the rate limit, or the host, has it wait.
+    fn limited_request(&mut self, ram: &GuestRam, index: usize, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
         if self.limit.as_mut().is_some_and(|limit| !limit.allows(Instant::now())) {
             self.counts.throttled.inc();
             return Answer::Again;
         }
+        self.turn = (index + 1) % self.queue_sizes.len();
         self.moved = 0;
-        let answer = self.request(ram, chain, iovecs);
+        let answer = self.request(ram, index, chain, iovecs);
         if let Some(limit) = self.limit.as_mut().filter(|_| !matches!(answer, Answer::Alone)) {
             limit.take(self.moved, Instant::now());
         }
@@ -335,7 +384,7 @@ impl Blk {
     }
 
     /// Does one request, or begins it.
-    fn request(&mut self, ram: &GuestRam, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
+    fn request(&mut self, ram: &GuestRam, queue: usize, chain: Chain<'_>, iovecs: &mut Iovecs) -> Answer {
         let head = chain.head_index();
         let proper = self.layout.load(chain, DESCRIPTORS_MAX);
         let Some(status_at) = proper.then(|| self.layout.writable.take_last(ram)).flatten() else {
@@ -343,7 +392,7 @@ impl Blk {
             self.counts.errors.inc();
             return Answer::Used(0);
         };
-        self.current = Request { head, status_at, room: self.layout.writable.len() };
+        self.current = Request { queue, head, status_at, room: self.layout.writable.len() };
         self.written = 0;
         let result = match self.execute(ram, iovecs) {
             Ok(Progress::Begun) => return Answer::Begun,
@@ -593,7 +642,7 @@ fn little_endian(bytes: &[u8]) -> u64 {
 }
 
 /// `struct virtio_blk_config` (5.2.4), up to the last field that a feature offered here needs.
-fn config(image: &Image) -> [u8; CONFIG_SIZE] {
+fn config(image: &Image, queues: u16) -> [u8; CONFIG_SIZE] {
     let mut config = [0; CONFIG_SIZE];
     let mut set = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     // Only hints say what the host likes best: with another blk_size a partition table would mean something else.
@@ -606,6 +655,9 @@ fn config(image: &Image) -> [u8; CONFIG_SIZE] {
     set(20, &512u32.to_le_bytes()); // blk_size
     set(24, &[exp]); // physical_block_exp
     set(26, &unit.to_le_bytes()); // min_io_size
+    if queues > 1 {
+        set(34, &queues.to_le_bytes()); // num_queues, which is there with VIRTIO_BLK_F_MQ only
+    }
     set(36, &DISCARD_SECTORS_MAX.to_le_bytes());
     set(40, &DISCARD_SEG_MAX.to_le_bytes());
     set(44, &u32::from(unit).to_le_bytes()); // discard_sector_alignment
@@ -642,11 +694,12 @@ impl VirtioDevice for Blk {
         ];
         let more: &[u32] =
             if self.readonly { &[VIRTIO_BLK_F_RO] } else { &[VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES] };
-        always.iter().chain(more).fold(0, |features, bit| features | 1 << bit)
+        let queues: &[u32] = if self.queues() > 1 { &[VIRTIO_BLK_F_MQ] } else { &[] };
+        always.iter().chain(more).chain(queues).fold(0, |features, bit| features | 1 << bit)
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn config(&self) -> &[u8] {
@@ -679,9 +732,7 @@ impl VirtioDevice for Blk {
                 }
                 let changed = self.set_path(path);
                 // The driver may have been told not to notify, as what was under way would call.
-                if let Some((_, queue)) = io.and_then(|io| io.queue(0)) {
-                    queue.kick_again();
-                }
+                io.iter().for_each(|io| io.kick_all());
                 Ok(changed?)
             }
             Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
@@ -693,14 +744,16 @@ impl VirtioDevice for Blk {
         if token == LIMIT {
             self.limit.iter_mut().for_each(RateLimiter::woken);
         }
-        self.queue_ready(0, io)
+        let (turn, count) = (self.turn, self.queue_sizes.len());
+        for index in (turn..count).chain(0..turn) {
+            self.serve(index, io)?;
+        }
+        self.call_again(io);
+        Ok(())
     }
 
     fn pause(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        if let Some((ram, queue)) = io.queue(0).filter(|_| self.uring.is_some()) {
-            self.come_to_rest(ram, queue)?;
-        }
-        Ok(())
+        if self.uring.is_some() { self.come_to_rest(io) } else { Ok(()) }
     }
 
     fn resume(&mut self) {
@@ -721,20 +774,9 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
-        let waits = self.stopped || self.limit.as_ref().is_some_and(RateLimiter::is_waiting);
-        let Some((ram, queue)) = io.queue(index).filter(|_| !waits || self.uring.is_some()) else { return Ok(()) };
-        let mut iovecs = self.iovecs.take().expect("start made it, and it is put back below");
-        let result = if self.uring.is_some() {
-            self.serve_ring(ram, queue, &mut iovecs)
-        } else {
-            let served = queue.serve_some(ram, |chain| match self.limited_request(ram, chain, &mut iovecs) {
-                Answer::Used(written) => Some(written),
-                Answer::Begun | Answer::Again | Answer::Alone => None,
-            });
-            served.map_err(device::Error::from)
-        };
-        self.iovecs = Some(iovecs);
-        result
+        self.serve(index, io)?;
+        self.call_again(io);
+        Ok(())
     }
 }
 

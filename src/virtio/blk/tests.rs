@@ -122,7 +122,7 @@ fn a_disk_that_is_polled_misses_no_request() {
             disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
             fence(Ordering::SeqCst);
             // A driver that notifies only if it has to.
-            let event = disk.driver.rings[0].device() + 4 + 8 * u64::from(QUEUE_SIZES[0]);
+            let event = disk.driver.rings[0].device() + 4 + 8 * u64::from(QUEUE_SIZE);
             if disk.driver.ram.read_obj::<u16>(GuestAddress(event)).unwrap() == before {
                 disk.driver.notify(0);
             }
@@ -157,11 +157,10 @@ fn the_driver_learns_what_the_disk_can_do() {
 fn a_spec_is_its_options() {
     let spec: Spec = serde_json::from_str(r#"{"path": "a"}"#).unwrap();
     assert_eq!(spec, Spec::new("a"));
-    let text =
-        r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe","direct":true,"engine":"io_uring","errors":"stop"}"#;
+    let text = r#"{"path":"a","readonly":true,"id":"x","cache":"unsafe","direct":true,"engine":"io_uring","queues":4,"errors":"stop"}"#;
     let spec: Spec = serde_json::from_str(text).unwrap();
     assert_eq!((spec.readonly, spec.id.as_deref(), spec.cache), (true, Some("x"), Cache::Unsafe));
-    assert_eq!((spec.direct, spec.engine, spec.errors), (true, Engine::IoUring, Errors::Stop));
+    assert_eq!((spec.direct, spec.engine, spec.queues, spec.errors), (true, Engine::IoUring, 4, Errors::Stop));
     assert_eq!(serde_json::to_string(&spec).unwrap(), text);
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","ro":true}"#).is_err());
     assert!(serde_json::from_str::<Spec>(r#"{"path":"a","cache":"none"}"#).is_err());
@@ -667,4 +666,235 @@ fn a_limit_that_is_taken_away_lets_what_waits_go_on() {
     assert!(disk.count("throttled") > 0);
     disk.driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap();
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, 3, &[(DATA, 512, true)]), (OK, 513));
+}
+
+/// Where request `number` has its header and its status, and its data.
+fn places(number: usize) -> [u64; 3] {
+    let at = u64::try_from(number).unwrap();
+    [HEADER + 0x100 * at, HEADER + 0x100 * at + 0x80, DATA + 0x1000 * at]
+}
+
+impl Disk {
+    /// Makes request `number` available in a queue: one sector is read or written.
+    fn add(&mut self, queue: usize, number: usize, kind: u32, sector: u64) -> u16 {
+        let [header, status, data] = places(number);
+        self.driver.put(header, &[kind.to_le_bytes(), [0; 4]].concat());
+        self.driver.put(header + 8, &sector.to_le_bytes());
+        self.driver.put(status, &[0xaa]);
+        let data = (data, 512, kind == VIRTIO_BLK_T_IN);
+        self.driver.rings[queue].add(&[(header, 16, false), data, (status, 1, true)])
+    }
+
+    /// The status of request `number`, and the number that its sector begins with.
+    fn answer(&self, number: usize) -> (u8, u64) {
+        let [_, status, data] = places(number);
+        (self.driver.get(status, 1)[0], little_endian(&self.driver.get(data, 8)))
+    }
+}
+
+#[test]
+fn every_queue_does_what_comes_by_it() {
+    let mut disk = Disk::with(|spec| spec.queues = 4);
+    let num_queues = |disk: &mut Disk| disk.driver.read(0x100 + 32) >> 16;
+    assert_eq!((disk.driver.rings.len(), num_queues(&mut disk)), (4, 4));
+    assert_ne!(disk.driver.offered() & 1 << VIRTIO_BLK_F_MQ, 0);
+    for round in 0..3 {
+        let heads: Vec<_> = (0..8).map(|number| disk.add(number % 4, number, VIRTIO_BLK_T_IN, number as u64)).collect();
+        for queue in 0..4 {
+            let mut used = disk.driver.finish(queue, 2);
+            used.sort_unstable();
+            assert_eq!(used, [(heads[queue], 513), (heads[queue + 4], 513)], "queue {queue}");
+        }
+        for number in 0..8 {
+            assert_eq!(disk.answer(number), (OK, number as u64));
+        }
+        assert_eq!(disk.count("reads"), 8 * (round + 1));
+    }
+    // What one wrote another flushes.
+    disk.add(3, 0, VIRTIO_BLK_T_OUT, 9);
+    disk.driver.finish(3, 1);
+    disk.add(1, 1, VIRTIO_BLK_T_FLUSH, 0);
+    assert_eq!(disk.driver.finish(1, 1).len(), 1);
+    assert_eq!(disk.count("flushes"), 1);
+    // Another image is that of all of them, and as many.
+    let other = NamedTempFile::new().unwrap();
+    other.as_file().write_all_at(&[7; 4096], 0).unwrap();
+    disk.driver.mmio.change(Change::Path(other.path().into())).recv().unwrap().unwrap();
+    assert_eq!(num_queues(&mut disk), 4);
+    for queue in 0..4 {
+        disk.add(queue, queue, VIRTIO_BLK_T_IN, 7);
+        disk.driver.finish(queue, 1);
+        assert_eq!(disk.answer(queue), (OK, 0x0707_0707_0707_0707));
+    }
+    // A driver of old knows one queue only.
+    let offered = disk.driver.offered();
+    disk.driver.start_with(offered & !(1 << VIRTIO_BLK_F_MQ));
+    assert_eq!(disk.request(VIRTIO_BLK_T_IN, 7, &[(DATA, 512, true)]), (OK, 513));
+}
+
+#[test]
+fn a_disk_has_one_queue_unless_it_is_said() {
+    let mut disk = Disk::new();
+    assert_eq!((disk.driver.rings.len(), disk.driver.offered() & 1 << VIRTIO_BLK_F_MQ), (1, 0));
+    assert_eq!(disk.driver.read(0x100 + 32), 0);
+    for queues in [0, QUEUES_MAX + 1, u16::MAX] {
+        let error = Blk::open(&Spec { queues, ..Spec::new("any") }).err().unwrap().to_string();
+        assert_eq!(error, format!("cannot give disk image any queues={queues}: it must be 1 to 16"));
+    }
+}
+
+#[test]
+fn a_queue_that_is_not_set_up_is_left_out() {
+    use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS};
+
+    let mut disk = Disk::with(|spec| (spec.queues, spec.iops) = (4, Some("1000".parse().unwrap())));
+    let features = disk.driver.offered();
+    disk.driver.negotiate(features);
+    disk.driver.set_up_queues();
+    for queue in [0, 1, 3] {
+        disk.driver.write(VIRTIO_MMIO_QUEUE_SEL, queue);
+        disk.driver.write(VIRTIO_MMIO_QUEUE_READY, 0);
+    }
+    disk.driver.write(VIRTIO_MMIO_STATUS, 0xf);
+    for round in 0..3u64 {
+        disk.add(0, 0, VIRTIO_BLK_T_IN, 1);
+        disk.driver.notify(0);
+        disk.add(2, 2, VIRTIO_BLK_T_IN, round);
+        disk.driver.finish(2, 1);
+        assert_eq!((disk.answer(2), disk.answer(0).0), ((OK, round), 0xaa));
+        disk.driver.mmio.pause();
+        let state = disk.driver.mmio.save();
+        let position = round + 1;
+        assert_eq!(state["positions"], serde_json::json!([null, null, [position, position], null]));
+        disk.driver.mmio.resume();
+    }
+}
+
+#[test]
+fn a_pause_leaves_nothing_under_way_in_any_queue() {
+    let mut disk = Disk::with(|spec| spec.queues = 3);
+    for round in 1..20u64 {
+        for number in 0..6 {
+            disk.add(number % 3, number, VIRTIO_BLK_T_IN, round);
+        }
+        (0..3).for_each(|queue| disk.driver.notify(queue));
+        disk.driver.mmio.pause();
+        let state = disk.driver.mmio.save();
+        let mut used = [0, 1, 2].map(|queue| disk.driver.rings[queue].used().len());
+        for (queue, used) in used.iter().enumerate() {
+            let position = 2 * (round - 1) + *used as u64;
+            assert_eq!(state["positions"][queue], serde_json::json!([position, position]), "queue {queue}");
+        }
+        disk.driver.mmio.resume();
+        for (queue, used) in used.iter_mut().enumerate() {
+            *used += disk.driver.finish(queue, 2 - *used).len();
+        }
+        assert_eq!(used, [2; 3]);
+        (0..6).for_each(|number| assert_eq!(disk.answer(number), (OK, round)));
+    }
+}
+
+#[test]
+fn a_busy_queue_leaves_others_their_turn() {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    /// Also when the test fails.
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    let mut disk = Disk::with(|spec| spec.queues = 2);
+    let busy_head = disk.add(0, 0, VIRTIO_BLK_T_IN, 0);
+    let kick = disk.driver.mmio.kicks().next().unwrap().1.try_clone().unwrap();
+    let mut busy = disk.driver.rings.remove(0);
+    let (is_over, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _end = End(&is_over);
+        scope.spawn(|| {
+            let (mut asked, mut used) = (1, 0);
+            while !is_over.load(Ordering::Relaxed) {
+                used += busy.used().len() as u64;
+                done.store(used, Ordering::Relaxed);
+                while asked < used + 200 {
+                    busy.publish(busy_head);
+                    asked += 1;
+                }
+                kick.write(1).unwrap();
+            }
+        });
+        let mut round = 0;
+        while round < 20 || done.load(Ordering::Relaxed) < 1000 {
+            round += 1;
+            disk.add(0, 1, VIRTIO_BLK_T_IN, round % SECTORS);
+            disk.driver.notify(1);
+            while disk.driver.rings[0].used().is_empty() {
+                disk.driver.wait();
+            }
+            assert_eq!(disk.answer(1), (OK, round % SECTORS));
+        }
+    });
+}
+
+#[test]
+fn queues_have_their_share_of_a_limit() {
+    // After the first, one in a second: the other queue has its turn long before the 60th.
+    let mut disk = Disk::with(|spec| (spec.queues, spec.iops) = (2, Some("1".parse().unwrap())));
+    disk.add(1, 61, VIRTIO_BLK_T_IN, 5);
+    for number in 0..60 {
+        disk.driver.put(places(number)[2], &(1000 + number as u64).to_le_bytes());
+        disk.add(0, number, VIRTIO_BLK_T_OUT, 5);
+    }
+    disk.driver.notify(0);
+    while disk.driver.rings[1].used().is_empty() {
+        disk.driver.wait();
+    }
+    let (status, last) = disk.answer(61);
+    assert!(status == OK && last < 1059, "all of the first queue's came before: {last}");
+    assert!(disk.count("throttled") > 0);
+    disk.driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap();
+    let mut left = 60;
+    while left > 0 {
+        left -= disk.driver.rings[0].used().len();
+        if left > 0 {
+            disk.driver.wait();
+        }
+    }
+    assert_eq!((disk.count("writes"), disk.count("reads")), (60, 1));
+}
+
+#[test]
+fn what_stopped_the_machine_is_done_by_its_own_queue() {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(SECTORS * 512).unwrap();
+    let (sender, stops) = std::sync::mpsc::channel();
+    let blk =
+        Blk::open(&Spec { queues: 3, ..spec(&file) }).unwrap().stop_at_errors(move |why| sender.send(why).unwrap());
+    let mut driver = Driver::new(Box::new(blk));
+    driver.start();
+    let metrics = driver.mmio.metrics();
+    let mut disk = Disk { file, driver, metrics };
+    disk.file.as_file().set_len(512).unwrap();
+    let heads: Vec<_> =
+        (0..9).map(|number| disk.add(number % 3, number, VIRTIO_BLK_T_IN, 10 + number as u64)).collect();
+    for _ in 0..3 {
+        (0..3).for_each(|queue| disk.driver.notify(queue));
+        stops.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        disk.driver.mmio.pause();
+        assert_eq!(disk.driver.mmio.save()["positions"], serde_json::json!([[0, 0], [0, 0], [0, 0]]));
+        disk.driver.mmio.resume();
+    }
+    disk.driver.mmio.pause();
+    for number in 10..19u64 {
+        disk.file.as_file().write_all_at(&sector(number), number * 512).unwrap();
+    }
+    disk.driver.mmio.resume();
+    for queue in 0..3 {
+        let mut used: Vec<_> = disk.driver.finish(queue, 3).into_iter().map(|(head, _)| head).collect();
+        used.sort_unstable();
+        assert_eq!(used, [heads[queue], heads[queue + 3], heads[queue + 6]]);
+    }
+    (0..9).for_each(|number| assert_eq!(disk.answer(number), (OK, 10 + number as u64)));
 }

@@ -38,7 +38,8 @@ pub enum Kind {
 /// A driver's request.
 #[derive(Clone, Copy)]
 pub struct Request {
-    /// Its chain.
+    /// The queue that it came by, and its chain there.
+    pub queue: usize,
     pub head: u16,
     /// Where its status goes.
     pub status_at: GuestAddress,
@@ -66,8 +67,6 @@ pub struct Uring {
     free: Vec<usize>,
     /// Buffer lists for the next ones.
     spare: Vec<Iovecs>,
-    /// Bytes of data that are under way.
-    bytes: u64,
     /// Whether the kernel has not been told of all yet.
     queued: bool,
     len: usize,
@@ -109,7 +108,7 @@ impl Uring {
         let entries = usize::from(entries);
         let free = (0..entries).rev().collect();
         let jobs = (0..entries).map(|_| None).collect();
-        Ok(Self { ring, jobs, free, spare: vec![], bytes: 0, queued: false, len: 0 })
+        Ok(Self { ring, jobs, free, spare: vec![], queued: false, len: 0 })
     }
 
     /// Works on `file` from now on, while nothing is under way.
@@ -120,11 +119,6 @@ impl Uring {
     /// How many requests are under way.
     pub fn len(&self) -> usize {
         self.len
-    }
-
-    /// Bytes of data that are under way.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
     }
 
     /// Whether the kernel has not been told of all that was begun.
@@ -148,7 +142,6 @@ impl Uring {
     pub fn begin(&mut self, job: Job) {
         let index = self.free.pop().expect("the caller has no more than there are entries");
         self.len += 1;
-        self.bytes += job.len;
         self.jobs[index] = Some(job);
         self.push(index);
     }
@@ -240,7 +233,6 @@ impl Uring {
                     let job = self.jobs[index].take()?;
                     self.free.push(index);
                     self.len -= 1;
-                    self.bytes -= job.len;
                     return Some((job, result));
                 }
                 None => self.push(index),
@@ -297,7 +289,7 @@ mod tests {
     fn job(ring: &mut Uring, ram: &GuestRam, kind: Kind, page: u8, len: u32) -> Job {
         let mut buffers = ring.spare(ram);
         buffers.push(GuestAddress(u64::from(page) * 4096), len).unwrap();
-        let request = Request { head: page.into(), status_at: GuestAddress(0), room: 0 };
+        let request = Request { queue: 0, head: page.into(), status_at: GuestAddress(0), room: 0 };
         Job { kind, request, buffers, offset: u64::from(page) * 4096, len: len.into(), done: 0 }
     }
 
@@ -309,7 +301,7 @@ mod tests {
             let job = job(&mut ring, &ram, Kind::Read, page, 4096);
             ring.begin(job);
         }
-        assert_eq!((ring.len(), ring.bytes(), ring.is_queued()), (16, 0x10000, true));
+        assert_eq!((ring.len(), ring.is_queued()), (16, true));
         ring.submit().unwrap();
         assert!(!ring.is_queued());
         let mut heads = vec![];

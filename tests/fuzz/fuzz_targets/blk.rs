@@ -23,6 +23,7 @@ struct Disk {
     cache: Cache,
     limited: bool,
     engine: Engine,
+    queues: u16,
 }
 
 /// A disk whose every sector begins with its number.
@@ -62,8 +63,8 @@ impl Disk {
 
     fn open(&self) -> Box<dyn VirtioDevice> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let (readonly, cache, engine) = (self.readonly, self.cache, self.engine);
-        let spec = Spec { readonly, cache, engine, id: Some("fuzzed".into()), ..Spec::new(path) };
+        let (readonly, cache, engine, queues) = (self.readonly, self.cache, self.engine, self.queues);
+        let spec = Spec { readonly, cache, engine, queues, id: Some("fuzzed".into()), ..Spec::new(path) };
         Box::new(Blk::open(&spec).expect("a disk"))
     }
 
@@ -82,7 +83,8 @@ impl Device for Disk {
         let kind: u8 = u.arbitrary()?;
         let cache = if kind & 2 == 0 { Cache::Unsafe } else { Cache::Writeback };
         let engine = if kind & 0xc == 0xc && has_rings() { Engine::IoUring } else { Engine::Sync };
-        let disk = Self { file: disk(&content()), readonly: kind & 1 == 1, cache, limited: false, engine };
+        let (file, readonly, queues) = (disk(&content()), kind & 1 == 1, 1 + u16::from(kind >> 4 & 3));
+        let disk = Self { file, readonly, cache, limited: false, engine, queues };
         let device = disk.open();
         Ok((disk, device))
     }
