@@ -20,6 +20,8 @@ const PREFIX: &str = "bantam-";
 const LOCKED: &str = "cgroup.events";
 /// What limits a whole process.
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
+/// How many new groups may be lost to others who lock them first.
+const ATTEMPTS: u32 = 100;
 /// How long threads that have just ended may still count, at most.
 const LAST_THREAD: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -47,6 +49,16 @@ pub enum Error {
         /// What the host said.
         #[source]
         source: io::Error,
+    },
+    /// Others lock, or remove, each new one before this process can lock it. Whoever may read its files can.
+    #[error(
+        "cannot make a control group in {}: each of {ATTEMPTS} new ones was locked or removed by another process first \
+         (`fuser {}/{PREFIX}*/{LOCKED}` shows which)",
+        .group.display(), .group.display()
+    )]
+    Taken {
+        /// Where they were made.
+        group: PathBuf,
     },
     /// It would be beside one with a limit, which its processes would not have any more.
     #[error("the control group {} has a limit ({limit}) that one beside it would leave", .group.display())]
@@ -219,12 +231,16 @@ impl Drop for Group {
 
 /// Makes an empty group, locked.
 fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
-    loop {
+    let mut lost = 0;
+    while lost < ATTEMPTS {
         let path = own.join(format!("{PREFIX}{number}"));
         let made = fs::create_dir(&path).and_then(|()| File::open(path.join(LOCKED)));
         match made {
             // Another machine of this process, or what a process of the same number has left.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number = number.wrapping_add(1),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                number = number.wrapping_add(1);
+                continue;
+            }
             // Another process took it for one that was left.
             Err(error) if error.kind() == io::ErrorKind::NotFound && own.exists() => {}
             made => {
@@ -234,7 +250,9 @@ fn make(own: &Path, mut number: u32) -> Result<Group, Error> {
                 }
             }
         }
+        lost += 1;
     }
+    Err(Error::Taken { group: own.to_owned() })
 }
 
 /// Removes what processes have left beside this one that were killed, or could not remove it.
@@ -336,6 +354,15 @@ mod tests {
         write("memory.high", "max\n");
         write("cpu.max", "50000 100000\n");
         assert_eq!(limit_of(group.path()), Some("cpu.max"));
+    }
+
+    #[test]
+    fn groups_that_others_are_faster_with_are_given_up() {
+        // In a folder that is no group there is never a file to lock, as when another process has removed the group.
+        let folder = tempfile::tempdir().unwrap();
+        let error = make(folder.path(), u32::MAX - 1).unwrap_err();
+        assert!(matches!(&error, Error::Taken { group } if group == folder.path()), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), ATTEMPTS as usize);
     }
 
     #[test]
