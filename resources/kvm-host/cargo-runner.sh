@@ -2,20 +2,48 @@
 # cargo's runner (.cargo/config.toml): runs an integration test in the emulated KVM host when this machine cannot run
 # guests itself. All else runs as it is: unit tests, doc tests, `cargo run`, and the integration tests named below.
 # KVM_HOST=always sends integration tests there on every machine.
+# Environment: TEST_TIMEOUT, seconds after which tests that run as they are have hung, and are killed (1800).
 set -euo pipefail
 
-without_guests=(architecture image kernels reference)
+without_guests=(architecture image kernels reference runner)
 
 here=$(realpath "$(dirname "$0")")
 name=$(basename "$1")
 name=${name%-*}
 tests=$here/../../tests
 
-if [[ ! -e $tests/$name.rs && ! -e $tests/$name/main.rs || " ${without_guests[*]} " == *" $name "* ]]; then
+# Kills the process when the time is over, and tells what it was doing: PID PROGRAM
+watch() {
+    local limit=${TEST_TIMEOUT:-1800}
+    # One that has ended has no program any more, though whoever started it may wait for our end of its output first.
+    while [[ -e /proc/$1/exe ]]; do
+        ((SECONDS < limit)) || break
+        sleep 0.2
+    done
+    [[ -e /proc/$1/exe ]] && kill -STOP "$1" || return 0
+    {
+        echo "cargo-runner: HANGS: $2 has not ended after $limit s (TEST_TIMEOUT), and is killed."
+        echo "cargo-runner: Its threads, each with the beginning of the name of its test:"
+        cat "/proc/$1/task/"*/comm
+        ! command -v gdb >/dev/null || gdb -batch -p "$1" -ex "thread apply all backtrace" 2>/dev/null
+    } >&2
+    kill -KILL "$1"
+}
+
+# Becomes the program; one that is a test is watched by a process that is no child of it.
+become() {
+    # `cargo run` runs as long as it wants to.
+    if [[ $1 == */deps/* || $1 == */rustdoctest* ]]; then
+        (watch "$$" "$1" </dev/null >/dev/null &)
+    fi
     exec "$@"
+}
+
+if [[ ! -e $tests/$name.rs && ! -e $tests/$name/main.rs || " ${without_guests[*]} " == *" $name "* ]]; then
+    become "$@"
 fi
 if [[ ${KVM_HOST:-} != always && -r /dev/kvm && -w /dev/kvm ]] && grep -qwE 'vmx|svm' /proc/cpuinfo; then
-    exec "$@"
+    become "$@"
 fi
 export RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}
 mapfile -t all < <("$1" --list --format terse | sed -n 's/: test$//p')
