@@ -86,8 +86,7 @@ impl Process {
         if self.mode == Mode::On {
             threads = threads.keeping(self.kept(config));
             if self.is_free() {
-                let rules = if self.changes_disks { None } else { self.rules(&config.opened_later())? };
-                threads = threads.by_themselves(rules);
+                threads = threads.by_themselves(self.rules(&config.opened_later())?);
             }
         }
         Ok(threads)

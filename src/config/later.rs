@@ -40,7 +40,7 @@ impl console::Spec {
 impl Config {
     /// The files, and folders with all that is below, that the machine opens, makes or removes while it runs, and what it
     /// does to them: rules for [Landlock](crate::sandbox::Ruleset). A disk's new path
-    /// ([`Change::Path`](crate::virtio::change::Change::Path)) and where a snapshot goes are not known here.
+    /// ([`Change::Disk`](crate::virtio::change::Change::Disk)) and where a snapshot goes are not known here.
     pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
         let root = self.root_folder().map(|path| (path.to_owned(), Access::Change));
         let shares = root.into_iter().chain(self.shares.iter().map(Share::opened_later));

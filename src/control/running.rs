@@ -47,6 +47,10 @@ impl Running {
         self.handle.change(device, change).map_err(|error| chain(&error))
     }
 
+    fn change_disk(&self, device: &str, path: &str) -> Result<(), String> {
+        self.handle.change_disk(device, path).map_err(|error| chain(&error))
+    }
+
     /// Changes the disk of this index.
     pub fn change_drive(
         &mut self,
@@ -57,11 +61,11 @@ impl Running {
     ) -> Answer {
         let device = format!("blk{index}");
         if let Some(path) = path {
-            self.change(&device, Change::Path(path.into()))?;
+            self.change_disk(&device, path)?;
             drive.path_on_host = path.to_owned();
         } else if limiter.is_none() {
             // The same file, which may have another size.
-            self.change(&device, Change::Path(drive.path_on_host.clone().into()))?;
+            self.change_disk(&device, &drive.path_on_host)?;
         }
         if let Some(limiter) = limiter {
             let mut next = drive.rate_limiter.clone().unwrap_or_default();

@@ -4,6 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::io::retry_on_intr;
 use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_RO;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Error;
@@ -54,6 +56,8 @@ pub(super) struct Attached {
     /// What its thread and its counters are called.
     pub name: String,
     pub metrics: Arc<dyn Metrics>,
+    /// Whether it is a disk that the guest must not write.
+    pub readonly: bool,
     /// Gone when the machine has ended.
     pub transport: Weak<Mutex<Mmio>>,
 }
@@ -140,6 +144,7 @@ impl<'a> Board<'a> {
         for (index, (VirtioWindow { base, gsi }, (name, device))) in virtio_windows().zip(devices).enumerate() {
             let others = own.iter().enumerate().filter(|(other, _)| *other != index).flat_map(|(_, files)| files);
             let sandbox = sandbox.device(device.device_type(), others.copied());
+            let readonly = device.device_type() == VIRTIO_ID_BLOCK && device.features() & 1 << VIRTIO_BLK_F_RO != 0;
             let line = Arc::new(self.vm.line(gsi));
             let mmio = Mmio::new(ram.clone(), device, line, name.as_str())
                 .map_err(|source| Error::EventFd { what: "a virtqueue", source })?
@@ -149,7 +154,7 @@ impl<'a> Board<'a> {
             }
             let metrics = mmio.metrics();
             let mmio = Arc::new(Mutex::new(mmio));
-            self.attached.push(Attached { name, metrics, transport: Arc::downgrade(&mmio) });
+            self.attached.push(Attached { name, metrics, readonly, transport: Arc::downgrade(&mmio) });
             self.buses.mmio.attach(base, layout::VIRTIO_MMIO_SIZE, mmio)?;
         }
         Ok(())

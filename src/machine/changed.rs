@@ -8,9 +8,9 @@ use crate::virtio::change::{Change, Rates};
 pub fn apply(config: &mut Config, name: &str, change: Change) {
     let number = |prefix: &str| name.strip_prefix(prefix)?.parse::<usize>().ok();
     match change {
-        Change::Path(path) => match number("blk").and_then(|index| disk(config, index)) {
-            Some(disk) => disk.path = path,
-            None => config.rootfs = Some(path),
+        Change::Disk(opened) => match number("blk").and_then(|index| disk(config, index)) {
+            Some(disk) => disk.path = opened.path().into(),
+            None => config.rootfs = Some(opened.path().into()),
         },
         Change::Rates(rates) => {
             // The root has no limits of its own in a configuration.
@@ -60,9 +60,11 @@ mod tests {
         let mut config = Config::new().rootfs("/root").disk(blk::Spec::new("/disk")).net(net).balloon(balloon);
         let (bytes, operations) = (Some("3M".parse().unwrap()), Some("7".parse().unwrap()));
         let rates = Rates { bytes, operations };
+        let [root, disk] = ["root", "disk"].map(|_| tempfile::NamedTempFile::new().unwrap());
+        let open = |file: &tempfile::NamedTempFile| Change::Disk(blk::Opened::open(file.path(), true).unwrap());
         for (name, change) in [
-            ("blk0", Change::Path("/other-root".into())),
-            ("blk1", Change::Path("/other".into())),
+            ("blk0", open(&root)),
+            ("blk1", open(&disk)),
             ("blk0", Change::Rates(rates)),
             ("blk1", Change::Rates(rates)),
             ("rng", Change::Rates(rates)),
@@ -72,8 +74,8 @@ mod tests {
         ] {
             apply(&mut config, name, change);
         }
-        assert_eq!(config.rootfs, Some("/other-root".into()));
-        assert_eq!(config.disks, [blk::Spec { bw: bytes, iops: operations, ..blk::Spec::new("/other") }]);
+        assert_eq!(config.rootfs.as_deref(), Some(root.path()));
+        assert_eq!(config.disks, [blk::Spec { bw: bytes, iops: operations, ..blk::Spec::new(disk.path()) }]);
         assert_eq!((config.rng_bw, config.rng_iops), (bytes, operations));
         let limits = [config.nets[0].bw, config.nets[0].pps].map(|limits| limits.unwrap().to_string());
         assert_eq!(limits, ["3M:1M", "7:"]);

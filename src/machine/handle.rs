@@ -1,6 +1,7 @@
 //! What reaches a machine that runs from other threads.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, PoisonError};
 
@@ -10,6 +11,7 @@ use super::pause::ask;
 use super::{Lines, Refusal, Report, firecracker};
 use crate::size::Size;
 use crate::virtio::balloon::{self, Statistics};
+use crate::virtio::blk;
 use crate::virtio::change::{Change, Error};
 
 /// Reaches a machine from other threads. Clones reach the same machine.
@@ -86,8 +88,7 @@ impl Handle {
     /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:
     /// by the device's own thread, after the request that it is doing now, if it has one.
     pub fn change(&self, device: &str, change: Change) -> Result<(), Error> {
-        let no_device = || Error::NoDevice { device: device.into() };
-        let found = self.devices.iter().find(|attached| attached.name == device).ok_or_else(no_device)?;
+        let found = self.device(device)?;
         loop {
             let ended = || Error::Ended { device: device.into() };
             let transport = found.transport.upgrade().ok_or_else(ended)?;
@@ -102,6 +103,19 @@ impl Handle {
             }
             // The device was stopped before its thread came to it.
         }
+    }
+
+    fn device(&self, name: &str) -> Result<&Attached, Error> {
+        let no_device = || Error::NoDevice { device: name.into() };
+        self.devices.iter().find(|attached| attached.name == name).ok_or_else(no_device)
+    }
+
+    /// Has the disk of this name be the file or block device at `path` from its next request on. If it is that already, it has
+    /// the size that this has now. The file is opened here: the device's own thread may open none in a
+    /// [sandbox](super::Builder::sandbox).
+    pub fn change_disk(&self, device: &str, path: impl AsRef<Path>) -> Result<(), Error> {
+        let readonly = self.device(device)?.readonly;
+        self.change(device, Change::Disk(blk::Opened::open(path.as_ref(), readonly)?))
     }
 
     /// Asks the guest to put so much memory into its balloon, or to take out what is more. It does so when it can.

@@ -137,7 +137,10 @@ pub(super) const STORAGE: &List = &[
 /// Disks that have a ring of io_uring's, which was restricted before: to reading, writing and flushing the disk's file.
 pub(super) const RINGS: &List = &[(SYS_io_uring_enter, Any)];
 
-/// And that may be given other files.
+/// Disks that may be given other files, under the same number.
+pub(super) const OTHER_DISKS: &List = &[(SYS_dup3, Any)];
+
+/// And that have a ring.
 pub(super) const RING_FILES: &List = &[(SYS_io_uring_register, Is(1, &[IORING_REGISTER_FILES_UPDATE]))];
 
 const IORING_REGISTER_FILES_UPDATE: u32 = 6;
@@ -169,6 +172,8 @@ pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
     (SYS_fchown, 0),
     (SYS_copy_file_range, 0),
     (SYS_copy_file_range, 2),
+    (SYS_dup3, 0),
+    (SYS_dup3, 1),
     (SYS_close, 0),
     (SYS_fchownat, 0),
     (SYS_utimensat, 0),

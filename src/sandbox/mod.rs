@@ -130,9 +130,10 @@ pub enum Role {
 }
 
 impl Role {
-    /// The lists of system calls in a machine whose devices open these files.
+    /// The lists of system calls in a machine whose devices do this with files.
     fn lists(self, files: Files) -> Vec<&'static List> {
-        use calls::{BASE, EVENTS, FILES, MAIN, MEMORY, RING_FILES, RINGS, SOCKETS, STORAGE, TAP, THREADS, VCPU};
+        use calls::{BASE, EVENTS, FILES, MAIN, MEMORY, OTHER_DISKS, RING_FILES, RINGS};
+        use calls::{SOCKETS, STORAGE, TAP, THREADS, VCPU};
         let mut lists: Vec<&List> = match self {
             Self::Main => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, MEMORY, THREADS, VCPU, MAIN, FILES],
             Self::Vcpu => vec![BASE, SOCKETS, EVENTS, STORAGE, TAP, THREADS, VCPU],
@@ -145,18 +146,15 @@ impl Role {
             Self::Memory => vec![BASE, MEMORY],
             Self::Control => vec![BASE, SOCKETS, THREADS, FILES],
         };
-        let opens = match self {
-            Self::Vcpu => files.folders || files.disks,
-            Self::Disk => files.disks,
-            _ => false,
-        };
-        lists.extend(opens.then_some(FILES));
-        if files.rings && matches!(self, Self::Main | Self::Vcpu | Self::Disk | Self::Control) {
-            lists.push(RINGS);
-            lists.extend(files.disks.then_some(RING_FILES));
+        lists.extend((self == Self::Vcpu && files.folders).then_some(FILES));
+        let has_disks = matches!(self, Self::Main | Self::Vcpu | Self::Disk | Self::Control);
+        lists.extend((files.rings && has_disks).then_some(RINGS));
+        if files.disks && has_disks {
+            lists.push(OTHER_DISKS);
+            lists.extend(files.rings.then_some(RING_FILES));
         }
-        if self == Self::Control && files.disks {
-            // A disk's new file is looked at first, and a new limit made with its timer.
+        if files.disks && self == Self::Control {
+            // A disk that has no thread is changed by this one, and a new limit made with its timer.
             lists.extend([STORAGE, EVENTS]);
         }
         lists
@@ -175,14 +173,14 @@ impl Role {
     }
 }
 
-/// What devices open files for while the machine runs.
+/// What devices do with files while the machine runs.
 #[derive(Debug, Clone, Copy, Default)]
 struct Files {
-    /// Shared folders.
+    /// Shared folders open them.
     folders: bool,
-    /// Other disks.
+    /// Disks are given others.
     disks: bool,
-    /// Whether disks have rings of io_uring.
+    /// Disks have rings of io_uring.
     rings: bool,
 }
 
@@ -227,9 +225,8 @@ impl Sandbox {
     /// The sandbox of the thread of a device with this virtio device ID, which has nothing to do with the descriptors
     /// `others`.
     pub fn device(&self, device_type: u32, others: impl Iterator<Item = RawFd>) -> Device {
-        // Where disks change, descriptors come and go, and a number may be another's.
-        let is_fixed = self.rules.is_some() && !self.files.disks;
-        let others = if is_fixed { others.filter_map(|fd| fd.try_into().ok()).collect() } else { Arc::default() };
+        // A disk that is given another file has the number that it had.
+        let others = others.filter(|_| self.rules.is_some()).filter_map(|fd| fd.try_into().ok()).collect();
         Device { sandbox: self.clone(), role: Role::of_device(device_type), others }
     }
 
@@ -286,7 +283,7 @@ impl Sandbox {
             installed => installed?,
         }
         #[cfg(debug_assertions)]
-        violate(role);
+        violate(role, others);
         Ok(())
     }
 
@@ -342,12 +339,15 @@ pub fn drop_capabilities(mut kept: CapabilitySet) -> rustix::io::Result<()> {
     rustix::thread::set_capabilities(None, sets)
 }
 
-/// Makes a system call that no thread may make, in a test.
+/// Makes a system call that no thread may make, or one on a descriptor of the `others`, in a test.
 #[cfg(debug_assertions)]
-fn violate(role: Role) {
-    let wanted = std::env::var("BANTAM_TEST_VIOLATION").is_ok_and(|name| name == format!("{role:?}").to_lowercase());
-    if wanted {
+fn violate(role: Role, others: &[u32]) {
+    let Ok(wanted) = std::env::var("BANTAM_TEST_VIOLATION") else { return };
+    if wanted == format!("{role:?}").to_lowercase() {
         violation::violate();
+    }
+    if let (Role::Disk, "another-disk", [other, ..]) = (role, wanted.as_str(), others) {
+        violation::read(*other);
     }
 }
 
@@ -371,7 +371,9 @@ mod tests {
                 assert!(may(role, folders, disks).is_subset(&may(Role::Main, folders, disks)), "{role:?}");
             }
             let opens = |role: Role| may(role, folders, disks).contains(&libc::SYS_openat);
-            assert_eq!((opens(Role::Disk), opens(Role::Network), opens(Role::Share)), (disks, false, true));
+            assert_eq!([Role::Vcpu, Role::Disk, Role::Network, Role::Share].map(opens), [folders, false, false, true]);
+            let replaces = |role: Role| may(role, folders, disks).contains(&libc::SYS_dup3);
+            assert_eq!((replaces(Role::Disk), replaces(Role::Network)), (disks, false));
             assert!(!may(Role::Main, folders, disks).contains(&libc::SYS_execve));
             assert!(!may(Role::Disk, folders, disks).contains(&libc::SYS_sendto));
             let enters = |role: Role| may(role, folders, disks).contains(&libc::SYS_io_uring_enter);

@@ -1,7 +1,6 @@
 //! What can be changed of a device while its machine runs, whoever owns the device at the time.
 
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{balloon, blk, device};
@@ -9,10 +8,10 @@ use crate::limit::Limit;
 use crate::size::Size;
 
 /// A change of one device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Change {
     /// Another file or block device behind a disk. With what it has already, the size that this has now.
-    Path(PathBuf),
+    Disk(blk::Opened),
     /// The rate limits of a disk, or of the random number device.
     Rates(Rates),
     /// The rate limits of a network card: of frames to the guest and from it. `None` leaves a direction as it is.
@@ -70,7 +69,7 @@ pub enum Error {
     /// Packets are not counted that the host's kernel moves.
     #[error("cannot limit the rates of a network card that has vhost=on")]
     Vhost,
-    /// The device cannot go on otherwise than it does.
+    /// The device gave up: until its driver resets it, it does nothing more.
     #[error(transparent)]
     Device(#[from] device::Error),
     /// The host has no timer for the rate limit.
@@ -82,7 +81,7 @@ impl Change {
     /// For a device that does not know this change.
     pub(super) fn unsupported(&self) -> Error {
         let what = match self {
-            Change::Path(_) => "the backing file",
+            Change::Disk(_) => "the backing file",
             Change::Rates(_) => "rate limits of requests",
             Change::NetRates { .. } => "rate limits of frames",
             Change::Balloon(_) => "the size of the balloon",

@@ -6,6 +6,7 @@
 mod support;
 
 mod client;
+mod disks;
 mod endpoints;
 mod fctools;
 mod sockets;

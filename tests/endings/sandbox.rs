@@ -92,3 +92,23 @@ fn a_system_call_beyond_the_lists_is_told_and_ends_it_or_not() {
     assert!(ended.stderr.contains("swapoff (168)") && ended.stderr.contains("it goes on"), "{}", ended.stderr);
     assert_eq!(ended.stderr.matches("made the system call").count(), 1, "{}", ended.stderr);
 }
+
+#[test]
+fn the_thread_of_a_disk_does_nothing_with_another_one() {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let disk = |name: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        path
+    };
+    let guest = Guest::new(Kernel::Tiny).script("sleep 1000").option("--sandbox", "on");
+    let mut guest = guest.disk(disk("one").display()).disk(disk("two").display());
+    guest.command().env("BANTAM_TEST_VIOLATION", "another-disk");
+    let ended = guest.run();
+    assert_eq!(ended.status, 125, "{}", ended.stderr);
+    let told = "bantam: sandbox: thread bantam-blk0 made the system call read (0) with 0x";
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
+}

@@ -101,9 +101,9 @@ fn a_balloon_and_a_disk_are_changed_while_the_guest_runs() {
     let read = "echo $1=$(blockdev --getsz /dev/vda)-$(dd if=/dev/vda bs=1 count=3 iflag=direct 2>/dev/null)";
     handle.input(format!("size() {{ {}; }}\nsize a\n", read.replace(" iflag=direct", "")));
     screen.wait_for("a=2048-111");
-    let error = handle.change("blk0", Change::Path("/nowhere".into())).unwrap_err();
+    let error = handle.change_disk("blk0", "/nowhere").unwrap_err();
     assert_eq!(error.to_string(), "cannot open disk image /nowhere");
-    handle.change("blk0", Change::Path(second)).unwrap();
+    handle.change_disk("blk0", second).unwrap();
     // The driver looks at the size when it gets to it.
     handle
         .input("until [ $(blockdev --getsz /dev/vda) = 4096 ]; do :; done; echo 3 >/proc/sys/vm/drop_caches; size b\n");

@@ -33,7 +33,7 @@ fn a_restored_machine_is_as_it_was_last() {
 
     let machine = Running::start(Builder::new(lab.config.clone()));
     machine.screen.wait_for("ready");
-    machine.handle.change("blk0", Change::Path(second.clone())).unwrap();
+    machine.handle.change_disk("blk0", &second).unwrap();
     let rates = Rates { bytes: Some("64M".parse().unwrap()), operations: Some("5000".parse().unwrap()) };
     machine.handle.change("blk0", Change::Rates(rates)).unwrap();
     machine.handle.balloon(Size::mib(32)).unwrap();

@@ -146,9 +146,8 @@ fn the_balloon_is_changed_whoever_has_it() {
     assert!(refused(&mut driver, size(END + PAGE)).contains("must not be larger"));
     assert!(refused(&mut driver, size(4097)).contains("not a multiple of 4096"));
     assert!(refused(&mut driver, Change::StatisticsInterval(Duration::from_secs(1))).contains("made without"));
-    assert!(
-        refused(&mut driver, Change::Path("x".into())).contains("the backing file: a device of this type has none")
-    );
+    let rates = Change::Rates(crate::virtio::change::Rates::default());
+    assert!(refused(&mut driver, rates).contains("rate limits of requests: a device of this type has none"));
     assert_eq!(config(&mut driver, 0), 3);
     // A device that gave up is changed as well.
     driver.rings[0].set_available(1000);

@@ -1,17 +1,18 @@
 //! A disk image on the host: a raw file or a block device, locked against other writers.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::mem::{replace, swap};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{
     FallocateFlags, FlockOperation, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fdatasync, flock, seek,
 };
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::{DupFlags, Errno, dup3, retry_on_intr};
 
 use super::SECTOR;
 use super::direct::Direct;
@@ -141,11 +142,50 @@ pub enum Error {
     },
 }
 
+/// A file or block device that is open, and is to be a disk's. Clones are the same one, which one disk takes.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    path: PathBuf,
+    file: Arc<Mutex<Option<(File, Metadata)>>>,
+    /// It is a block device to be written that the host's kernel uses, or another machine, or this disk already.
+    is_busy: bool,
+}
+
+impl Opened {
+    /// Opens the file or block device at `path`. What it is, is looked at by the disk.
+    ///
+    /// # Errors
+    /// When this process may not open it.
+    pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
+        let (mut file, mut is_busy) = (open(path, readonly)?, false);
+        let examine = |source| Error::Examine { path: path.into(), what: "examine", source };
+        let metadata = file.metadata().map_err(examine)?;
+        if !readonly && metadata.file_type().is_block_device() {
+            // Nothing in the host's kernel can use it meanwhile, as a file system.
+            match options(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path) {
+                Ok(claimed) => file = claimed,
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => is_busy = true,
+                Err(source) => return Err(Error::Open { path: path.into(), source }),
+            }
+        }
+        Ok(Self { path: path.into(), file: Arc::new(Mutex::new(Some((file, metadata)))), is_busy })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is open, once.
+    fn take(&self) -> Option<(File, Metadata)> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 /// An open disk image.
 pub struct Image {
-    file: Arc<Locked>,
-    /// Keeps the host from mounting a block device that the guest writes.
-    _claim: Option<File>,
+    file: Locked,
+    readonly: bool,
     block_device: bool,
     sectors: u64,
     serial: String,
@@ -158,6 +198,18 @@ pub struct Image {
 /// An open file with a lock that ends here: a process that another thread starts at this time has the file open a moment longer.
 struct Locked(File);
 
+impl Locked {
+    /// Gives the number of this descriptor to the one of `other`, and has one that was free.
+    fn give_number(&mut self, other: &mut Self) -> io::Result<()> {
+        let moved = self.0.try_clone()?;
+        let mut number = OwnedFd::from(replace(&mut self.0, moved));
+        let given = dup3(&other.0, &mut number, DupFlags::CLOEXEC);
+        let keeper = if given.is_ok() { other } else { self };
+        keeper.0 = number.into();
+        Ok(given?)
+    }
+}
+
 impl Drop for Locked {
     fn drop(&mut self) {
         let _ = flock(&self.0, FlockOperation::Unlock);
@@ -167,29 +219,45 @@ impl Drop for Locked {
 impl Image {
     /// Opens and locks the image at `path`.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
-        Self::with_file(Arc::new(Locked(open(path, readonly)?)), path, readonly)
+        let opened = Opened::open(path, readonly)?;
+        let file = opened.take().expect("nobody else has it");
+        Self::with_file(file, &opened, readonly)
     }
 
-    /// The descriptors that it is open as.
-    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        [self.file()].into_iter().chain(&self._claim).map(AsRawFd::as_raw_fd)
+    /// The descriptor that it is open as, for as long as it is there.
+    pub fn descriptor(&self) -> RawFd {
+        self.file().as_raw_fd()
     }
 
-    /// The image at `path` in place of this one. If that is the same file, this one's lock is its own, and it has the size
-    /// that the file has now.
-    pub fn replace(&self, path: &Path, readonly: bool) -> Result<Self, Error> {
-        let identity = |metadata: io::Result<fs::Metadata>| metadata.map(|it| (it.dev(), it.ino(), it.rdev()));
-        let mut image = match (identity(self.file().metadata()), identity(fs::metadata(path))) {
-            (Ok(this), Ok(other)) if this == other && !self.block_device => {
-                let image = Self::with_file(self.file.clone(), path, readonly)?;
-                Self { flush_failed: self.flush_failed, ..image }
-            }
-            _ => Self::open(path, readonly)?,
-        };
-        if self.direct.is_some() {
-            image.pass_page_cache(path)?;
+    /// Has what is `opened` take the place of the image, also in its `ring`, if there is one. If that is the same file, the
+    /// image has the size that the file has now. On an error it is what it was.
+    pub fn replace(&mut self, opened: &Opened, ring: Option<&mut Uring>) -> Result<(), Error> {
+        let path = opened.path();
+        let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
+        let taken = || io::Error::other("another disk has it already");
+        let (file, metadata) = opened.take().ok_or_else(taken).map_err(examine("use"))?;
+        let own = self.file().metadata().map_err(examine("examine"))?;
+        let [this, that] = [&own, &metadata].map(|it| (it.dev(), it.ino(), it.rdev()));
+        if this == that {
+            self.sectors = sectors(self.file(), &metadata, path)?;
+            return Ok(());
         }
-        Ok(image)
+        let mut other = Self::with_file((file, metadata), opened, self.readonly)?;
+        if self.direct.is_some() {
+            other.pass_page_cache(path)?;
+        }
+        // Other threads have filters that name it.
+        self.file.give_number(&mut other.file).map_err(examine("take the place of the last one with"))?;
+        if let Some(ring) = ring
+            && let Err(error) = other.take_ring(ring, path)
+        {
+            other.file.give_number(&mut self.file).map_err(examine("go back to the last one from"))?;
+            // The kernel lets go of one file before it takes the next.
+            self.take_ring(ring, path)?;
+            return Err(error);
+        }
+        swap(self, &mut other);
+        Ok(())
     }
 
     /// Has the image at `path`, which this one is, be read and written past the host's page cache.
@@ -201,11 +269,9 @@ impl Image {
         Ok(())
     }
 
-    fn with_file(file: Arc<Locked>, path: &Path, readonly: bool) -> Result<Self, Error> {
-        let locked = file;
-        let file = &locked.0;
-        let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
-        let metadata = file.metadata().map_err(examine("examine"))?;
+    /// What was taken from `opened`, locked.
+    fn with_file((file, metadata): (File, Metadata), opened: &Opened, readonly: bool) -> Result<Self, Error> {
+        let path = opened.path();
         let kind = metadata.file_type();
         let block_device = kind.is_block_device();
         if !kind.is_file() && !block_device {
@@ -217,33 +283,24 @@ impl Image {
             };
             return Err(Error::Type { path: path.into(), kind });
         }
-        if let Some(format) = foreign_format(file) {
+        if let Some(format) = foreign_format(&file) {
             log::warn!(
                 "disk image {} looks like {format}, and is used as a raw image: convert it first",
                 path.display()
             );
         }
-        // The size in a block device's metadata is zero.
-        let bytes = if block_device {
-            seek(file, SeekFrom::End(0)).map_err(|error| examine("find the size of")(error.into()))?
-        } else {
-            metadata.size()
-        };
-        if bytes == 0 {
-            return Err(Error::Empty { path: path.into() });
+        let sectors = sectors(&file, &metadata, path)?;
+        lock(&file, path, readonly)?;
+        let file = Locked(file);
+        if opened.is_busy {
+            return Err(Error::Busy { path: path.into() });
         }
-        if !bytes.is_multiple_of(SECTOR) {
-            return Err(Error::Size { path: path.into(), bytes });
-        }
-        lock(file, path, readonly)?;
-        let claim = if block_device && !readonly { Some(claim(path)?) } else { None };
         let serial = if block_device {
             format!("{:x}", metadata.rdev())
         } else {
             format!("{:x}-{:x}", metadata.dev(), metadata.ino())
         };
-        let sectors = bytes / SECTOR;
-        Ok(Self { file: locked, _claim: claim, block_device, sectors, serial, direct: None, flush_failed: false })
+        Ok(Self { file, readonly, block_device, sectors, serial, direct: None, flush_failed: false })
     }
 
     /// A ring for as many as `entries` requests on this image, which is at `path`.
@@ -412,9 +469,25 @@ fn foreign_format(image: &File) -> Option<&'static str> {
     FORMATS.iter().find(|(magic, _)| start[..len].starts_with(magic)).map(|(_, format)| *format)
 }
 
+/// The size of the image.
+fn sectors(file: &File, metadata: &Metadata, path: &Path) -> Result<u64, Error> {
+    let end = || seek(file, SeekFrom::End(0));
+    // That in a block device's metadata is zero.
+    let bytes = if metadata.file_type().is_block_device() { end() } else { Ok(metadata.size()) };
+    let what = "find the size of";
+    match bytes.map_err(|error| Error::Examine { path: path.into(), what, source: error.into() })? {
+        0 => Err(Error::Empty { path: path.into() }),
+        bytes if !bytes.is_multiple_of(SECTOR) => Err(Error::Size { path: path.into(), bytes }),
+        bytes => Ok(bytes / SECTOR),
+    }
+}
+
+/// Opening a pipe would otherwise wait for its other end.
+fn options(write: bool) -> OpenOptions {
+    OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).clone()
+}
+
 fn open(path: &Path, readonly: bool) -> Result<File, Error> {
-    // Opening a pipe would otherwise wait for its other end.
-    let options = |write| OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).clone();
     match options(!readonly).open(path) {
         Ok(file) => Ok(file),
         Err(source) if source.kind() == io::ErrorKind::IsADirectory => {
@@ -456,14 +529,6 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
         }
         Err(error) => Err(Error::Examine { path: path.into(), what: "lock", source: error.into() }),
     }
-}
-
-/// Opens a block device so that nothing in the host's kernel can use it meanwhile.
-fn claim(path: &Path) -> Result<File, Error> {
-    OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path).map_err(|source| match source.kind() {
-        io::ErrorKind::ResourceBusy => Error::Busy { path: path.into() },
-        _ => Error::Open { path: path.into(), source },
-    })
 }
 
 #[cfg(test)]
@@ -521,12 +586,12 @@ mod tests {
         assert!(!flags(&image).is_empty());
         image.by(false, || image.write_zeroes_by_hand(512, 512)).unwrap();
         assert!(!flags(&image).is_empty());
-        let same = image.replace(file.path(), false).unwrap();
-        let meanwhile = same.by(false, || Ok(flags(&same))).unwrap();
-        assert!(meanwhile.is_empty() && !flags(&same).is_empty());
+        let meanwhile = image.by(false, || Ok(flags(&image))).unwrap();
+        assert!(meanwhile.is_empty() && !flags(&image).is_empty());
         // The same file, and another.
         for path in [file.path(), image_in("/var/tmp", 512).path()] {
-            assert!(!flags(&image.replace(path, false).unwrap()).is_empty());
+            image.replace(&Opened::open(path, false).unwrap(), None).unwrap();
+            assert!(!flags(&image).is_empty());
         }
     }
 
@@ -563,6 +628,40 @@ mod tests {
         assert!(error(file.path(), false).contains("readonly=on"));
         drop(readers);
         assert_eq!(Image::open(file.path(), false).unwrap().sectors(), 2);
+    }
+
+    #[test]
+    fn another_image_has_the_number_of_the_first() {
+        let [first, second] = [1024, 2048].map(image);
+        let opened = |file: &NamedTempFile| Opened::open(file.path(), false).unwrap();
+        let mut disk = Image::open(first.path(), false).unwrap();
+        let number = disk.descriptor();
+        let is_locked = |file: &NamedTempFile| Image::open(file.path(), false).is_err();
+
+        disk.replace(&opened(&second), None).unwrap();
+        assert_eq!((disk.descriptor(), disk.sectors()), (number, 4));
+        assert_eq!([&first, &second].map(is_locked), [false, true]);
+        let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        assert_eq!(identity(disk.file().metadata().unwrap()), identity(second.as_file().metadata().unwrap()));
+
+        // One that somebody has, or that is none, changes nothing; nor does one that another disk has taken.
+        let other = Image::open(first.path(), false).unwrap();
+        let taken = opened(&first);
+        assert!(matches!(disk.replace(&taken, None), Err(Error::Written { .. })));
+        drop(other);
+        assert!(disk.replace(&taken, None).unwrap_err().to_string().starts_with("cannot use disk image "));
+        assert!(matches!(disk.replace(&opened(&image(0)), None), Err(Error::Empty { .. })));
+        assert_eq!((disk.descriptor(), disk.sectors()), (number, 4));
+        assert_eq!([&first, &second].map(is_locked), [false, true]);
+
+        // What was lost of one is not lost of another.
+        disk.fail_flushes();
+        second.as_file().set_len(4096).unwrap();
+        disk.replace(&opened(&second), None).unwrap();
+        assert_eq!((disk.sectors(), disk.flush_has_failed()), (8, true));
+        disk.replace(&opened(&first), None).unwrap();
+        assert_eq!((disk.descriptor(), disk.sectors(), disk.flush_has_failed()), (number, 2, false));
+        assert_eq!([&first, &second].map(is_locked), [true, false]);
     }
 
     #[test]

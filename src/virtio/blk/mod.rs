@@ -12,7 +12,7 @@ mod uring;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,8 +22,8 @@ use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 
-pub use self::image::Error;
 use self::image::Image;
+pub use self::image::{Error, Opened};
 use self::in_flight::InFlight;
 use self::layout::Layout;
 use self::uring::{Kind, Request, Uring};
@@ -323,15 +323,13 @@ impl Blk {
     }
 
     /// Goes on with another image, from the next request on.
-    fn set_path(&mut self, path: &Path) -> Result<(), Error> {
-        let image = self.image.replace(path, self.readonly)?;
-        self.uring.as_mut().map_or(Ok(()), |uring| image.take_ring(uring, path))?;
+    fn set_image(&mut self, opened: &Opened) -> Result<(), Error> {
+        self.image.replace(opened, self.uring.as_mut())?;
         if self.default_id {
-            self.id = id_bytes(image.serial());
+            self.id = id_bytes(self.image.serial());
         }
-        self.config = config(&image, self.queues());
-        self.path = path.into();
-        self.image = image;
+        self.config = config(&self.image, self.queues());
+        self.path = opened.path().into();
         Ok(())
     }
 
@@ -681,7 +679,7 @@ impl VirtioDevice for Blk {
     }
 
     fn own_files(&self) -> Vec<RawFd> {
-        self.image.descriptors().chain(self.uring.iter().map(|uring| uring.as_fd().as_raw_fd())).collect()
+        [self.image.descriptor()].into_iter().chain(self.uring.iter().map(|uring| uring.as_fd().as_raw_fd())).collect()
     }
 
     fn features(&self) -> u64 {
@@ -724,13 +722,13 @@ impl VirtioDevice for Blk {
 
     fn change(&mut self, change: &Change, mut io: Option<&mut Io>) -> Result<(), change::Error> {
         match change {
-            Change::Path(path) => {
+            Change::Disk(opened) => {
                 if let Some(io) = &mut io {
                     let rest = self.pause(io).map_err(io::Error::other);
                     let what = "wait for requests to";
                     rest.map_err(|source| Error::Examine { path: self.path.clone(), what, source })?;
                 }
-                let changed = self.set_path(path);
+                let changed = self.set_image(opened);
                 // The driver may have been told not to notify, as what was under way would call.
                 io.iter().for_each(|io| io.kick_all());
                 Ok(changed?)

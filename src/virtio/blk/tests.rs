@@ -1,4 +1,5 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 
 use proptest::prelude::*;
@@ -573,7 +574,10 @@ fn another_image_takes_the_place_of_the_first() {
     let other = NamedTempFile::new().unwrap();
     other.as_file().write_all_at(&[9; 4096], 0).unwrap();
     let capacity = |disk: &mut Disk| [0, 4].map(|at| disk.driver.read(0x100 + at));
-    let change = |disk: &mut Disk, path: &Path| disk.driver.mmio.change(Change::Path(path.into())).recv().unwrap();
+    let change = |disk: &mut Disk, path: &Path| {
+        let opened = Opened::open(path, false)?;
+        disk.driver.mmio.change(Change::Disk(opened)).recv().unwrap()
+    };
     change(&mut disk, other.path()).unwrap();
     assert_eq!(disk.driver.wait(), 2, "a configuration change interrupt");
     assert_eq!(capacity(&mut disk), [8, 0]);
@@ -719,7 +723,8 @@ fn every_queue_does_what_comes_by_it() {
     // Another image is that of all of them, and as many.
     let other = NamedTempFile::new().unwrap();
     other.as_file().write_all_at(&[7; 4096], 0).unwrap();
-    disk.driver.mmio.change(Change::Path(other.path().into())).recv().unwrap().unwrap();
+    let opened = Opened::open(other.path(), false).unwrap();
+    disk.driver.mmio.change(Change::Disk(opened)).recv().unwrap().unwrap();
     assert_eq!(num_queues(&mut disk), 4);
     for queue in 0..4 {
         disk.add(queue, queue, VIRTIO_BLK_T_IN, 7);

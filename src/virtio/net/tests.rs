@@ -953,6 +953,6 @@ fn limits_that_are_taken_away_let_what_waits_go_on() {
         driver.wait();
         used += driver.rings[TX].used().len();
     }
-    let error = driver.mmio.change(Change::Path("/x".into())).recv().unwrap().unwrap_err().to_string();
+    let error = driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap_err().to_string();
     assert!(error.contains("a device of this type has none"), "{error}");
 }
