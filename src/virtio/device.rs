@@ -96,7 +96,8 @@ pub trait VirtioDevice: Send {
     }
 
     /// Somebody outside the guest changes the device, which runs with `io`, or is idle. A change of what
-    /// [`config`](Self::config) gives is told to the driver by whoever calls. On an error nothing has changed.
+    /// [`config`](Self::config) gives is told to the driver by whoever calls. On an error nothing has changed, unless the
+    /// device [gave up](change::Error::Device).
     fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
         let _ = io;
         Err(change.unsupported())

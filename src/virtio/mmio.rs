@@ -197,12 +197,13 @@ impl Mmio {
         let request = Request { change, answer };
         match &mut self.owner {
             Owner::Transport(device) | Owner::Restored(device, _) => {
-                request.answer(&mut **device, None, &self.interrupt, self.status & DRIVER_OK != 0);
+                let result = request.apply(&mut **device, None, &self.interrupt, self.status & DRIVER_OK != 0);
+                request.answer(result);
             }
             Owner::Thread(worker) => worker.change(request),
             Owner::Paused(paused) => paused.change(request),
             Owner::Nobody => {
-                let _ = request.answer.send(Err(change::Error::Gone));
+                request.answer(Err(change::Error::Gone));
             }
         }
         answered
@@ -643,6 +644,10 @@ mod tests {
             }
             Ok(())
         }
+        fn change(&mut self, _: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+            let failed = Error::Host { what: "told to change".into(), source: io::ErrorKind::Other.into() };
+            io.map_or(Ok(()), |_| Err(failed.into()))
+        }
         fn stop(&mut self, _: &mut Io) {
             self.log.lock().unwrap().push("stop".into());
         }
@@ -943,6 +948,35 @@ mod tests {
         let head = driver.rings[0].add(&[(BUFFERS, 1, false)]);
         assert_eq!(driver.finish(0, 1), [(head, 0)]);
         assert_eq!(logged(&log).iter().filter(|line| *line == "stop").count(), 3);
+    }
+
+    #[test]
+    fn a_device_that_a_change_breaks_needs_a_reset() {
+        let (mut driver, log) = driver();
+        let change = |driver: &mut Driver| driver.mmio.change(Change::Balloon(crate::size::Size::bytes(0))).recv();
+        for is_paused in [false, true] {
+            change(&mut driver).unwrap().unwrap();
+            driver.start();
+            if is_paused {
+                driver.mmio.pause();
+            }
+            assert_eq!(change(&mut driver).unwrap().unwrap_err().to_string(), "told to change");
+            assert_ne!(driver.read(VIRTIO_MMIO_STATUS) & NEEDS_RESET, 0);
+            if is_paused {
+                driver.mmio.resume();
+            }
+            // It answers still, and serves no more.
+            driver.put(BUFFERS, b"x");
+            driver.rings[0].add(&[(BUFFERS, 1, true)]);
+            driver.notify(0);
+            change(&mut driver).unwrap().unwrap_err();
+            driver.write(VIRTIO_MMIO_STATUS, 0);
+            assert!(!logged(&log).contains(&"serve 0".to_owned()));
+        }
+        driver.start();
+        driver.put(BUFFERS, b"x");
+        driver.rings[0].add(&[(BUFFERS, 1, true)]);
+        assert_eq!(driver.finish(0, 1).len(), 1);
     }
 
     #[test]

@@ -63,18 +63,23 @@ pub struct Request {
 impl Request {
     /// Changes `device`, which runs with `io` unless it is idle. `interrupt` has the configuration if that is another
     /// then, and interrupts a driver that `is_there`.
-    pub fn answer(
-        self,
+    pub fn apply(
+        &self,
         device: &mut dyn VirtioDevice,
         io: Option<&mut Io>,
         interrupt: &InterruptState,
         is_there: bool,
-    ) {
+    ) -> Result<(), change::Error> {
         let before: Box<[u8]> = device.config().into();
         let result = device.change(&self.change, io);
         if *before != *device.config() {
             interrupt.set_config(device.config(), is_there);
         }
+        result
+    }
+
+    /// Tells who asked what became of it.
+    pub fn answer(self, result: Result<(), change::Error>) {
         // Whoever asked may have gone.
         let _ = self.answer.send(result);
     }
@@ -314,7 +319,7 @@ impl Loop {
         }
         if self.state != State::Failed {
             match self.serve(messages) {
-                Ok(how) => end = Some(how),
+                Ok(how) => end = how,
                 Err(error) => self.fail(&error),
             }
         }
@@ -362,7 +367,11 @@ impl Loop {
 
     fn change(&mut self, request: Request) {
         let interrupt = self.io.interrupt.clone();
-        request.answer(&mut *self.device, Some(&mut self.io), &interrupt, true);
+        let result = request.apply(&mut *self.device, Some(&mut self.io), &interrupt, true);
+        if let Err(change::Error::Device(error)) = &result {
+            self.fail(error);
+        }
+        request.answer(result);
     }
 
     fn into_parts(mut self) -> Parts {
@@ -370,19 +379,20 @@ impl Loop {
         (self.device, self.io.queues.into_iter().map(|queue| Some(queue?.into_ring())).collect())
     }
 
-    /// Calls the device until it is stopped or paused, or fails.
-    fn serve(&mut self, messages: &mpsc::Receiver<Message>) -> Result<End, Error> {
+    /// Calls the device until it is stopped or paused, or fails; how it ends if that is by a message.
+    fn serve(&mut self, messages: &mpsc::Receiver<Message>) -> Result<Option<End>, Error> {
         self.begin()?;
-        loop {
+        while self.state == State::Started {
             if self.turn(None)?.woken {
                 let _ = retry_on_intr(|| read(&self.wake, &mut [0; 8]));
                 while let Ok(message) = messages.try_recv() {
                     if let Some(end) = self.take(Ok(message)) {
-                        return Ok(end);
+                        return Ok(Some(end));
                     }
                 }
             }
         }
+        Ok(None)
     }
 
     /// Starts the device, if it is not, and has it look at all queues.
