@@ -31,10 +31,13 @@ use super::unpack::unpack;
 use crate::image::cache::{Stamp, try_lock, user_folder};
 use crate::image::digest::Digest;
 
-/// The most kernels that are kept.
-const KERNELS: usize = 16;
+/// The most bytes of kernels that are kept.
+const KEPT_MAX: u64 = 2 << 30;
+/// One that was used within so many seconds is not replaced by another. When more are used in turn than there is room for, each
+/// would otherwise be gone when it is wanted again, and written anew.
+const IN_USE: i64 = 24 * 3600;
 /// The most files that are known to have one of them.
-const FILES: usize = 64;
+const FILES: u64 = 64;
 /// More bytes than a kernel that is kept has; a distribution's has 60 MB.
 const SIZE_MAX: u64 = 256 << 20;
 /// How long another process may take to unpack the same kernel.
@@ -225,6 +228,10 @@ impl Folder {
                 let _ = self.name(file_name.as_deref(), &name);
                 return Ok(Unpacked { file, len, new: None, found: Some((self, name)) });
             }
+            if !self.has_room(len)? {
+                let why = format!("kernels of {} MiB were used within a day", KEPT_MAX >> 20);
+                return Err(io::Error::other(why));
+            }
             if let Some(file) = self.begin(&name)? {
                 let new = New { folder: self, name, file_name };
                 // Another process may have been done with it just now.
@@ -262,14 +269,29 @@ impl Folder {
             log::debug!("the unpacked kernel {} is damaged, and unpacked again", path().display());
             return Ok(None);
         }
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        if stat.st_atime.saturating_add(NOTED) < now.cast_signed() {
+        if stat.st_atime.saturating_add(NOTED) < now() {
             // On a read-only file system it is not noted.
             let times = Timestamps { last_access: at(UTIME_NOW), last_modification: at(UTIME_OMIT) };
             let _ = futimens(&file, &times);
         }
         log::debug!("mapping the unpacked kernel {}", path().display());
         Ok(Some(file.into()))
+    }
+
+    /// Whether there is room for a kernel of this length beside those that are in use.
+    fn has_room(&self, len: u64) -> io::Result<bool> {
+        let mut room = KEPT_MAX.checked_sub(len);
+        for entry in Dir::read_from(&self.fd)? {
+            let entry = entry?;
+            if let Ok(name) = entry.file_name().to_str()
+                && is_digest(name)
+                && let Ok(stat) = statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)
+                && stat.st_atime.saturating_add(IN_USE) > now()
+            {
+                room = room.and_then(|room| room.checked_sub(size(&stat)));
+            }
+        }
+        Ok(room.is_some())
     }
 
     /// An empty file for the kernel of this name; `None` if another process has unpacked it, or does so.
@@ -312,23 +334,36 @@ impl Folder {
             let Ok(name) = entry.file_name().to_str() else { continue };
             let Ok(stat) = statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
             if is_digest(name) {
-                kernels.push((stat.st_atime, stat.st_atime_nsec, name.to_owned()));
+                kernels.push((stat.st_atime, stat.st_atime_nsec, size(&stat), name.to_owned()));
             } else if name.strip_prefix(FILE).is_some_and(is_digest) {
-                files.push((stat.st_mtime, stat.st_mtime_nsec, name.to_owned()));
+                files.push((stat.st_mtime, stat.st_mtime_nsec, 1, name.to_owned()));
             } else if name.strip_prefix('.').is_some_and(is_digest)
                 && let Ok(Some(_lock)) = self.lock(name, OFlags::empty())
             {
                 let _ = unlinkat(&self.fd, name, AtFlags::empty());
             }
         }
-        for (mut found, max) in [(kernels, KERNELS), (files, FILES)] {
+        for (mut found, max) in [(kernels, KEPT_MAX), (files, FILES)] {
             found.sort_unstable_by(|one, other| other.cmp(one));
-            for (_, _, name) in found.iter().skip(max) {
-                let _ = unlinkat(&self.fd, name, AtFlags::empty());
+            let mut room = max;
+            for (_, _, size, name) in found {
+                match room.checked_sub(size) {
+                    Some(left) => room = left,
+                    None => drop(unlinkat(&self.fd, name, AtFlags::empty())),
+                }
             }
         }
         Ok(())
     }
+}
+
+/// The time, in seconds since 1970.
+fn now() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs().cast_signed()
+}
+
+fn size(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_size).unwrap_or_default()
 }
 
 /// Makes the folder. Root leaves nothing of its own in the home of a user whom it is only lent by.
@@ -584,16 +619,48 @@ mod tests {
         let locked = File::create(folder.join(format!(".{}", hex(1)))).unwrap();
         assert!(try_lock(&locked, FlockOperation::NonBlockingLockExclusive).unwrap());
         fs::write(folder.join("somebody's"), "").unwrap();
-        for number in 0..KERNELS {
-            let file = File::create(folder.join(hex(number))).unwrap();
-            let used = Timespec { tv_sec: 1000 + number.cast_signed() as i64, tv_nsec: 0 };
-            futimens(&file, &Timestamps { last_access: used, last_modification: at(0) }).unwrap();
+        for number in 0..LARGEST {
+            fill(&folder.join(hex(number)), 1000 + i64::try_from(number).unwrap());
         }
         assert_eq!(first_byte(&load(&image, &folder).0), 1);
-        let mut left: Vec<_> = (1..KERNELS).map(hex).collect();
+        let mut left: Vec<_> = (1..LARGEST).map(hex).collect();
         left.extend([name, "somebody's".into(), format!(".{}", hex(1))]);
         left.sort_unstable();
         assert_eq!(names(&folder), left);
+    }
+
+    /// As many of the largest kernels as there is room for.
+    const LARGEST: usize = (KEPT_MAX / SIZE_MAX) as usize;
+
+    /// Has the largest kernel there, which was used at that time.
+    fn fill(place: &Path, used: i64) {
+        let file = File::create(place).unwrap();
+        file.set_len(SIZE_MAX).unwrap();
+        let times = Timestamps { last_access: Timespec { tv_sec: used, tv_nsec: 0 }, last_modification: at(0) };
+        futimens(&file, &times).unwrap();
+    }
+
+    #[test]
+    fn a_kernel_in_use_is_not_replaced_by_another() {
+        let (_parent, folder) = folder();
+        let hex = |number: usize| Digest::of(&number.to_le_bytes()).hex();
+        DirBuilder::new().recursive(true).mode(0o700).create(&folder).unwrap();
+        (0..LARGEST).for_each(|number| fill(&folder.join(hex(number)), now() - 60));
+        let mut full = names(&folder);
+        let images = [1, 2].map(|byte| image_of(&kernel(byte)));
+        // However often they come in turn.
+        for _ in 0..3 {
+            assert_eq!([&images[0], &images[1]].map(|image| first_byte(&load(image, &folder).0)), [1, 2]);
+            assert_eq!(all_names(&folder).len(), LARGEST);
+            assert_eq!(names(&folder), full);
+        }
+        // One that nobody has used for long makes room for both.
+        fill(&folder.join(hex(3)), now() - IN_USE - 60);
+        images.iter().for_each(|image| drop(load(image, &folder)));
+        full.retain(|name| *name != hex(3));
+        full.extend([1, 2].map(|byte| Digest::of(&gzip(&kernel(byte))).hex()));
+        full.sort_unstable();
+        assert_eq!(names(&folder), full);
     }
 
     #[test]
@@ -622,10 +689,11 @@ mod tests {
             }
             assert_eq!([open(&two, name(0)), open(&one, name(0))], [2, 2], "{target}");
         }
-        for number in 2..FILES + 10 {
+        let most = usize::try_from(FILES).unwrap();
+        for number in 2..most + 10 {
             open(&one, name(number));
         }
-        assert_eq!(all_names(&folder).len(), 2 + FILES);
+        assert_eq!(all_names(&folder).len(), 2 + most);
     }
 
     #[test]
