@@ -1,6 +1,7 @@
 // Runs a command and says, in seconds since its execve(2), when each marker appeared on its standard output, and when
-// it ended. With -r it ends the command at its first KVM_RUN, with -l at its first listen(2), and says when that was.
-//     measure [-r|-l] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]
+// it ended. With -r it ends the command at its first KVM_RUN, with -l at its first listen(2), and says when that was; with -m
+// it ends it at the last marker.
+//     measure [-r|-l|-m] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]
 // What the command writes goes to standard error. After SECONDS it is killed, and the status is 1.
 #define _GNU_SOURCE
 #include <linux/filter.h>
@@ -53,12 +54,13 @@ int main(int argc, char **argv) {
     size_t length = 0;
     int listens = argc > 1 && !strcmp(argv[1], "-l");
     int run = listens || (argc > 1 && !strcmp(argv[1], "-r"));
-    argv += 1 + run;
+    int marked = argc > 1 && !strcmp(argv[1], "-m");
+    argv += 1 + (run || marked);
     double limit = *argv ? atof(*argv++) : 0;
     char **marker = argv;
     while (*argv && strcmp(*argv, "--")) argv++;
     if (!*argv || !argv[1]) {
-        fputs("usage: measure [-r|-l] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]\n", stderr);
+        fputs("usage: measure [-r|-l|-m] SECONDS [MARKER...] -- COMMAND [ARGUMENT...]\n", stderr);
         return 2;
     }
     *argv++ = NULL;
@@ -104,6 +106,11 @@ int main(int argc, char **argv) {
         if (write(2, output + length, count) < 0) fail("write");
         length += count;
         while (*marker && memmem(output, length, *marker, strlen(*marker))) printf("%s %.6f\n", *marker++, time);
+        if (marked && !*marker) {
+            kill(-child, SIGKILL);
+            waitpid(child, NULL, 0);
+            return 0;
+        }
     }
     int status;
     waitpid(child, &status, 0);

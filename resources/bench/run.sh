@@ -2,8 +2,8 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, restore, density, device, memory, boot, clones, pause, disk, net, share, commands, warm, images; all without any. `images`
-# needs no KVM, `start`, `restore`, `density` and `device` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
+# Items: start, restore, density, device, memory, boot, clones, pause, disk, net, vsock, scaling, share, commands, warm, images; all
+# without any. `images` needs no KVM, `start`, `restore`, `density` and `device` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
 # need VT-x or SVM, or run in the emulated KVM host. A plot of each item goes to target/bench.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|restore|density|device|memory|boot|clones|pause|disk|net|share|commands|warm|images]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|restore|density|device|memory|boot|clones|pause|disk|net|vsock|scaling|share|commands|warm|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start restore density device memory boot clones pause disk net share commands warm images)
+(($#)) || items=(start restore density device memory boot clones pause disk net vsock scaling share commands warm images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -52,6 +52,7 @@ build() {
     gcc -O2 -static -pthread -o "$root/bin/disk" resources/bench/disk.c
     gcc -O2 -static -o "$root/bin/share" resources/bench/share.c
     gcc -O2 -static -o "$root/bin/udp" resources/bench/udp.c
+    gcc -O2 -static -o "$root/bin/vsock" resources/bench/vsock.c
     local program
     for program in iperf3 git; do
         cp "$(command -v "$program")" "$root/bin/"
@@ -80,8 +81,8 @@ build() {
 
 archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$2"; }
 
-# machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU, 128 MiB, a serial
-# console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME. QEMU has no device more; it keeps the clock, which
+# machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU ($cpus for others), 128 MiB, a serial
+# console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME, vsock=SOCKET. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
 # bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With $vhost, a tap is
 # on vhost-net; with $engine, a disk has requests done by that, with $poll, bantam's looks for them for so long; with share=FOLDER it
@@ -90,21 +91,22 @@ machine() {
     local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on aio=threads
     shift 4
     if [[ $vmm == bantam ]]; then
-        command=("$bantam" run --memory 128M --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text")
+        command=("$bantam" run --memory 128M --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text" ${cpus:+--cpus "$cpus"})
         for device in "$@"; do
             case $device in
             disk=*) command+=(--disk "path=${device#*=},engine=${engine:-sync},poll-us=${poll:-0}") ;;
             tap=*) command+=(--net "$device,vhost=${vhost:-off}") ;;
+            vsock=*) command+=(--vsock "cid=3,socket=${device#*=}") ;;
             share=*) command+=(--share "${device#*=}:/mnt") ;;
             esac
         done
         return
     fi
-    [[ $kernel != "$tiny" ]] || acpi=off # it has none, and finds its devices by the command line
+    [[ $kernel != "$tiny" && $kernel != "$built/idle" ]] || acpi=off # they have none, and one finds its devices by the command line
     command=(qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -nographic -serial stdio
         -M "microvm,accel=kvm,acpi=$acpi,pit=off,pic=off,rtc=on,isa-serial=on"
         # kvm_pvm refuses the MSR of that feature.
-        -cpu "host,arch-capabilities=off" -smp 1 -m 128M -device virtio-rng-device
+        -cpu "host,arch-capabilities=off" -smp "${cpus:-1}" -m 128M -device virtio-rng-device
         -kernel "$kernel" ${initrd:+-initrd "$initrd"} -append "console=ttyS0 reboot=t panic=-1 pci=off $text")
     # The driver knows no legacy interface, and ends QEMU by the latter.
     [[ $kernel != "$built/driver" ]] || command+=(-global virtio-mmio.force-legacy=off -device isa-debug-exit)
@@ -115,6 +117,7 @@ machine() {
             -drive "if=none,id=disk,format=raw,cache=writeback,aio=$aio,file=${device#*=}") ;;
         tap=*) command+=(-netdev "tap,id=net,ifname=${device#*=},script=no,downscript=no,vhost=${vhost:-off}"
             -device "virtio-net-device,netdev=net") ;;
+        vsock=*) command+=(-device "vhost-vsock-device,guest-cid=3") ;;
         share=*)
             virtiofsd "${device#*=}"
             command+=(-object "memory-backend-memfd,id=memory,size=128M,share=on" -machine memory-backend=memory
@@ -313,45 +316,44 @@ clone_memory() {
 
 density() {
     step "Many machines at once"
-    local count pids=() to=$built/saved-idle tries
-    mkdir -p "$built/crowd"
-    rm -f "$built/said"
-    mkfifo "$built/said"
+    local count pid to=$built/saved-idle tries
+    for count in 1 10 100; do in_turn 3 1 crowd "$count"; done
     vmms=(bantam)
-    for count in 10 100; do in_turn 3 1 crowd "$count"; done
     in_turn 1 1 crowd 1000
     rm -rf "$to"
     XDG_RUNTIME_DIR=$built "$bantam" run --memory 128M --kernel "$built/idle" --name bench </dev/null >"$built/log" 2>&1 &
-    pids=($!)
+    pid=$!
     for ((tries = 0; tries < 100; tries++)); do
         ! XDG_RUNTIME_DIR=$built "$bantam" snapshot bench "$to" 2>"$built/refused" || break
         sleep 0.1
     done
-    kill "${pids[@]}"
-    wait "${pids[@]}" || true
+    kill "$pid"
+    wait "$pid" || true
     for count in 10 100 1000; do in_turn 1 1 crowd "$count" clones; done
     vmms=(bantam qemu)
-    rm "$built/said"
 }
 
-# crowd VMM COUNT [clones]: so many machines whose guest has nothing to do, started one by one without waiting.
+# crowd VMM COUNT [clones]: so many machines whose guest has nothing to do, started one by one without waiting. A guest that boots
+# says that it runs; of one that is restored bantam does.
 crowd() {
-    local vmm=$1 count=$2 kind=${3:-machines} i pid begin end before after cpu said=0 line pids=() command
+    local vmm=$1 count=$2 kind=${3:-machines} word=bench-idle i pid begin end before after cpu said=0 pids=() command
+    rm -rf "$built/crowd" && mkdir "$built/crowd"
     if [[ $kind == clones ]]; then
-        command=("$bantam" restore "$built/saved-idle" --events "$built/said")
+        word='"event":"started"'
+        command=("$bantam" restore "$built/saved-idle" --events)
     else
-        command=("$bantam" run --memory 128M --kernel "$built/idle" --events "$built/said")
+        machine "$vmm" "$built/idle" "" ""
     fi
-    # It is open at both ends all the time, so that nobody waits for the other.
-    exec 9<>"$built/said"
     before=$(available)
     begin=$EPOCHREALTIME
     for ((i = 0; i < count; i++)); do
-        "${command[@]}" </dev/null >"$built/crowd/$i" 2>&1 9>&- &
+        if [[ $kind == clones ]]; then command[4]=$built/crowd/$i.events; fi
+        "${command[@]}" </dev/null >"$built/crowd/$i" 2>&1 &
         pids+=($!)
     done
-    while ((said < count)) && read -r -t 60 line <&9; do
-        [[ $line != *'"event":"started"'* ]] || ((++said))
+    for ((i = 0; said < count && i < 1200; i++)); do
+        sleep 0.05
+        said=$(grep -rls "$word" "$built/crowd" | wc -l)
     done
     end=$EPOCHREALTIME
     sleep 5
@@ -362,10 +364,11 @@ crowd() {
     # All are still there.
     kill "${pids[@]}" || said=0
     wait "${pids[@]}" || true
-    exec 9>&-
-    ((said == count)) || return 1
-    figure "$vmm" "$count $kind at once: host memory for each, MiB" "$(awk "BEGIN { print ($before - $after) / 1024 / $count }")"
+    ((said == count)) || { cat "$built/crowd/0" >"$built/log" && return 1; }
     figure "$vmm" "$count $kind at once: until the last one runs, s" "$(awk "BEGIN { print $end - $begin }")"
+    # Of one the host says too little.
+    ((count > 1)) || return 0
+    figure "$vmm" "$count $kind at once: host memory for each, MiB" "$(awk "BEGIN { print ($before - $after) / 1024 / $count }")"
     figure "$vmm" "$count $kind at once: CPU time of all while they sleep, ms/min" "$(awk "BEGIN { print $cpu / 1e6 * 6 }")"
 }
 
@@ -373,8 +376,8 @@ available() { awk '/^MemAvailable/ { print $2 }' /proc/meminfo; }
 
 # The CPU time that processes took so far, in ns.
 running() {
-    local pid
-    for pid; do cat "/proc/$pid/task/"*/schedstat || true; done | awk '{ time += $1 } END { printf "%.0f", time }'
+    local process
+    for process; do cat "/proc/$process/task/"*/schedstat || true; done | awk '{ time += $1 } END { printf "%.0f", time }'
 }
 
 pause() {
@@ -394,6 +397,40 @@ pause_once() {
 memory() {
     step "Private memory beside the guest's"
     in_turn 3 1 memory_once
+    # This changes the whole host.
+    [[ $where == emulated ]] || return 0
+    local policy=/sys/kernel/mm/transparent_hugepage/enabled before pages
+    before=$(sed 's/.*\[\(.*\)\].*/\1/' "$policy")
+    for pages in never madvise always; do
+        echo "$pages" >"$policy"
+        in_turn 3 1 memory_pages "transparent huge pages ($pages)"
+    done
+    echo "$before" >"$policy"
+    echo 64 >/proc/sys/vm/nr_hugepages
+    vmms=(bantam)
+    in_turn 3 1 memory_pages "reserved huge pages (--hugepages)" --hugepages
+    vmms=(bantam qemu)
+    echo 0 >/proc/sys/vm/nr_hugepages
+}
+
+# memory_pages VMM NAME [FLAG]: a boot, and all that an idle machine has, its guest's memory included.
+memory_pages() {
+    local pid status=0
+    machine "$1" "$tiny" "$built/boot.cpio" "quiet rdinit=/bench"
+    command+=("${@:3}")
+    measured 60 bench-user-space bench-reboot >"$built/times" || return 1
+    figure "$1" "$2: exec to user space, s" "$(awk 'NR == 1 { print $2 }' "$built/times")"
+    machine "$1" "$tiny" "$built/boot.cpio" "quiet bench=idle rdinit=/bench"
+    command+=("${@:3}")
+    start_idle || status=1
+    cp "/proc/$pid/smaps_rollup" "$built/rollup"
+    kill "$pid"
+    wait "$pid" || true
+    ((status == 0)) || return 1
+    figure "$1" "$2: host memory (PSS) of a guest that has booted, MiB" \
+        "$(awk '/^(Pss|Private_Hugetlb):/ { kib += $2 } END { print kib / 1024 }' "$built/rollup")"
+    figure "$1" "$2: of it in huge pages, MiB" \
+        "$(awk '/^(AnonHugePages|Private_Hugetlb):/ { kib += $2 } END { print kib / 1024 }' "$built/rollup")"
 }
 
 # Starts `command` as the process `pid`, and waits until it has said bench-idle and is.
@@ -485,9 +522,7 @@ disk() {
 
 net() {
     step "Network"
-    ip tuntap add dev bench mode tap
-    ip address add 10.0.0.1/24 dev bench
-    ip link set bench up
+    bench_tap
     iperf3 -s >/dev/null &
     local servers=($!) vhost
     "$built/root/bin/udp" echo 7 &
@@ -496,6 +531,56 @@ net() {
         if [[ $vhost == off || -w /dev/vhost-net ]]; then in_turn 3 2 guest_figures net tap=bench; fi
     done
     kill "${servers[@]}"
+    ip link delete bench
+}
+
+# A tap of the name that machines have, with the host's address.
+bench_tap() {
+    ip tuntap add dev bench mode tap
+    ip address add 10.0.0.1/24 dev bench
+    ip link set bench up
+}
+
+vsock() {
+    step "Sockets between guest and host"
+    local servers=()
+    rm -f "$built/vsock_7"
+    "$built/root/bin/vsock" serve "$built/vsock_7" &
+    servers+=($!)
+    if [[ -w /dev/vhost-vsock ]]; then
+        "$built/root/bin/vsock" serve 7 &
+        servers+=($!)
+    else
+        echo "run.sh: bantam alone: the host has no /dev/vhost-vsock, which QEMU needs" >&2
+        vmms=(bantam)
+    fi
+    in_turn 5 2 guest_figures vsock "vsock=$built/vsock"
+    vmms=(bantam qemu)
+    kill "${servers[@]}"
+}
+
+scaling() {
+    step "More vCPUs"
+    local image cpus server
+    image=$(mktemp /dev/shm/bantam-bench.XXXXXX)
+    dd if=/dev/zero of="$image" bs=1M count=64 status=none
+    bench_tap
+    iperf3 -s >/dev/null &
+    server=$!
+    for cpus in 1 2 4 8; do in_turn 3 1 scaling_once "$image"; done
+    kill "$server"
+    ip link delete bench
+    rm "$image"
+}
+
+# One guest with a disk and a card: when it is in user space, and what it prints.
+scaling_once() {
+    machine "$1" "$tiny" "$built/io.cpio" "quiet rdinit=/bench bench=scaling seconds=$([[ -n $quick ]] && echo 1 || echo 3)" \
+        "disk=$2" tap=bench
+    # How it ends is not measured: a guest with several vCPUs takes long to restart where the host has fewer CPUs.
+    measured -m 120 bench-user-space bench-reboot >"$built/times" || return 1
+    figure "$1" "vCPUs: $cpus, exec to user space, s" "$(awk 'NR == 1 { print $2 }' "$built/times")"
+    guest_lines "$1" "vCPUs: $cpus, "
 }
 
 share() {
@@ -603,16 +688,19 @@ descendants() {
 
 # guest_figures VMM WHAT DEVICE: figures that the guest itself prints.
 guest_figures() {
-    local value what seconds=${quick:+0.5} size=
+    local seconds=${quick:+0.5} size=
     [[ $2 != net ]] || seconds=${quick:+2}
     [[ $2 != share || -z $quick ]] || size="mebibytes=16 files=100"
     machine "$1" "$tiny" "$built/io.cpio" \
         "quiet rdinit=/bench bench=$2 $size seconds=${seconds:-$([[ $2 == net ]] && echo 3 || echo 1)}" "$3"
     measured 120 bench-reboot >/dev/null || return 1
-    tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do
-        [[ $2 != net || $vhost == off ]] || what="vhost-net: $what"
-        figure "$1" "$what" "$value"
-    done
+    if [[ $2 == net && $vhost == on ]]; then guest_lines "$1" "vhost-net: "; else guest_lines "$1"; fi
+}
+
+# guest_lines VMM [PREFIX]: what a guest has printed as its figures.
+guest_lines() {
+    local value what
+    tr -d '\r' <"$built/log" | grep '^bench: ' | while read -r _ value what; do figure "$1" "${2:-}$what" "$value"; done
 }
 
 if [[ -n $where ]]; then
@@ -626,7 +714,7 @@ hardware=$(grep -m 1 -owE 'vmx|svm' /proc/cpuinfo || true)
 for item in "${items[@]}"; do
     case $item in
     start | restore | density | device | images) "${own[@]}" own "$item" ;;
-    net) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own net ;;
+    net | scaling) [[ -z $hardware ]] || unshare --user --map-root-user --net "${own[@]}" own "$item" ;;
     *) [[ -z $hardware ]] || "${own[@]}" own "$item" ;;
     esac
 done >"$built/figures.own"
@@ -635,7 +723,7 @@ guests=()
 for item in "${items[@]}"; do [[ $item =~ start|restore|density|device|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
-    KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=1800 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
+    KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=3600 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
 cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
 cat "$built/figures.own" "$built/figures.emulated" | awk -v folder="$built" -f resources/bench/plot.awk
