@@ -19,6 +19,7 @@ use super::direct::Direct;
 use super::ioctl::discard_blocks;
 use super::uring::Uring;
 use crate::virtio::iovec::Iovecs;
+use crate::virtio::{change, device};
 
 /// Why a disk image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +147,7 @@ pub enum Error {
 #[derive(Debug, Clone)]
 pub struct Opened {
     path: PathBuf,
+    readonly: bool,
     file: Arc<Mutex<Option<(File, Metadata)>>>,
     /// It is a block device to be written that the host's kernel uses, or another machine, or this disk already.
     is_busy: bool,
@@ -157,18 +159,10 @@ impl Opened {
     /// # Errors
     /// When this process may not open it.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
-        let (mut file, mut is_busy) = (open(path, readonly)?, false);
+        let (file, is_busy) = open(path, readonly)?;
         let examine = |source| Error::Examine { path: path.into(), what: "examine", source };
         let metadata = file.metadata().map_err(examine)?;
-        if !readonly && metadata.file_type().is_block_device() {
-            // Nothing in the host's kernel can use it meanwhile, as a file system.
-            match options(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path) {
-                Ok(claimed) => file = claimed,
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => is_busy = true,
-                Err(source) => return Err(Error::Open { path: path.into(), source }),
-            }
-        }
-        Ok(Self { path: path.into(), file: Arc::new(Mutex::new(Some((file, metadata)))), is_busy })
+        Ok(Self { path: path.into(), readonly, file: Arc::new(Mutex::new(Some((file, metadata)))), is_busy })
     }
 
     /// Where it is.
@@ -230,11 +224,16 @@ impl Image {
     }
 
     /// Has what is `opened` take the place of the image, also in its `ring`, if there is one. If that is the same file, the
-    /// image has the size that the file has now. On an error it is what it was.
-    pub fn replace(&mut self, opened: &Opened, ring: Option<&mut Uring>) -> Result<(), Error> {
+    /// image has the size that the file has now. On an error it is what it was, unless the device [gave
+    /// up](change::Error::Device).
+    pub fn replace(&mut self, opened: &Opened, ring: Option<&mut Uring>) -> Result<(), change::Error> {
         let path = opened.path();
         let examine = |what| move |source: io::Error| Error::Examine { path: path.into(), what, source };
         let taken = || io::Error::other("another disk has it already");
+        if opened.readonly != self.readonly {
+            let other = if opened.readonly { "it was opened for reading only" } else { "it was opened to be written" };
+            return Err(examine("use")(io::Error::other(other)).into());
+        }
         let (file, metadata) = opened.take().ok_or_else(taken).map_err(examine("use"))?;
         let own = self.file().metadata().map_err(examine("examine"))?;
         let [this, that] = [&own, &metadata].map(|it| (it.dev(), it.ino(), it.rdev()));
@@ -251,10 +250,11 @@ impl Image {
         if let Some(ring) = ring
             && let Err(error) = other.take_ring(ring, path)
         {
-            other.file.give_number(&mut self.file).map_err(examine("go back to the last one from"))?;
+            let lost = |source| device::Error::Host { what: "cannot go back to the disk's last image".into(), source };
+            other.file.give_number(&mut self.file).map_err(lost)?;
             // The kernel lets go of one file before it takes the next.
-            self.take_ring(ring, path)?;
-            return Err(error);
+            self.take_ring(ring, path).map_err(|error| lost(io::Error::other(error)))?;
+            return Err(error.into());
         }
         swap(self, &mut other);
         Ok(())
@@ -487,9 +487,18 @@ fn options(write: bool) -> OpenOptions {
     OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).clone()
 }
 
-fn open(path: &Path, readonly: bool) -> Result<File, Error> {
-    match options(!readonly).open(path) {
-        Ok(file) => Ok(file),
+/// A file, or a block device that is claimed if it is to be written: nothing in the host's kernel can use it meanwhile, as a file
+/// system. And whether it could not be, as it is in use.
+fn open(path: &Path, readonly: bool) -> Result<(File, bool), Error> {
+    // Other files do not know of claims.
+    let claim = || options(true).custom_flags(libc::O_NONBLOCK | libc::O_EXCL).open(path);
+    let is_busy =
+        |opened: &io::Result<File>| opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy);
+    let opened = if readonly { options(false).open(path) } else { until(claim, |opened| !is_busy(opened)) };
+    let is_busy = is_busy(&opened);
+    let opened = if is_busy { options(!readonly).open(path) } else { opened };
+    match opened {
+        Ok(file) => Ok((file, is_busy)),
         Err(source) if source.kind() == io::ErrorKind::IsADirectory => {
             Err(Error::Type { path: path.into(), kind: "directory" })
         }
@@ -500,23 +509,28 @@ fn open(path: &Path, readonly: bool) -> Result<File, Error> {
     }
 }
 
-/// How often a lock is tried again that somebody has, and after how long.
+/// How often a lock or a claim is tried again that somebody has, and after how long.
 const LOCK_TRIES: u32 = 15;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Tries until it is `done`, for a while: of a process that was killed the kernel closes an io_uring, and the file in it, a moment
+/// after it has gone.
+fn until<T>(mut attempt: impl FnMut() -> T, done: impl Fn(&T) -> bool) -> T {
+    let mut result = attempt();
+    for _ in 0..LOCK_TRIES {
+        if done(&result) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        result = attempt();
+    }
+    result
+}
 
 /// One writer excludes all others; readers share. The lock ends with the open file.
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
     let how = if readonly { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    let mut locked = flock(file, how);
-    // Of a process that was killed the kernel closes an io_uring, and the file in it, a moment after it has gone.
-    for _ in 0..LOCK_TRIES {
-        if locked != Err(Errno::WOULDBLOCK) {
-            break;
-        }
-        std::thread::sleep(LOCK_PAUSE);
-        locked = flock(file, how);
-    }
-    match locked {
+    match until(|| flock(file, how), |locked| *locked != Err(Errno::WOULDBLOCK)) {
         Ok(()) => Ok(()),
         Err(Errno::WOULDBLOCK) if !readonly && flock(file, FlockOperation::NonBlockingLockShared).is_ok() => {
             Err(Error::Read { path: path.into() })
@@ -647,10 +661,12 @@ mod tests {
         // One that somebody has, or that is none, changes nothing; nor does one that another disk has taken.
         let other = Image::open(first.path(), false).unwrap();
         let taken = opened(&first);
-        assert!(matches!(disk.replace(&taken, None), Err(Error::Written { .. })));
+        assert!(matches!(disk.replace(&taken, None), Err(change::Error::Disk(Error::Written { .. }))));
         drop(other);
         assert!(disk.replace(&taken, None).unwrap_err().to_string().starts_with("cannot use disk image "));
-        assert!(matches!(disk.replace(&opened(&image(0)), None), Err(Error::Empty { .. })));
+        assert!(matches!(disk.replace(&opened(&image(0)), None), Err(change::Error::Disk(Error::Empty { .. }))));
+        let unwritable = disk.replace(&Opened::open(first.path(), true).unwrap(), None).unwrap_err();
+        assert_eq!(std::error::Error::source(&unwritable).unwrap().to_string(), "it was opened for reading only");
         assert_eq!((disk.descriptor(), disk.sectors()), (number, 4));
         assert_eq!([&first, &second].map(is_locked), [false, true]);
 

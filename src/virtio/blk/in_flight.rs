@@ -95,8 +95,13 @@ impl Blk {
 
     /// Whether another request of queue `index` may be begun.
     fn has_room(&self, index: usize) -> bool {
-        let share = &self.in_flight.shares[index];
-        share.count < usize::from(QUEUE_SIZE) && share.bytes < DATA_MAX / u64::from(self.queues())
+        let shares = &self.in_flight.shares;
+        let all: u64 = shares.iter().map(|share| share.bytes).sum();
+        let share = &shares[index];
+        share.count < usize::from(QUEUE_SIZE)
+            && share.bytes < DATA_MAX / u64::from(self.queues())
+            // One request may be far more than the share that was left.
+            && all < DATA_MAX
     }
 
     /// Has the device called for queues that were left for want of room, and have some again.

@@ -98,6 +98,7 @@ pub struct Spec {
     pub queues: u16,
     /// How many microseconds its thread looks for requests before it waits to be notified: at most 10000.
     #[serde(default, skip_serializing_if = "is_zero")]
+    #[cfg_attr(test, schemars(range(max = 10_000)))]
     pub poll_us: u16,
     /// How many bytes may be read and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -323,7 +324,7 @@ impl Blk {
     }
 
     /// Goes on with another image, from the next request on.
-    fn set_image(&mut self, opened: &Opened) -> Result<(), Error> {
+    fn set_image(&mut self, opened: &Opened) -> Result<(), change::Error> {
         self.image.replace(opened, self.uring.as_mut())?;
         if self.default_id {
             self.id = id_bytes(self.image.serial());
@@ -724,14 +725,12 @@ impl VirtioDevice for Blk {
         match change {
             Change::Disk(opened) => {
                 if let Some(io) = &mut io {
-                    let rest = self.pause(io).map_err(io::Error::other);
-                    let what = "wait for requests to";
-                    rest.map_err(|source| Error::Examine { path: self.path.clone(), what, source })?;
+                    self.pause(io)?;
                 }
                 let changed = self.set_image(opened);
                 // The driver may have been told not to notify, as what was under way would call.
                 io.iter().for_each(|io| io.kick_all());
-                Ok(changed?)
+                changed
             }
             Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
             other => Err(other.unsupported()),
