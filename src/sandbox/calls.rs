@@ -179,6 +179,7 @@ pub(super) const ON_DESCRIPTORS: &[(i64, u8)] = &[
     (SYS_utimensat, 0),
     (SYS_mmap, 4),
     (SYS_io_uring_enter, 0),
+    (SYS_io_uring_register, 0),
 ];
 
 const FIONBIO: u32 = 0x5421;
