@@ -164,11 +164,15 @@ impl Worker {
     /// Has the thread change the device after what it is doing now. A request that it has not come to when it is stopped is
     /// dropped: who waits for the answer learns that there is none.
     pub fn change(&self, request: Request) {
-        // A thread that panicked has dropped the other end.
-        if self.messages.send(Message::Change(Box::new(request))).is_ok()
-            && let Err(error) = write(&self.wake, &1u64.to_ne_bytes())
-        {
-            log::error!("{}: cannot wake the device's thread: {error}", self.name);
+        match self.messages.send(Message::Change(Box::new(request))) {
+            Ok(()) => {
+                if let Err(error) = write(&self.wake, &1u64.to_ne_bytes()) {
+                    log::error!("{}: cannot wake the device's thread: {error}", self.name);
+                }
+            }
+            // A thread that panicked has dropped the other end.
+            Err(mpsc::SendError(Message::Change(request))) => request.answer(Err(change::Error::Gone)),
+            Err(_) => {}
         }
     }
 
