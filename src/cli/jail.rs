@@ -175,7 +175,7 @@ fn in_memory(path: &Path) -> bool {
 fn tasks_max(config: &Config) -> u64 {
     const OTHER: u64 = 512;
     let rings = config.all_disks().filter(|disk| disk.engine == Engine::IoUring);
-    rings.fold(OTHER + u64::from(config.cpus), |tasks, _| tasks + OTHER)
+    rings.fold(OTHER + u64::from(config.cpus), |tasks, disk| tasks + OTHER * u64::from(disk.queues))
 }
 
 /// Splits into the process of the machine that `config` makes, and one that waits for it.
