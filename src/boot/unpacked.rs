@@ -35,7 +35,7 @@ use crate::image::digest::Digest;
 const KEPT_MAX: u64 = 2 << 30;
 /// One that was used within so many seconds is not replaced by another. When more are used in turn than there is room for, each
 /// would otherwise be gone when it is wanted again, and written anew.
-const IN_USE: i64 = 24 * 3600;
+const IN_USE: u64 = 24 * 3600;
 /// The most files that are known to have one of them.
 const FILES: u64 = 64;
 /// More bytes than a kernel that is kept has; a distribution's has 60 MB.
@@ -228,7 +228,7 @@ impl Folder {
                 let _ = self.name(file_name.as_deref(), &name);
                 return Ok(Unpacked { file, len, new: None, found: Some((self, name)) });
             }
-            if !self.has_room(len)? {
+            if !self.has_room(&name, len)? {
                 let why = format!("kernels of {} MiB were used within a day", KEPT_MAX >> 20);
                 return Err(io::Error::other(why));
             }
@@ -278,15 +278,17 @@ impl Folder {
         Ok(Some(file.into()))
     }
 
-    /// Whether there is room for a kernel of this length beside those that are in use.
-    fn has_room(&self, len: u64) -> io::Result<bool> {
+    /// Whether there is room for the kernel of this name and length beside those that are in use.
+    fn has_room(&self, own: &str, len: u64) -> io::Result<bool> {
         let mut room = KEPT_MAX.checked_sub(len);
         for entry in Dir::read_from(&self.fd)? {
             let entry = entry?;
             if let Ok(name) = entry.file_name().to_str()
                 && is_digest(name)
+                && name != own
                 && let Ok(stat) = statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)
-                && stat.st_atime.saturating_add(IN_USE) > now()
+                // Clocks have been wrong before.
+                && stat.st_atime.abs_diff(now()) < IN_USE
             {
                 room = room.and_then(|room| room.checked_sub(size(&stat)));
             }
@@ -655,7 +657,7 @@ mod tests {
             assert_eq!(names(&folder), full);
         }
         // One that nobody has used for long makes room for both.
-        fill(&folder.join(hex(3)), now() - IN_USE - 60);
+        fill(&folder.join(hex(3)), now() - IN_USE.cast_signed() - 60);
         images.iter().for_each(|image| drop(load(image, &folder)));
         full.retain(|name| *name != hex(3));
         full.extend([1, 2].map(|byte| Digest::of(&gzip(&kernel(byte))).hex()));
