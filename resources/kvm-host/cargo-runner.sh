@@ -15,6 +15,8 @@ tests=$here/../../tests
 # Kills the process when the time is over, and tells what it was doing: PID PROGRAM
 watch() {
     local limit=${TEST_TIMEOUT:-1800}
+    # Whatever cannot be told, it is killed.
+    set +e
     # One that has ended has no program any more, though whoever started it may wait for our end of its output first.
     while [[ -e /proc/$1/exe ]]; do
         ((SECONDS < limit)) || break
@@ -25,7 +27,7 @@ watch() {
         echo "cargo-runner: HANGS: $2 has not ended after $limit s (TEST_TIMEOUT), and is killed."
         echo "cargo-runner: Its threads, each with the beginning of the name of its test:"
         cat "/proc/$1/task/"*/comm
-        ! command -v gdb >/dev/null || gdb -batch -p "$1" -ex "thread apply all backtrace" 2>/dev/null
+        ! command -v gdb >/dev/null || timeout 60 gdb -batch -p "$1" -ex "thread apply all backtrace" 2>/dev/null
     } >&2
     kill -KILL "$1"
 }
