@@ -16,7 +16,7 @@ use crate::support::{Guest, Kernel, noise, sha256};
 use crate::tiny;
 
 /// How much is sent each way, in bytes.
-const SIZE: usize = 2 << 20;
+const SIZE: usize = 512 << 10;
 
 /// A network namespace in which the host's address is 192.0.2.1, and a DNS server there and at 127.0.0.1 knows
 /// `example.test`. It is the resolver of what runs inside.
@@ -82,7 +82,7 @@ fn names_tcp_and_published_ports_work_at_the_rate_allowed_and_the_hosts_loopback
         echo hosts=$(grep box /etc/hosts)
         : >/tmp/data
         (while ! [ -e /tmp/received ]; do sleep 0.2; done) | nc 192.0.2.1 5001 >/tmp/data &
-        until [ $(wc -c </tmp/data) -ge 2097152 ]; do sleep 0.2; done
+        until [ $(wc -c </tmp/data) -ge 524288 ]; do sleep 0.2; done
         touch /tmp/received
         echo received=$(sha256sum </tmp/data)
         nc 192.0.2.1 5002 </tmp/data
@@ -104,7 +104,7 @@ fn names_tcp_and_published_ports_work_at_the_rate_allowed_and_the_hosts_loopback
     let (running, returned) = network.namespace.inside(|| {
         let [down, up] = ["192.0.2.1:5001", "192.0.2.1:5002"].map(|address| TcpListener::bind(address).unwrap());
         let hidden = TcpListener::bind("127.0.0.1:5003").unwrap();
-        let guest = tiny(&["sh", "-c", script]).option("--net", "user,bw=256K").option("-p", "8080:80");
+        let guest = tiny(&["sh", "-c", script]).option("--net", "user,bw=64K").option("-p", "8080:80");
         let guest = guest.option("--publish", "127.0.0.1:5353:53/udp").option("--hostname", "box");
         let running = guest.inside(network.name()).start();
         running.wait_for("hosts=");
