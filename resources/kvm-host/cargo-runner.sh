@@ -2,7 +2,8 @@
 # cargo's runner (.cargo/config.toml): runs an integration test in the emulated KVM host when this machine cannot run
 # guests itself. All else runs as it is: unit tests, doc tests, `cargo run`, and the integration tests named below.
 # KVM_HOST=always sends integration tests there on every machine.
-# Environment: TEST_TIMEOUT, seconds after which tests that run as they are have hung, and are killed (1800).
+# Environment: TEST_TIMEOUT, seconds after which tests that run as they are have hung, and are killed (1800);
+# KVM_HOST_TIMEOUT, the same of one emulated host (900).
 set -euo pipefail
 
 without_guests=(architecture image kernels reference runner)
@@ -61,14 +62,15 @@ run() {
 }
 
 # Those that did not succeed, once more in a new host, one at a time: STATUS LOG TEST...
-# An emulated CPU goes wrong now and then, and with it a guest, or the host. A test that fails twice fails, and so do several.
+# An emulated CPU goes wrong now and then, and with it a guest, or the host, which then ends (125) or stands still (124). A
+# test that fails twice fails, and so do several.
 again() {
     local status=$1 log=$2 test failed=()
     shift 2
     for test in "$@"; do
         grep -qxF "test $test ... ok" "$log" || grep -qF "test $test ... ignored" "$log" || failed+=("$test")
     done
-    if ((status != 125 && (status != 101 || ${#failed[@]} > 2) || ${#failed[@]} == 0)); then
+    if ((status != 124 && status != 125 && (status != 101 || ${#failed[@]} > 2) || ${#failed[@]} == 0)); then
         return "$status"
     fi
     echo "kvm-host: FLAKY: failed once (status $status), and is run again: ${failed[*]}" >&2
@@ -77,6 +79,7 @@ again() {
 
 # All tests: a host has one CPU, so two hosts with half of the tests each.
 program=$1
+export KVM_HOST_TIMEOUT=${KVM_HOST_TIMEOUT:-900}
 first=() second=()
 for index in "${!all[@]}"; do
     if ((index % 2)); then second+=("${all[index]}"); else first+=("${all[index]}"); fi
