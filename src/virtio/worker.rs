@@ -126,17 +126,7 @@ impl Worker {
         match prepare() {
             Ok((events, worker)) => {
                 let io = io(rings, ram, kicks, interrupt, events);
-                let (wake, sandbox) = (worker.wake.clone(), sandbox.clone());
-                worker.give(Box::new(Loop {
-                    name: name.into(),
-                    device,
-                    io,
-                    features,
-                    wake,
-                    sandbox,
-                    state: State::New,
-                    polling: Polling::default(),
-                }));
+                worker.give(Loop::new(name, device, io, features, worker.wake.clone(), sandbox.clone()));
                 Ok(worker)
             }
             Err(error) => Err((error, (device, rings))),
@@ -314,6 +304,18 @@ struct Turn {
 }
 
 impl Loop {
+    fn new(
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        io: Io,
+        features: u64,
+        wake: Arc<OwnedFd>,
+        sandbox: sandbox::Device,
+    ) -> Box<Self> {
+        let (name, state, polling) = (name.into(), State::New, Polling::default());
+        Box::new(Self { name, device, io, features, wake, sandbox, state, polling })
+    }
+
     fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>, entered: io::Result<()>) -> Left {
         let _guard = FailOnPanic(self.name.clone(), self.io.interrupt.clone());
         let mut end = None;

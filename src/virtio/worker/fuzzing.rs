@@ -17,17 +17,8 @@ impl Paused {
             Err(error) => return Err((error, (device, rings))),
         };
         let io = io(rings, ram, kicks, interrupt, events);
-        let (name, sandbox) = (name.into(), sandbox::Sandbox::default().device(0, std::iter::empty()));
-        Ok(Self(Box::new(Loop {
-            name,
-            device,
-            io,
-            features,
-            wake,
-            sandbox,
-            state: State::New,
-            polling: Polling::default(),
-        })))
+        let sandbox = sandbox::Sandbox::default().device(0, std::iter::empty());
+        Ok(Self(Loop::new(name, device, io, features, wake, sandbox)))
     }
 
     /// Has the device do what there is to do at the moment; whether there was anything.
