@@ -3,7 +3,7 @@
 # guests itself. All else runs as it is: unit tests, doc tests, `cargo run`, and the integration tests named below.
 # KVM_HOST=always sends integration tests there on every machine.
 # Environment: TEST_TIMEOUT, seconds after which tests that run as they are have hung, and are killed (1800);
-# KVM_HOST_TIMEOUT, the same of one emulated host (900).
+# KVM_HOST_TIMEOUT, the same of one emulated host (1200).
 set -euo pipefail
 
 without_guests=(architecture image kernels reference runner)
@@ -79,7 +79,7 @@ again() {
 
 # All tests: a host has one CPU, so two hosts with half of the tests each.
 program=$1
-export KVM_HOST_TIMEOUT=${KVM_HOST_TIMEOUT:-900}
+export KVM_HOST_TIMEOUT=${KVM_HOST_TIMEOUT:-1200}
 first=() second=()
 for index in "${!all[@]}"; do
     if ((index % 2)); then second+=("${all[index]}"); else first+=("${all[index]}"); fi
