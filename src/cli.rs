@@ -251,7 +251,10 @@ pub struct Run {
     /// A user network needs no privilege, and the program passt. The guest reaches what this user does, but not the host's
     /// loopback interface; it has the address 10.0.2.15, the gateway 10.0.2.2 and the name server 10.0.2.3, with COMMAND
     /// from the start, else by DHCP. `none` is the same as no --net.
-    #[arg(long = "net", value_name = "user|none|[tap=]NAME[,mac=ADDR][,mtu=N][,bw=SIZE][,pps=N][,vhost=on|off|auto]")]
+    #[arg(
+        long = "net",
+        value_name = "user|none|[tap=]NAME[,mac=ADDR][,mtu=N][,bw=SIZE][,pps=N][,vhost=on|off|auto][,queues=N]"
+    )]
     #[arg(value_parser = net, help_heading = "Devices")]
     nets: Vec<Net>,
     /// Lead a port of the host, on all addresses or on ADDR, to one of the guest. It needs --net user.

@@ -205,6 +205,7 @@ impl Restore {
                 bw: asked.bw.or(card.bw),
                 pps: asked.pps.or(card.pps),
                 vhost: asked.vhost.or(card.vhost),
+                queues: asked.queues.or(card.queues),
                 ..asked.clone()
             };
         }

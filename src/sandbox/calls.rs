@@ -188,9 +188,11 @@ const BLKGETSIZE64: u32 = ioctl::<usize>(READS, 0x12, 114);
 const BLKROGET: u32 = 0x125e;
 const BLKSSZGET: u32 = 0x1268;
 const TUNSETOFFLOAD: u32 = ioctl::<u32>(WRITES, b'T', 208);
+const TUNSETQUEUE: u32 = ioctl::<u32>(WRITES, b'T', 217);
 
 const TAP_IOCTLS: &[u32] = &[
     TUNSETOFFLOAD,
+    TUNSETQUEUE,
     ioctl::<u64>(WRITES, 0xaf, 0x00),      // VHOST_SET_FEATURES
     ioctl::<()>(IO, 0xaf, 0x01),           // VHOST_SET_OWNER
     ioctl::<[u32; 2]>(WRITES, 0xaf, 0x03), // VHOST_SET_MEM_TABLE

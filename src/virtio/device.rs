@@ -133,6 +133,16 @@ pub trait VirtioDevice: Send {
     /// The host had lost some in the machine that was saved.
     fn restore_lost_data(&mut self) {}
 
+    /// How many pairs of queues the driver has said that it uses, of a network card; else 1.
+    fn queue_pairs(&self) -> u16 {
+        1
+    }
+
+    /// It was so many in the machine that was saved, as far as it [starts](Self::start) next. False if there are not as many.
+    fn restore_queue_pairs(&mut self, pairs: u16) -> bool {
+        pairs == 1
+    }
+
     /// The device is being stopped, also after a failure: finish what is in flight, or leave it unused. The last
     /// callback; the device may be started again.
     fn stop(&mut self, io: &mut Io) {

@@ -352,7 +352,10 @@ impl Mmio {
         self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
             Owner::Thread(worker) => worker.stop().map_or(Owner::Nobody, |(device, _)| Owner::Transport(device)),
             Owner::Paused(paused) => Owner::Transport(paused.stop().0),
-            Owner::Restored(device, _) => Owner::Transport(device),
+            Owner::Restored(mut device, _) => {
+                device.restore_queue_pairs(1);
+                Owner::Transport(device)
+            }
             other => other,
         };
         self.interrupt.reset();
@@ -389,6 +392,17 @@ struct State {
     /// The host has lost data that the driver wrote.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     lost_data: bool,
+    /// How many pairs of queues the driver uses.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    queue_pairs: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn is_one(pairs: &u16) -> bool {
+    *pairs == 1
 }
 
 fn position(ring: &virtio_queue::Queue) -> Option<(u16, u16)> {
@@ -520,6 +534,12 @@ impl BusDevice for Mmio {
                 Owner::Paused(paused) => paused.has_lost_data(),
                 Owner::Thread(_) | Owner::Nobody => false,
             },
+            queue_pairs: match &self.owner {
+                Owner::Restored(device, _) => device.queue_pairs(),
+                // One that needs a reset has none in use after it.
+                Owner::Paused(paused) if !self.interrupt.needs_reset() => paused.queue_pairs(),
+                Owner::Paused(_) | Owner::Transport(_) | Owner::Thread(_) | Owner::Nobody => 1,
+            },
         };
         serde_json::to_value(state).expect("numbers and text are JSON")
     }
@@ -569,6 +589,12 @@ impl BusDevice for Mmio {
             ring.set_next_avail(available);
             ring.set_next_used(used);
             rings.push(Some(ring));
+        }
+        let pairs = state.queue_pairs;
+        if let Owner::Transport(device) = &mut self.owner
+            && !(if runs { device.restore_queue_pairs(pairs) } else { pairs == 1 })
+        {
+            return refuse(&format_args!("its driver uses {pairs} pairs of queues"));
         }
         self.status = state.status;
         self.device_features_sel = state.device_features_sel;

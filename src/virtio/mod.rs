@@ -9,6 +9,7 @@ pub mod change;
 pub mod device;
 pub mod fs;
 pub mod iovec;
+mod layout;
 pub mod mmio;
 pub mod net;
 mod polling;

@@ -181,6 +181,11 @@ impl Queue {
         Self { index, notified: ring.next_used(), ring, kick, interrupt, polling: Polling::Off }
     }
 
+    /// Its number.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
     /// Gives the ring back to the transport.
     pub fn into_ring(self) -> virtio_queue::Queue {
         self.ring

@@ -79,8 +79,12 @@ impl RateLimiter {
         }
     }
 
-    /// Whether one more operation may start. If not, the descriptor becomes readable when it may.
+    /// Whether one more operation may start. If not, the descriptor becomes readable when it may. Nobody comes before one who waits
+    /// for that.
     pub fn allows(&mut self, now: Instant) -> bool {
+        if self.waiting {
+            return false;
+        }
         let wait = self.wait(now);
         if wait.is_zero() {
             return true;

@@ -249,6 +249,11 @@ impl Paused {
         self.0.device.has_lost_data()
     }
 
+    /// How many pairs of queues the driver uses.
+    pub fn queue_pairs(&self) -> u16 {
+        self.0.device.queue_pairs()
+    }
+
     /// Starts a thread for the device again.
     ///
     /// # Errors

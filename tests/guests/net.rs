@@ -24,26 +24,33 @@ pub fn network() -> Namespace {
     network
 }
 
-/// Sends so many bytes to the guest by TCP, and has them sent back.
+/// The guest's part of an exchange.
 ///
 /// `cat` sends them by sendfile(2), and nobody ends before all have come. `nc` itself would write 1 KiB at a time, each of
 /// which may wait until the one before is acknowledged, and the host may take 40 ms to do that: an hour for all.
+const EXCHANGE: &str = "
+ip address add 10.0.0.2/24 dev eth0
+ip link set eth0 up
+ping -c 3 -w 30 10.0.0.1
+mount -t tmpfs tmpfs /mnt
+nc -l -p 5000 >/mnt/data &
+until netstat -ltn | grep -q :5000; do sleep 0.1; done
+echo listening
+wait $!
+echo rx-packets=$(cat /sys/class/net/eth0/statistics/rx_packets)
+acknowledgements=$(cat /sys/class/net/eth0/statistics/tx_packets)
+echo received=$(sha256sum </mnt/data)
+nc 10.0.0.1 5001 -e /bin/sh -c 'cat /mnt/data; read end || true'
+echo tx-packets=$(($(cat /sys/class/net/eth0/statistics/tx_packets) - acknowledgements))
+";
+
+/// Sends so many bytes to the guest by TCP, and has them sent back.
 fn exchange(guest: Guest, network: &Namespace, size: usize) -> Ended {
-    let script = "
-        ip address add 10.0.0.2/24 dev eth0
-        ip link set eth0 up
-        ping -c 3 -w 30 10.0.0.1
-        mount -t tmpfs tmpfs /mnt
-        nc -l -p 5000 >/mnt/data &
-        until netstat -ltn | grep -q :5000; do sleep 0.1; done
-        echo listening
-        wait $!
-        echo rx-packets=$(cat /sys/class/net/eth0/statistics/rx_packets)
-        acknowledgements=$(cat /sys/class/net/eth0/statistics/tx_packets)
-        echo received=$(sha256sum </mnt/data)
-        nc 10.0.0.1 5001 -e /bin/sh -c 'cat /mnt/data; read end || true'
-        echo tx-packets=$(($(cat /sys/class/net/eth0/statistics/tx_packets) - acknowledgements))
-    ";
+    exchange_by(EXCHANGE, guest, network, size)
+}
+
+/// The same by a script of the guest's that does its part.
+fn exchange_by(script: &str, guest: Guest, network: &Namespace, size: usize) -> Ended {
     let data = noise(size);
     let (guest, returned) = network.inside(|| {
         let listener = TcpListener::bind("10.0.0.1:5001").unwrap();
@@ -124,6 +131,31 @@ fn tcp_goes_both_ways_through_vhost() {
         assert_eq!(ended.counted("net0", counter), 0, "{counter}");
     }
     assert!(ended.counted("net0", "interrupts") > 0);
+}
+
+#[test]
+fn each_cpu_has_a_pair_of_queues() {
+    let vhosts: &[&str] = if Path::new("/dev/vhost-net").exists() { &["off", "on"] } else { &["off"] };
+    for vhost in vhosts {
+        let network = Namespace::new();
+        network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap", "multi_queue"]);
+        network.ip(&["address", "add", "10.0.0.1/24", "dev", "tap0"]);
+        network.ip(&["link", "set", "tap0", "up"]);
+        let script = format!(
+            "echo queues=$(ls /sys/class/net/eth0/queues)
+            echo complaints=$(dmesg | grep -c 'queue pairs')
+            {EXCHANGE}
+            for cpu in 0 1; do taskset -c $cpu ping -c 3 -w 60 10.0.0.1; done"
+        );
+        let card = format!("tap0,queues=4,vhost={vhost}");
+        let guest = Guest::new(Kernel::Debian61).cpus(2).memory("512M").net(card).option("--sandbox", "on");
+        let ended = exchange_by(&script, guest, &network, SIZE / 10);
+        // Linux takes no more than it has CPUs.
+        assert_eq!(ended.value("queues"), "rx-0 rx-1 tx-0 tx-1");
+        assert_eq!(ended.value("complaints"), "0");
+        let moved = ended.counted("net0", "rx-packets") > 0 && ended.counted("net0", "tx-packets") > 0;
+        assert_eq!(moved, *vhost == "off", "{ended:?}");
+    }
 }
 
 /// In a mount namespace in which that is another device.

@@ -23,7 +23,7 @@ const OWN_KIB: u64 = 32 << 10;
 /// Runs one with all devices, a disk with this engine among them.
 fn survives(seed: u64, rounds: u32, engine: &str) {
     let network = Namespace::new();
-    network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
+    network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap", "multi_queue"]);
     network.ip(&["link", "set", "tap0", "up"]);
     let guest = Guest::running(file("tools/hostile"), &[]);
     let path = |name: &str| guest.folder().join(name);
@@ -42,7 +42,7 @@ fn survives(seed: u64, rounds: u32, engine: &str) {
         .memory("64M")
         .disk(format!("path={},engine={engine},queues=4", first.display()))
         .disk(format!("path={},readonly=on", kept.display()))
-        .net("tap=tap0")
+        .net("tap=tap0,queues=2")
         .option("--share", format!("{}:/mnt", share.display()))
         .option("--vsock", format!("cid=3,socket={}", vsock.display()))
         .option("--balloon", "stats=1s,free-page-reporting=on")

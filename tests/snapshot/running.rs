@@ -1,5 +1,7 @@
 //! Machines that are saved while they run.
 
+use bantam::virtio::net::vhost;
+
 use super::*;
 
 #[test]
@@ -83,4 +85,49 @@ fn all_queues_of_a_disk_go_on() {
     let error = Builder::restore(snapshot).console(Console::to(std::io::sink())).build().err().unwrap();
     let cause = error.source().unwrap().to_string();
     assert!(cause.contains("its queues are other than here: it had 2, and here it has 1"), "{error}: {cause}");
+}
+
+#[test]
+fn all_queues_of_a_network_card_go_on() {
+    let network = Namespace::new();
+    network.ip(&["tuntap", "add", "dev", "tap0", "mode", "tap", "multi_queue"]);
+    network.ip(&["address", "add", "10.0.0.1/24", "dev", "tap0"]);
+    network.ip(&["link", "set", "tap0", "up"]);
+    // Each CPU sends by a queue of its own.
+    let script = "
+        ip address add 10.0.0.2/24 dev eth0
+        ip link set eth0 up
+        i=0
+        while :; do
+            i=$((i + 1))
+            for cpu in 0 1; do taskset -c $cpu ping -c 1 -w 60 10.0.0.1 >/dev/null; echo \"cpu$cpu=$i end\"; done
+        done
+    ";
+    let mut lab = Lab::new(Kernel::Debian61, script);
+    let saved = lab.path("saved");
+    let card = net::Spec { tap: Some("tap0".into()), queues: Some(3), ..Default::default() };
+    lab.config = lab.config.memory(Size::mib(256)).cpus(2).net(card);
+    let answered = |machine: &Running| {
+        machine.screen.wait_until(|seen| ["cpu0", "cpu1"].iter().all(|cpu| values(seen, cpu).len() > 3));
+    };
+    let mut machine = network.inside(|| Running::start(Builder::new(lab.config.clone())));
+    let mut sent = (0, 0);
+    for vhost in [vhost::Mode::Auto, vhost::Mode::Off] {
+        answered(&machine);
+        machine.handle.pause().unwrap();
+        machine.handle.snapshot(Destination::Folder(saved.clone())).unwrap();
+        machine.stop();
+        let state: serde_json::Value = snapshot::decode(&fs::read(saved.join("state")).unwrap()).unwrap();
+        let card = &state["devices"]["memory 0xd0000000"];
+        assert_eq!(card["queue-pairs"], 2, "Linux uses as many as it has CPUs");
+        let next = |queue: usize| card["positions"][queue][0].as_u64().unwrap();
+        let now = (next(1), next(3));
+        assert!(now.0 > sent.0 && now.1 > sent.1, "{sent:?} {now:?}");
+        sent = now;
+        let mut snapshot = Snapshot::open(&saved).unwrap();
+        snapshot.config.nets[0].vhost = Some(vhost);
+        machine = network.inside(|| Running::start(Builder::restore(snapshot)));
+    }
+    answered(&machine);
+    machine.stop();
 }

@@ -4,9 +4,13 @@
 //! to whoever ends up needing them, as the header in front of each packet says (`IFF_VNET_HDR`). When one side is slow
 //! the other is held up rather than packets dropped: with no receive buffers, packets stay with the host; when that takes
 //! no more, they stay in the transmit ring.
+//!
+//! A card may have several pairs of queues, of which the driver says by the control queue how many it uses (5.1.6.5.5). Each
+//! has a queue of the tap for itself.
 
 mod host;
 mod mac;
+mod pair;
 pub mod passt;
 mod publish;
 mod rx;
@@ -25,43 +29,41 @@ use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
+use vm_memory::Bytes;
 
 pub use mac::{BadMac, MacAddr};
 pub use publish::{BadPublish, Publish};
 pub use tap::Tap;
 
 use self::host::Backend;
+use self::pair::{Common, Pair, RX, TX};
 use self::passt::Passt;
-use self::rx::Rx;
 use self::tap::offload;
-use self::tx::Tx;
 use self::vhost::Vhost;
 use super::change::{self, Change, Rates};
 use super::device::{self, Io, VirtioDevice};
 use super::iovec::{self, Iovecs};
-use super::queue::{Chain, INTERRUPT_USED_RING};
+use super::layout::Layout;
+use super::queue::Chain;
 use super::rate_limiter::RateLimiter;
 use crate::limit::{Directions, Limit};
+use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics};
 
-/// Index of the queue of receive buffers.
-const RX: usize = 0;
-/// Index of the queue of packets to transmit.
-const TX: usize = 1;
+/// The most pairs of queues that a card has.
+pub const QUEUES_MAX: u16 = 16;
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;
+/// Descriptors of the control queue.
+const CONTROL_SIZE: u16 = 64;
 /// Length in bytes of the header before each packet: with VERSION_1 always that with `num_buffers` (5.1.6).
 const HEADER: usize = 12;
 /// Length in bytes of the longest packet, with its header: an Ethernet frame with a VLAN tag and 65535 bytes in it.
 const MAX_PACKET: usize = HEADER + 18 + 65535;
 /// The most packets moved in one go, so that both directions have their turn and the device can be stopped.
 const BATCH: u32 = 64;
-/// What the host's end is watched as.
-const HOST: u32 = 0;
-/// What the timers of the queues' rate limits are watched as.
-const LIMITS: [u32; 2] = [1, 2];
-/// What vhost is watched as: interrupts for the driver, and rings that are broken.
-const VHOST: [u32; 2] = [3, 4];
+/// What the timers of the rate limits are watched as, beside what [pairs](Pair) have.
+const LIMITS: [u32; 2] = [u32::MAX - 1, u32::MAX];
 /// Where the status is in the configuration, and the link's bit of it.
 const CONFIG_STATUS: usize = 6;
 const LINK_UP: u8 = 1;
@@ -100,6 +102,10 @@ pub struct Spec {
     /// Whether the host's kernel moves the packets (vhost-net); without a wish, it does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vhost: Option<vhost::Mode>,
+    /// How many pairs of queues it has, 1 to [`QUEUES_MAX`], each with a queue of the tap's; without a wish, one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(min = 1, max = QUEUES_MAX)))]
+    pub queues: Option<u16>,
     /// Its name in Firecracker's API; `eth0`, `eth1`, ... without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -122,6 +128,17 @@ pub enum Error {
     /// Ports with a network that has its own addresses.
     #[error("cannot publish port {0}: only a user network has published ports")]
     Publish(Publish),
+    /// More queues than there can be, or none.
+    #[error("queues={0} cannot be used: it must be 1 to {QUEUES_MAX}")]
+    Queues(u16),
+    /// Several queues with what has one.
+    #[error("cannot use queues={queues} with {on}, which has one: say queues=1, or leave it away")]
+    OneQueue {
+        /// What was asked for.
+        queues: u16,
+        /// What the network device is on.
+        on: &'static str,
+    },
     /// vhost-net with what passes it by.
     #[error("cannot use vhost-net with {0}: say vhost=off, or leave vhost=on away")]
     Vhost(&'static str),
@@ -151,6 +168,11 @@ impl Spec {
             _ if hosts.iter().filter(|given| **given).count() != 1 => Err(Error::OneHost),
             (Some(mtu), _) if !(68..=max).contains(&mtu) => Err(Error::Mtu { mtu, max }),
             (_, Some(port)) if !self.user => Err(Error::Publish(*port)),
+            _ if !(1..=QUEUES_MAX).contains(&self.queues()) => Err(Error::Queues(self.queues())),
+            _ if self.queues() > 1 && self.tap.is_none() => {
+                let on = if self.user { "a user network" } else { "a tap that is given by its descriptor" };
+                Err(Error::OneQueue { queues: self.queues(), on })
+            }
             _ if self.vhost() != vhost::Mode::On => Ok(()),
             _ if self.user => Err(Error::Vhost("a user network")),
             _ if self.is_limited() => Err(Error::Vhost("limits of its rates (bw, pps)")),
@@ -160,6 +182,10 @@ impl Spec {
 
     fn vhost(&self) -> vhost::Mode {
         self.vhost.unwrap_or_default()
+    }
+
+    fn queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
     }
 
     fn is_limited(&self) -> bool {
@@ -180,36 +206,42 @@ impl Spec {
             RateLimiter::new(rates).map_err(Error::Timer)
         };
         let limits = [limit(|limits| limits.rx)?, limit(|limits| limits.tx)?];
-        Ok(Net { limits, ..self.open_unlimited()? })
+        let mut net = self.open_unlimited()?;
+        net.common.limits = limits;
+        Ok(net)
     }
 
     fn open_unlimited(&self) -> Result<Net, Error> {
-        let tap = match (&self.tap, self.fd, self.user_mac()) {
-            (Some(name), ..) => Tap::open(name)?,
-            (_, Some(fd), _) => Tap::from_fd(fd)?,
+        let taps = match (&self.tap, self.fd, self.user_mac()) {
+            (Some(name), ..) => Tap::open(name, self.queues())?,
+            (_, Some(fd), _) => vec![Tap::from_fd(fd)?],
             (_, _, Some(mac)) => {
                 let mtu = self.mtu.unwrap_or(passt::MTU);
                 let passt = Passt::start(&self.publish, mac, mtu)?;
-                return Ok(Net::with(Backend::User(passt), mac, Some(mtu)));
+                return Ok(Net::with(vec![Backend::User(passt)], mac, Some(mtu)));
             }
             _ => return Err(Error::OneHost),
         };
+        let tap = &taps[0];
         if let Some(mtu) = self.mtu
             && tap.created()
         {
             tap.set_mtu(mtu)?;
         }
-        // Behind the tap, whose descriptor may be told by a number that is free.
-        let needs_vhost = self.vhost() == vhost::Mode::On;
-        let vhost = match self.vhost() {
-            vhost::Mode::On => Some(Vhost::open().map_err(Error::NoVhost)?),
-            vhost::Mode::Auto if !self.is_limited() => {
-                Vhost::open().inspect_err(|error| log::debug!("no vhost-net for a network card: {error}")).ok()
-            }
-            _ => None,
-        };
         let mac = self.mac.unwrap_or_else(|| MacAddr::from_name(tap.name()));
-        Ok(Net { vhost, needs_vhost, ..Net::new(tap, mac, self.mtu) })
+        let mut net = Net::with(taps.into_iter().map(Backend::Tap).collect(), mac, self.mtu);
+        net.common.needs_vhost = self.vhost() == vhost::Mode::On;
+        // Behind the tap, whose descriptor may be told by a number that is free.
+        for pair in &mut net.pairs {
+            pair.vhost = match self.vhost() {
+                vhost::Mode::On => Some(Vhost::open().map_err(Error::NoVhost)?),
+                vhost::Mode::Auto if !self.is_limited() => {
+                    Vhost::open().inspect_err(|error| log::debug!("no vhost-net for a network card: {error}")).ok()
+                }
+                _ => None,
+            };
+        }
+        Ok(net)
     }
 }
 
@@ -245,30 +277,19 @@ pub struct Statistics {
 
 /// A network device.
 pub struct Net {
-    host: Backend,
+    pairs: Vec<Pair>,
+    /// How many of them the driver uses, from the first one on.
+    in_use: usize,
+    /// Which of them is the first when a limit allows more, for each direction.
+    turns: [usize; 2],
+    common: Common,
     features: u64,
     config: [u8; 12],
+    queue_sizes: Box<[u16]>,
     /// The offloads that a tap's packets may have.
     offloads: u32,
-    /// Moves the packets, if it is there.
-    vhost: Option<Vhost>,
-    /// Whether nothing else may.
-    needs_vhost: bool,
-    /// What the driver negotiated.
-    negotiated: u64,
-    /// Of each queue, by its index.
-    limits: [Option<RateLimiter>; 2],
-    statistics: Arc<Statistics>,
-    running: Option<Running>,
-}
-
-/// What there is only between start and stop.
-struct Running {
-    rx: Rx,
-    rx_wait: Wait,
-    tx: Tx,
-    tx_wait: Wait,
-    watched: EventFlags,
+    /// The command of the driver that is being done.
+    layout: Layout,
 }
 
 /// Whose turn it is.
@@ -309,18 +330,24 @@ fn guest_offloads(features: u64) -> u32 {
 impl Net {
     /// A network device on `tap`, whose guest has the address `mac` and is told of the `mtu`, if there is one.
     pub fn new(tap: Tap, mac: MacAddr, mtu: Option<u16>) -> Self {
-        Self::with(Backend::Tap(tap), mac, mtu)
+        Self::with(vec![Backend::Tap(tap)], mac, mtu)
+    }
+
+    /// A network device with a pair of queues for each of these.
+    #[cfg(fuzzing)]
+    pub fn on_taps(taps: Vec<Tap>, mac: MacAddr) -> Self {
+        Self::with(taps.into_iter().map(Backend::Tap).collect(), mac, None)
     }
 
     /// A network device on passt, of which the caller has the end.
     #[cfg(fuzzing)]
     pub fn on_stream(mac: MacAddr, mtu: Option<u16>) -> (Self, std::os::unix::net::UnixStream) {
         let (passt, theirs) = Passt::in_test();
-        (Self::with(Backend::User(passt), mac, mtu), theirs)
+        (Self::with(vec![Backend::User(passt)], mac, mtu), theirs)
     }
 
-    fn with(host: Backend, mac: MacAddr, mtu: Option<u16>) -> Self {
-        let known = if let Backend::Tap(tap) = &host { tap.offloads() } else { 0 };
+    fn with(hosts: Vec<Backend>, mac: MacAddr, mtu: Option<u16>) -> Self {
+        let known = if let Backend::Tap(tap) = &hosts[0] { tap.offloads() } else { 0 };
         let mut features = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS;
         for (offload, guest, host) in OFFLOADS {
             if known & offload != 0 {
@@ -331,22 +358,27 @@ impl Net {
         let mut config = [0; 12];
         config[..6].copy_from_slice(&mac.bytes());
         config[CONFIG_STATUS] = LINK_UP;
-        config[8] = 1;
+        config[8..10].copy_from_slice(&u16::try_from(hosts.len()).expect("no more than QUEUES_MAX").to_le_bytes());
         if let Some(mtu) = mtu {
             features |= 1 << VIRTIO_NET_F_MTU;
             config[10..].copy_from_slice(&mtu.to_le_bytes());
         }
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * hosts.len()];
+        if hosts.len() > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+            queue_sizes.push(CONTROL_SIZE);
+        }
+        let pairs = hosts.into_iter().enumerate().map(|(index, host)| Pair::new(index, host, None)).collect();
         Self {
-            host,
+            pairs,
+            in_use: 1,
+            turns: [0; 2],
+            common: Common::default(),
             features,
             config,
+            queue_sizes: queue_sizes.into(),
             offloads: 0,
-            vhost: None,
-            needs_vhost: false,
-            negotiated: 0,
-            limits: [None, None],
-            statistics: Arc::default(),
-            running: None,
+            layout: Layout::default(),
         }
     }
 
@@ -356,7 +388,7 @@ impl Net {
     /// # Errors
     /// When passt could not do what it was started for.
     pub fn wait_until_ready(&mut self) -> Result<Option<passt::Messages>, Error> {
-        match &mut self.host {
+        match &mut self.pairs[0].host {
             Backend::Tap(_) => Ok(None),
             Backend::User(passt) => Ok(passt.wait_until_ready()?),
         }
@@ -364,7 +396,7 @@ impl Net {
 
     /// What it did so far.
     pub fn statistics(&self) -> &Arc<Statistics> {
-        &self.statistics
+        &self.common.statistics
     }
 
     fn set_rates(&mut self, rates: [Option<Rates>; 2], io: Option<&mut Io>) -> io::Result<()> {
@@ -374,108 +406,125 @@ impl Net {
             for (limit, token) in limits.iter().zip(LIMITS) {
                 limit.iter().flatten().try_for_each(|limit| io.watch(token, limit, EventFlags::IN))?;
             }
-            for index in [RX, TX].into_iter().filter(|index| limits[*index].is_some()) {
-                if let Some(before) = &self.limits[index] {
+            for direction in [RX, TX].into_iter().filter(|direction| limits[*direction].is_some()) {
+                if let Some(before) = &self.common.limits[direction] {
                     io.unwatch(before)?;
                 }
-                // What waited for the last limit has another look.
-                let running = self.running.as_mut();
-                let wait = running.map(|running| if index == RX { &mut running.rx_wait } else { &mut running.tx_wait });
-                if let (Some(wait), Some((_, queue))) = (wait.filter(|wait| **wait == Wait::Limit), io.queue(index)) {
-                    *wait = Wait::Driver;
-                    queue.kick_again();
-                }
+                // What waited for the last limit.
+                self.pairs.iter_mut().for_each(|pair| pair.look_again(direction, Wait::Limit, io));
             }
         }
-        for (limit, new) in self.limits.iter_mut().zip(&mut limits) {
+        for (limit, new) in self.common.limits.iter_mut().zip(&mut limits) {
             new.take().into_iter().for_each(|new| *limit = new);
         }
         Ok(())
     }
 
-    fn receive(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(RX)) {
-            running.rx_wait = running.rx.run(&mut self.host, ram, queue, &mut self.limits[RX], &self.statistics)?;
-        }
-        self.watch(io)
-    }
-
-    fn transmit(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        if let (Some(running), Some((ram, queue))) = (&mut self.running, io.queue(TX)) {
-            running.tx_wait = running.tx.run(&mut self.host, ram, queue, &mut self.limits[TX], &self.statistics)?;
-        }
-        self.watch(io)
-    }
-
-    /// Has the host's kernel move the packets, or moves them itself.
-    fn run(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        let (Backend::Tap(tap), Some(vhost)) = (&self.host, &mut self.vhost) else { return self.run_here(io) };
-        match vhost.attach(tap, self.negotiated, VHOST, io) {
-            Ok(()) => Ok(()),
-            Err(error) if self.needs_vhost => {
-                Err(device::Error::Host { what: format!("cannot start vhost-net on {}", self.host), source: error })
-            }
-            Err(error) => {
-                log::warn!("cannot start vhost-net on {}, which is slower without: {error}", self.host);
-                self.do_without_vhost(io)
+    /// Has the host's kernel move packets no more.
+    fn do_without_vhost(&mut self, mut io: Option<&mut Io>) -> Result<(), device::Error> {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            match &mut io {
+                Some(io) => {
+                    pair.leave_vhost(io)?;
+                    if index < self.in_use {
+                        pair.run(&self.common, io)?;
+                    }
+                }
+                None => pair.vhost = None,
             }
         }
-    }
-
-    /// Moves the packets itself from now on.
-    fn do_without_vhost(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        let Some(mut vhost) = self.vhost.take() else { return Ok(()) };
-        vhost.detach(io)?;
-        self.run_here(io)?;
-        let what = || format!("cannot watch the queues of {}", self.host);
-        Vhost::give_kicks_back(io).map_err(|source| device::Error::Host { what: what(), source })?;
-        // One that vhost was about to make may be lost.
-        io.interrupt.raise(INTERRUPT_USED_RING);
         Ok(())
     }
 
-    fn run_here(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        let rx_wait = if io.queue(RX).is_some() { Wait::Host } else { Wait::Driver };
-        self.running = Some(Running {
-            rx: Rx::new(&io.ram, self.negotiated & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0),
-            rx_wait,
-            tx: Tx::new(&io.ram),
-            tx_wait: Wait::Driver,
-            watched: EventFlags::empty(),
-        });
-        for (limit, token) in self.limits.iter().zip(LIMITS) {
-            limit.as_ref().map_or(Ok(()), |limit| limit.watch(token, io))?;
-        }
-        self.watch(io)
+    fn negotiated(&self, feature: u32) -> bool {
+        self.common.negotiated & 1 << feature != 0
     }
 
-    /// Watches the host for what is waited for.
-    fn watch(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        let gone = self.host.is_gone();
-        if gone && self.config[CONFIG_STATUS] & LINK_UP != 0 {
+    /// Which queue is the control queue (5.1.2), if there is one.
+    fn control_queue(&self) -> Option<usize> {
+        let pairs = if self.negotiated(VIRTIO_NET_F_MQ) { self.pairs.len() } else { 1 };
+        self.negotiated(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
+    }
+
+    /// Does one command of the driver. What comes after it waits for its turn, as a command takes the host some time.
+    fn control(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
+        let Some((ram, queue)) = io.queue(index) else { return Ok(()) };
+        let Some(chain) = queue.pop(ram)? else {
+            if queue.enable_kicks(ram)? {
+                queue.kick_again();
+            }
+            return Ok(());
+        };
+        let head = chain.head_index();
+        let proper = self.layout.load(chain, QUEUE_SIZE.into());
+        let acknowledge_at = proper.then(|| self.layout.writable.first(ram)).flatten();
+        if let Some(at) = acknowledge_at {
+            let pairs = self.pairs_asked_for(ram);
+            let acknowledge = if pairs.is_some() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+            if let Some(pairs) = pairs {
+                self.use_pairs(pairs, io)?;
+            }
+            let acknowledge = u8::try_from(acknowledge).expect("a byte");
+            io.ram.write_obj(acknowledge, at).expect("it was found in guest memory");
+        }
+        if let Some((ram, queue)) = io.queue(index) {
+            queue.add_used(ram, head, acknowledge_at.is_some().into())?;
+            queue.notify(ram)?;
+            queue.kick_again();
+        }
+        Ok(())
+    }
+
+    /// How many pairs the command in `layout` asks for, if it asks for some (5.1.6.5.5).
+    fn pairs_asked_for(&mut self, ram: &GuestRam) -> Option<usize> {
+        let mut command = [0; 4];
+        if !self.layout.readable.take(ram, &mut command) || self.layout.readable.len() != 0 {
+            return None;
+        }
+        let [class, command, pairs @ ..] = command;
+        let pairs = usize::from(u16::from_le_bytes(pairs));
+        let is_known = u32::from(class) == VIRTIO_NET_CTRL_MQ && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
+        let may = is_known && self.negotiated(VIRTIO_NET_F_MQ) && (1..=self.pairs.len()).contains(&pairs);
+        may.then_some(pairs)
+    }
+
+    /// Moves packets by so many pairs from now on. Those that the tap has for others are lost.
+    fn use_pairs(&mut self, count: usize, io: &mut Io) -> Result<(), device::Error> {
+        while self.in_use > count {
+            self.leave_last(io)?;
+        }
+        while self.in_use < count {
+            let pair = &mut self.pairs[self.in_use];
+            pair.attach(true)?;
+            self.in_use += 1;
+            pair.start(&self.common, io)?;
+            // What the driver has there already.
+            if let Some((_, queue)) = io.queue(pair.queue(TX)) {
+                queue.kick_again();
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves packets by one pair less.
+    fn leave_last(&mut self, io: &mut Io) -> Result<(), device::Error> {
+        self.in_use -= 1;
+        let pair = &mut self.pairs[self.in_use];
+        pair.stop(&self.common, io);
+        pair.attach(false)
+    }
+
+    /// Tells the driver if nothing will come from the host any more.
+    fn look_at_link(&mut self, io: &mut Io) {
+        // Only passt ends, and of that there is one.
+        let pair = &mut self.pairs[0];
+        if pair.host.is_gone() && self.config[CONFIG_STATUS] & LINK_UP != 0 {
             log::warn!("passt has ended: the guest's user network is gone, and its card has no link");
             self.config[CONFIG_STATUS] &= !LINK_UP;
             io.interrupt.change_config(&self.config);
             // What waits to be sent is dropped as all that follows is, not kept for ever.
-            if let (Some(running), Some((_, queue))) = (&mut self.running, io.queue(TX))
-                && running.tx_wait == Wait::Host
-            {
-                running.tx_wait = Wait::Driver;
-                queue.kick_again();
-            }
+            pair.look_again(TX, Wait::Host, io);
         }
-        let Some(running) = &mut self.running else { return Ok(()) };
-        let mut wanted = EventFlags::empty();
-        wanted.set(EventFlags::IN, running.rx_wait == Wait::Host && !gone);
-        wanted.set(EventFlags::OUT, running.tx_wait == Wait::Host && !gone);
-        if wanted == running.watched {
-            return Ok(());
-        }
-        // Watched for nothing, it would still report errors, over and over.
-        let result = if wanted.is_empty() { io.unwatch(&self.host) } else { io.watch(HOST, &self.host, wanted) };
-        result.map_err(|source| device::Error::Host { what: format!("cannot watch {}", self.host), source })?;
-        running.watched = wanted;
-        Ok(())
     }
 }
 
@@ -489,7 +538,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 2]
+        &self.queue_sizes
     }
 
     fn config(&self) -> &[u8] {
@@ -497,52 +546,67 @@ impl VirtioDevice for Net {
     }
 
     fn metrics(&self) -> Arc<dyn Metrics> {
-        self.statistics.clone()
+        self.common.statistics.clone()
+    }
+
+    fn queue_pairs(&self) -> u16 {
+        u16::try_from(self.in_use).expect("no more than QUEUES_MAX")
+    }
+
+    fn restore_queue_pairs(&mut self, pairs: u16) -> bool {
+        let may = (1..=self.pairs.len()).contains(&pairs.into());
+        if may {
+            self.in_use = pairs.into();
+        }
+        may
     }
 
     fn start(&mut self, features: u64, io: &mut Io) -> Result<(), device::Error> {
         let offloads = guest_offloads(features);
-        if let Backend::Tap(tap) = &self.host {
+        let first = &self.pairs[0].host;
+        if let Backend::Tap(tap) = first {
             tap.set_offloads(offloads).map_err(|error| device::Error::Host {
-                what: format!("cannot start the network device on {}", self.host),
+                what: format!("cannot start the network device on {first}"),
                 source: io::Error::other(error),
             })?;
             if self.offloads & !offloads != 0 {
                 // Packets that came for the last driver may be such as this one does not take (5.1.6.4.1).
-                self.statistics.rx_drops.add(tap.discard());
+                self.common.statistics.rx_drops.add(tap.discard());
             }
         }
         self.offloads = offloads;
-        self.negotiated = features;
-        self.run(io)
+        self.common.negotiated = features;
+        for (limit, token) in self.common.limits.iter().zip(LIMITS) {
+            limit.as_ref().map_or(Ok(()), |limit| limit.watch(token, io))?;
+        }
+        // More than one if the driver goes on with this device in place of another.
+        let before = std::mem::replace(&mut self.in_use, 1);
+        let pairs = if self.negotiated(VIRTIO_NET_F_MQ) { before } else { 1 };
+        self.pairs[0].start(&self.common, io)?;
+        self.use_pairs(pairs, io)
     }
 
     fn queue_ready(&mut self, index: usize, io: &mut Io) -> Result<(), device::Error> {
-        if self.vhost.as_ref().is_some_and(|vhost| !vhost.is_attached()) {
-            // The device goes on after a pause.
-            return self.run(io);
+        if self.control_queue() == Some(index) {
+            return self.control(index, io);
         }
-        // While the host is waited for, there is nothing to do for the driver.
-        match (&self.running, index) {
-            (Some(Running { rx_wait: Wait::Driver, .. }), RX) => self.receive(io),
-            (Some(Running { tx_wait: Wait::Driver, .. }), TX) => self.transmit(io),
-            _ => Ok(()),
+        if let Some(pair) = self.pairs[..self.in_use].get_mut(index / 2) {
+            pair.queue_ready(index % 2, &mut self.common, io)?;
         }
+        self.look_at_link(io);
+        Ok(())
     }
 
-    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
+    fn change(&mut self, change: &Change, mut io: Option<&mut Io>) -> Result<(), change::Error> {
         match change {
             Change::NetRates { rx, tx } => {
                 let rates = [*rx, *tx];
-                let mut io = io;
-                if self.vhost.is_some() && rates.iter().flatten().any(|rates| *rates != Rates::default()) {
-                    if self.needs_vhost {
+                let has_vhost = self.pairs.iter().any(|pair| pair.vhost.is_some());
+                if has_vhost && rates.iter().flatten().any(|rates| *rates != Rates::default()) {
+                    if self.common.needs_vhost {
                         return Err(change::Error::Vhost);
                     }
-                    match &mut io {
-                        Some(io) => self.do_without_vhost(io).map_err(change::Error::Device)?,
-                        None => self.vhost = None,
-                    }
+                    self.do_without_vhost(io.as_deref_mut()).map_err(change::Error::Device)?;
                 }
                 self.set_rates(rates, io).map_err(change::Error::Timer)
             }
@@ -551,67 +615,41 @@ impl VirtioDevice for Net {
     }
 
     fn host_ready(&mut self, token: u32, io: &mut Io) -> Result<(), device::Error> {
-        match VHOST.iter().position(|vhost| *vhost == token) {
-            Some(0) => {
-                io.interrupt.raise(INTERRUPT_USED_RING);
-                return Ok(());
-            }
-            Some(_) => {
-                // Until a reset nobody is to work on the queues.
-                if let Some(Err(error)) = self.vhost.as_mut().map(|vhost| vhost.detach(io)) {
-                    log::debug!("{}: {error}", self.host);
+        if let Some(direction) = LIMITS.iter().position(|limit| *limit == token) {
+            self.common.limits[direction].iter_mut().for_each(RateLimiter::woken);
+            let start = self.turns[direction];
+            let mut first = None;
+            for index in (start..self.pairs.len()).chain(0..start) {
+                if self.pairs[index].go_on(direction, Wait::Limit, &mut self.common, io)? {
+                    first.get_or_insert(index);
                 }
-                let source = io::Error::other("its driver broke a virtqueue");
-                return Err(device::Error::Host { what: "vhost-net has stopped".into(), source });
             }
-            None => {}
+            self.turns[direction] = first.map_or(start, |first| (first + 1) % self.pairs.len());
+        } else {
+            let (index, token) = Pair::of_token(token);
+            self.pairs[index].host_ready(token, &mut self.common, io)?;
         }
-        let limited = LIMITS.iter().position(|limit| *limit == token);
-        if let Some(limit) = limited.and_then(|index| self.limits[index].as_mut()) {
-            limit.woken();
-        }
-        let wait = if limited.is_some() { Wait::Limit } else { Wait::Host };
-        let turn = |index| limited.is_none_or(|limited| limited == index);
-        if turn(RX) && self.running.as_ref().is_some_and(|running| running.rx_wait == wait) {
-            self.receive(io)?;
-        }
-        if turn(TX) && self.running.as_ref().is_some_and(|running| running.tx_wait == wait) {
-            self.transmit(io)?;
-        }
+        self.look_at_link(io);
         Ok(())
     }
 
     fn pause(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        if let Some(vhost) = self.vhost.as_mut().filter(|vhost| vhost.is_attached()) {
-            vhost.detach(io)?;
-            // One that vhost was about to make may be lost.
-            io.interrupt.raise(INTERRUPT_USED_RING);
-        }
-        Ok(())
+        self.pairs.iter_mut().try_for_each(|pair| pair.pause(io))
     }
 
     fn settle(&mut self, io: &mut Io) {
-        if let (Some(running), Some((_, queue))) = (&mut self.running, io.queue(RX)) {
-            running.rx.stop(queue, &self.statistics);
-        }
+        self.pairs.iter_mut().for_each(|pair| pair.settle(&self.common, io));
     }
 
     fn stop(&mut self, io: &mut Io) {
-        if let Some(vhost) = &mut self.vhost
-            && let Err(error) = vhost.detach(io)
-        {
-            log::debug!("{}: {error}", self.host);
+        while self.in_use > 1 {
+            if let Err(error) = self.leave_last(io) {
+                // The tap may be gone.
+                log::debug!("{error}");
+            }
         }
-        let Some(mut running) = self.running.take() else { return };
-        self.limits.iter().flatten().for_each(|limit| limit.unwatch(io));
-        if !running.watched.is_empty()
-            && let Err(error) = io.unwatch(&self.host)
-        {
-            log::error!("cannot stop watching {}: {error}", self.host);
-        }
-        if let Some((_, queue)) = io.queue(RX) {
-            running.rx.stop(queue, &self.statistics);
-        }
+        self.pairs[0].stop(&self.common, io);
+        self.common.limits.iter().flatten().for_each(|limit| limit.unwatch(io));
     }
 }
 

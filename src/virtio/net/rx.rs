@@ -163,7 +163,7 @@ impl Rx {
                     self.iovecs.truncate(first);
                     queue.undo_pop();
                     return Err(queue::Error::Ring {
-                        index: super::RX,
+                        index: queue.index(),
                         what: "cannot receive into a buffer that is malformed or shorter than the header",
                         source: virtio_queue::Error::InvalidChain,
                     }

@@ -18,6 +18,7 @@ use super::HEADER;
 const TUNSETIFF: Opcode = opcode::write::<libc::c_int>(b'T', 202);
 const TUNSETOFFLOAD: Opcode = opcode::write::<libc::c_uint>(b'T', 208);
 const TUNGETIFF: Opcode = opcode::read::<libc::c_uint>(b'T', 210);
+const TUNSETQUEUE: Opcode = opcode::write::<libc::c_int>(b'T', 217);
 const TUNSETVNETHDRSZ: Opcode = opcode::write::<libc::c_int>(b'T', 216);
 const SIOCGIFFLAGS: Opcode = 0x8913;
 const SIOCSIFFLAGS: Opcode = 0x8914;
@@ -25,6 +26,9 @@ const SIOCSIFMTU: Opcode = 0x8922;
 
 const IFF_UP: i16 = 0x0001;
 const IFF_TAP: i16 = 0x0002;
+const IFF_MULTI_QUEUE: i16 = 0x0100;
+const IFF_ATTACH_QUEUE: i16 = 0x0200;
+const IFF_DETACH_QUEUE: i16 = 0x0400;
 const IFF_NO_PI: i16 = 0x1000;
 const IFF_VNET_HDR: i16 = 0x4000;
 
@@ -86,8 +90,17 @@ pub enum Error {
         name: String,
     },
     /// The interface exists, but is of another kind.
-    #[error("cannot use the interface {name} as a tap: it is something else, or a tap with several queues")]
+    #[error("cannot use the interface {name} as a tap: it is something else, or a tap with several queues (queues=2)")]
     NotATap {
+        /// The interface's name.
+        name: String,
+    },
+    /// The same, where several queues are needed.
+    #[error(
+        "cannot use the interface {name} as a tap with several queues: it is something else, or has one queue; \
+         `sudo ip tuntap add dev {name} mode tap multi_queue user $USER` makes one"
+    )]
+    NotMultiQueue {
         /// The interface's name.
         name: String,
     },
@@ -140,9 +153,10 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens the tap `name` of this thread's network namespace. One that does not exist is created, if that is
-    /// permitted, set up (as `ip link set up` does), and vanishes when it is closed.
-    pub fn open(name: &str) -> Result<Self, Error> {
+    /// Opens so many queues of the tap `name` of this thread's network namespace. One that does not exist is created, if that
+    /// is permitted, set up (as `ip link set up` does), and vanishes when all are closed. Only the first queue
+    /// [is attached](Self::attach).
+    pub fn open(name: &str, queues: u16) -> Result<Vec<Self>, Error> {
         let mut request = InterfaceRequest::new(name)?;
         let refused = |what| move |source: Errno| Error::Refused { what, name: name.to_owned(), source: source.into() };
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
@@ -152,19 +166,26 @@ impl Tap {
             Err(Errno::NODEV) => true,
             Err(error) => return Err(refused("look for")(error)),
         };
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|error| Error::Tun(error.into()))?;
-        request.set_flags(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR);
-        request.update::<TUNSETIFF>(&fd).map_err(|error| {
-            let name = name.to_owned();
-            match error {
-                Errno::PERM if created => Error::Missing { name },
-                Errno::PERM => Error::NotPermitted { name },
-                Errno::BUSY => Error::Busy { name },
-                Errno::INVAL => Error::NotATap { name },
-                error => Error::Refused { what: "attach to", name, source: error.into() },
-            }
-        })?;
+        let multi_queue = if queues > 1 { IFF_MULTI_QUEUE } else { 0 };
+        let open = |request: &mut InterfaceRequest| {
+            let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let fd =
+                rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|error| Error::Tun(error.into()))?;
+            request.set_flags(IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | multi_queue);
+            request.update::<TUNSETIFF>(&fd).map_err(|error| {
+                let name = name.to_owned();
+                match error {
+                    Errno::PERM if created => Error::Missing { name },
+                    Errno::PERM => Error::NotPermitted { name },
+                    Errno::BUSY => Error::Busy { name },
+                    Errno::INVAL if queues > 1 => Error::NotMultiQueue { name },
+                    Errno::INVAL => Error::NotATap { name },
+                    error => Error::Refused { what: "attach to", name, source: error.into() },
+                }
+            })?;
+            Ok(fd)
+        };
+        let fd = open(&mut request)?;
         request.update::<SIOCGIFFLAGS>(&socket).map_err(refused("read the flags of"))?;
         if created {
             request.set_flags(request.flags() | IFF_UP);
@@ -172,7 +193,25 @@ impl Tap {
         } else if request.flags() & IFF_UP == 0 {
             log::warn!("tap {name} is down: the guest reaches no one until `ip link set {name} up`");
         }
-        Self::with_header(fd, name.to_owned(), created)
+        let mut taps = vec![Self::with_header(fd, name.to_owned(), created)?];
+        let offloads = taps[0].offloads;
+        for _ in 1..queues {
+            let tap = Self { fd: open(&mut request)?, name: name.to_owned(), offloads, created };
+            tap.attach(false)?;
+            taps.push(tap);
+        }
+        Ok(taps)
+    }
+
+    /// Has the interface use this one of its queues, or not: then nothing comes by it, and what waited to be read is lost.
+    pub fn attach(&self, is_attached: bool) -> Result<(), Error> {
+        if cfg!(fuzzing) {
+            return Ok(());
+        }
+        let mut request = InterfaceRequest::EMPTY;
+        request.set_flags(if is_attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE });
+        let what = if is_attached { "attach a queue of" } else { "detach a queue of" };
+        request.update::<TUNSETQUEUE>(&self.fd).map_err(|error| self.refused(what, error))
     }
 
     /// Takes over the tap that is open as `fd`, which was attached with IFF_NO_PI and IFF_VNET_HDR: the number must not
@@ -340,6 +379,10 @@ mod tests {
     use super::super::tests::{ip, namespace};
     use super::*;
 
+    fn open(name: &str) -> Result<Tap, Error> {
+        Tap::open(name, 1).map(|mut taps| taps.remove(0))
+    }
+
     /// Takes CAP_NET_ADMIN from this thread.
     fn drop_privilege() {
         let mut sets = rustix::thread::capabilities(None).unwrap();
@@ -350,7 +393,7 @@ mod tests {
     #[test]
     fn names_that_no_interface_can_have_are_refused() {
         for name in ["", ".", "..", "a/b", "a b", "a:b", "tap%d", "a\0", "0123456789abcdef"] {
-            assert!(matches!(Tap::open(name), Err(Error::Name { .. })), "{name}");
+            assert!(matches!(open(name), Err(Error::Name { .. })), "{name}");
         }
     }
 
@@ -369,10 +412,31 @@ mod tests {
         if !namespace() {
             return;
         }
-        let tap = Tap::open("tap0").unwrap();
+        let tap = open("tap0").unwrap();
         assert!(tap.created());
-        assert_eq!(Tap::open("tap0").unwrap_err().to_string(), "tap tap0 is in use by another process");
-        assert!(matches!(Tap::open("lo"), Err(Error::NotATap { .. })));
+        assert_eq!(open("tap0").unwrap_err().to_string(), "tap tap0 is in use by another process");
+        assert!(matches!(open("lo"), Err(Error::NotATap { .. })));
+    }
+
+    #[test]
+    fn a_tap_has_as_many_queues_as_are_wanted() {
+        if !namespace() {
+            return;
+        }
+        let taps = Tap::open("tap0", 3).unwrap();
+        assert_eq!(taps.len(), 3);
+        // Only the first is attached, and each changes once.
+        assert!(taps[0].attach(true).is_err() && taps[1].attach(false).is_err());
+        taps[1].attach(true).unwrap();
+        assert!(taps[1].attach(true).is_err());
+
+        ip("tuntap add dev one mode tap");
+        ip("tuntap add dev many mode tap multi_queue");
+        let text = Tap::open("one", 2).unwrap_err().to_string();
+        assert!(text.contains("ip tuntap add dev one mode tap multi_queue"), "{text}");
+        let text = open("many").unwrap_err().to_string();
+        assert!(text.contains("a tap with several queues (queues=2)"), "{text}");
+        assert!(Tap::open("many", 2).is_ok());
     }
 
     #[test]
@@ -380,7 +444,7 @@ mod tests {
         if !namespace() {
             return;
         }
-        let Tap { fd, .. } = Tap::open("tap0").unwrap();
+        let Tap { fd, .. } = open("tap0").unwrap();
         rustix::io::fcntl_setfd(&fd, FdFlags::empty()).unwrap();
         let tap = Tap::from_fd(fd.into_raw_fd()).unwrap();
         assert_eq!((tap.name(), tap.created()), ("tap0", false));
@@ -402,8 +466,8 @@ mod tests {
         ip("tuntap add dev mine mode tap user 0");
         ip("tuntap add dev theirs mode tap user 12345");
         drop_privilege();
-        assert!(!Tap::open("mine").unwrap().created());
-        assert_eq!(Tap::open("theirs").unwrap_err().to_string(), "tap theirs belongs to another user");
+        assert!(!open("mine").unwrap().created());
+        assert_eq!(open("theirs").unwrap_err().to_string(), "tap theirs belongs to another user");
     }
 
     #[test]
@@ -412,7 +476,7 @@ mod tests {
             return;
         }
         drop_privilege();
-        let text = Tap::open("tap7").unwrap_err().to_string();
+        let text = open("tap7").unwrap_err().to_string();
         assert!(text.contains("tap tap7 does not exist"), "{text}");
         assert!(text.contains("ip tuntap add dev tap7 mode tap user $USER"), "{text}");
     }

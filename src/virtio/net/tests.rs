@@ -10,12 +10,16 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rustix::event::{PollFd, PollFlags, epoll};
+use serde_json::Value;
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::host::Host;
+use super::rx::Rx;
+use super::tx::Tx;
 use super::*;
+use crate::bus::BusDevice;
 use crate::memory::{self, GuestRam};
 use crate::virtio::queue::{InterruptState, Queue};
 use crate::virtio::testing::{self, Buffer, Ring};
@@ -24,6 +28,8 @@ const NEXT: u32 = 1;
 const WRITE: u32 = 2;
 const INDIRECT: u32 = 4;
 
+/// What the host's end is watched as.
+const HOST: u32 = 0;
 /// Where buffers are.
 const BUFFERS: u64 = 0x10_0000;
 
@@ -512,6 +518,14 @@ fn a_spec_names_one_tap() {
     assert!(validate(r#"{"tap": "a", "fd": 3}"#).unwrap_err().contains("either tap=NAME, fd=N or user"));
     assert!(validate(r#"{"tap": "a", "mtu": 67}"#).unwrap_err().contains("68 to 65521"));
     assert_eq!(validate(r#"{"fd": 3, "mtu": 9000}"#), Ok(()));
+    assert_eq!(validate(r#"{"tap": "a", "queues": 16}"#), Ok(()));
+    assert_eq!(validate(r#"{"fd": 3, "queues": 1}"#), Ok(()));
+    for queues in [0, 17] {
+        let error = validate(&format!(r#"{{"tap": "a", "queues": {queues}}}"#)).unwrap_err();
+        assert_eq!(error, format!("queues={queues} cannot be used: it must be 1 to 16"));
+    }
+    assert!(validate(r#"{"fd": 3, "queues": 2}"#).unwrap_err().contains("a tap that is given by its descriptor"));
+    assert!(validate(r#"{"user": true, "queues": 2}"#).unwrap_err().contains("queues=2 with a user network"));
     let unknown = serde_json::from_str::<Spec>(r#"{"tap": "a", "vlan": 3}"#).unwrap_err();
     assert!(unknown.to_string().contains("unknown field `vlan`"), "{unknown}");
     let spec = Spec { tap: Some("tap0".into()), mac: Some(MacAddr::from_name("x")), ..Spec::default() };
@@ -563,9 +577,13 @@ struct Machine {
 
 /// A device on the tap `tap0`, and the host's UDP socket, at 10.0.0.1, to the guest, at 10.0.0.2.
 fn on_tap(mtu: Option<u16>) -> (Net, UdpSocket) {
-    let spec =
-        Spec { tap: Some("tap0".into()), mac: Some("02:00:00:00:00:02".parse().unwrap()), mtu, ..Spec::default() };
-    let net = spec.open().unwrap();
+    on_spec(Spec { mtu, ..Spec::default() })
+}
+
+/// The same with what else is said.
+fn on_spec(spec: Spec) -> (Net, UdpSocket) {
+    let mac = Some("02:00:00:00:00:02".parse().unwrap());
+    let net = Spec { tap: Some("tap0".into()), mac, ..spec }.open().unwrap();
     ip("addr add 10.0.0.1/24 dev tap0");
     ip("neigh add 10.0.0.2 lladdr 02:00:00:00:00:02 dev tap0");
     let host = UdpSocket::bind("10.0.0.1:7").unwrap();
@@ -836,7 +854,7 @@ fn a_tap_that_goes_away_needs_a_reset() {
 #[test]
 fn packets_that_wait_for_a_passt_that_ends_are_dropped() {
     let (passt, mut passt_end) = Passt::in_test();
-    let mut m = machine(Net::with(Backend::User(passt), MacAddr::from_name("x"), None), 0);
+    let mut m = machine(Net::with(vec![Backend::User(passt)], MacAddr::from_name("x"), None), 0);
     // A packet that there is no buffer for: from now on the host is watched for room only.
     passt_end.write_all(&[0, 0, 0, 14]).unwrap();
     passt_end.write_all(&[0; 14]).unwrap();
@@ -955,4 +973,172 @@ fn limits_that_are_taken_away_let_what_waits_go_on() {
     }
     let error = driver.mmio.change(Change::Rates(Rates::default())).recv().unwrap().unwrap_err().to_string();
     assert!(error.contains("a device of this type has none"), "{error}");
+}
+
+/// Three pairs of queues, and the control queue, by which commands are given.
+struct Pairs(testing::Driver);
+
+const CONTROL: usize = 6;
+
+impl Pairs {
+    /// What the device answers to a command, and how much of it it says to have written.
+    fn command(&mut self, bytes: &[u8]) -> (u8, u32) {
+        let at = testing::BUFFERS + 0x18_0000;
+        self.0.put(at, bytes);
+        self.0.put(at + 0x100, &[0xaa]);
+        self.0.rings[CONTROL].add(&[(at, u32::try_from(bytes.len()).unwrap(), false), (at + 0x100, 1, true)]);
+        let used = self.0.finish(CONTROL, 1);
+        (self.0.get(at + 0x100, 1)[0], used[0].1)
+    }
+
+    fn use_pairs(&mut self, count: u16) -> (u8, u32) {
+        let [low, high] = count.to_le_bytes();
+        self.command(&[4, 0, low, high])
+    }
+
+    /// Gives buffers, whose content nobody looks at, to the first so many pairs.
+    fn add_buffers(&mut self, pairs: usize, count: usize) {
+        for pair in 0..pairs {
+            for _ in 0..count {
+                self.0.rings[2 * pair].add(&from_device(&[(testing::BUFFERS, 2048)]));
+            }
+        }
+    }
+
+    /// How many of so many packets arrive in each queue.
+    fn received(&mut self, count: usize) -> [usize; 3] {
+        let mut arrived = [0; 3];
+        loop {
+            for (pair, arrived) in arrived.iter_mut().enumerate() {
+                *arrived += self.0.rings[2 * pair].used().len();
+            }
+            if arrived.iter().sum::<usize>() >= count {
+                return arrived;
+            }
+            self.0.wait();
+        }
+    }
+}
+
+/// Sends a datagram from each of so many ports: each is a flow of its own, and the host's kernel chooses a queue for it.
+fn send_flows(count: usize) {
+    for _ in 0..count {
+        let socket = UdpSocket::bind("10.0.0.1:0").unwrap();
+        socket.send_to(b"flow", "10.0.0.2:7").unwrap();
+    }
+}
+
+#[test]
+fn as_many_pairs_are_used_as_the_driver_says() {
+    if !namespace() {
+        return;
+    }
+    let (net, host) = on_spec(Spec { queues: Some(3), ..Spec::default() });
+    let mut pairs = Pairs(testing::Driver::new(Box::new(net)));
+    pairs.0.start();
+    assert_eq!(pairs.0.rings.len(), 7);
+    assert_eq!(pairs.0.read(0x108) & 0xffff, 3, "max_virtqueue_pairs");
+    pairs.add_buffers(3, 200);
+    pairs.0.notify(0);
+    send_flows(60);
+    assert_eq!(pairs.received(60), [60, 0, 0], "one pair until the driver says otherwise");
+
+    assert_eq!(pairs.use_pairs(3), (0, 1));
+    (0..3).for_each(|pair| pairs.0.notify(2 * pair));
+    send_flows(60);
+    let arrived = pairs.received(60);
+    assert!(arrived.iter().all(|count| *count > 0), "{arrived:?}");
+    for pair in 0..3 {
+        let frame = frame(&[pair; 5]);
+        let at = testing::BUFFERS + 0x17_0000;
+        pairs.0.put(at, &frame);
+        let queue = 2 * usize::from(pair) + 1;
+        pairs.0.rings[queue].add(&to_device(&[(at, u32::try_from(frame.len()).unwrap())]));
+        pairs.0.finish(queue, 1);
+        let mut data = [0; 100];
+        assert_eq!((host.recv(&mut data).unwrap(), data[..5] == [pair; 5]), (5, true));
+    }
+
+    for command in
+        [&[4, 0, 0, 0][..], &[4, 0, 4, 0], &[4, 0, 0xff, 0xff], &[4, 1, 1, 0], &[0, 0, 1, 0], &[4, 0, 1], &[]]
+    {
+        assert_eq!(pairs.command(command), (1, 1), "{command:?}");
+    }
+    assert_eq!(pairs.command(&[4, 0, 1, 0, 0]), (1, 1));
+
+    pairs.0.mmio.pause();
+    let mut state = pairs.0.mmio.save();
+    assert_eq!(state["queue-pairs"], 3);
+    pairs.0.mmio.resume();
+    send_flows(30);
+    pairs.received(30);
+    assert_eq!(pairs.use_pairs(2), (0, 1));
+    send_flows(30);
+    assert_eq!(pairs.received(30)[2], 0);
+    assert_eq!(pairs.use_pairs(2), (0, 1));
+
+    // A driver that starts over has one, and one that knows of no others has the control queue behind its own.
+    for features in [u64::MAX, !(1 << VIRTIO_NET_F_MQ), !(1 << VIRTIO_NET_F_CTRL_VQ)] {
+        let offered = pairs.0.offered();
+        pairs.0.start_with(offered & features);
+        pairs.add_buffers(1, 20);
+        pairs.0.notify(0);
+        send_flows(20);
+        assert_eq!(pairs.received(20), [20, 0, 0]);
+        pairs.0.mmio.pause();
+        assert!(pairs.0.mmio.save().get("queue-pairs").is_none());
+        pairs.0.mmio.resume();
+    }
+    // One whose queue it broke has none in use before a reset.
+    pairs.0.start();
+    assert_eq!(pairs.use_pairs(3), (0, 1));
+    pairs.0.rings[1].publish(u16::MAX);
+    pairs.0.notify(1);
+    pairs.0.wait_for_needs_reset();
+    pairs.0.mmio.pause();
+    let broken = pairs.0.mmio.save();
+    drop(pairs);
+
+    let restored = |state: &Value| {
+        let net = Spec { tap: Some("tap0".into()), queues: Some(3), ..Spec::default() }.open().unwrap();
+        let mut driver = testing::Driver::new(Box::new(net));
+        driver.mmio.restore(state).map(|()| driver.mmio.save()["queue-pairs"].clone())
+    };
+    assert_eq!(restored(&state).unwrap(), 3);
+    assert_eq!(restored(&broken).unwrap(), Value::Null);
+    for pairs in [0, 4, 65535] {
+        state["queue-pairs"] = pairs.into();
+        assert!(restored(&state).unwrap_err().to_string().contains(&format!("uses {pairs} pairs of queues")));
+    }
+}
+
+#[test]
+fn pairs_share_a_limit() {
+    if !namespace() {
+        return;
+    }
+    let limit: Directions = "1".parse().unwrap();
+    let (net, host) = on_spec(Spec { queues: Some(3), pps: Some(limit), ..Spec::default() });
+    let mut pairs = Pairs(testing::Driver::new(Box::new(net)));
+    pairs.0.start();
+    assert_eq!(pairs.use_pairs(3), (0, 1));
+    // Far more than the first one may send soon; and one of another, which has its turn.
+    let at = testing::BUFFERS + 0x17_0000;
+    for (queue, count, text) in [(1, 60, b"many"), (5, 1, b"last")] {
+        let frame = frame(text);
+        let at = at + 0x1000 * queue as u64;
+        pairs.0.put(at, &frame);
+        for _ in 0..count {
+            pairs.0.rings[queue].add(&to_device(&[(at, u32::try_from(frame.len()).unwrap())]));
+        }
+        pairs.0.notify(u32::try_from(queue).unwrap());
+    }
+    let mut data = [0; 100];
+    let before = (0..60).take_while(|_| host.recv(&mut data).unwrap() == 4 && &data[..4] == b"many").count();
+    assert!(before < 60, "the other pair had no turn");
+    let rates = Some(Rates::default());
+    pairs.0.mmio.change(Change::NetRates { rx: rates, tx: rates }).recv().unwrap().unwrap();
+    for _ in before..60 {
+        host.recv(&mut data).unwrap();
+    }
 }

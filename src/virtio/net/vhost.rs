@@ -78,8 +78,9 @@ struct Attached {
     call: OwnedFd,
     /// and when it broke a ring.
     broken: OwnedFd,
-    /// The queues that the kernel has.
+    /// The queues that the kernel has, by its numbers, and the device's number of the first.
     queues: Vec<u32>,
+    first: usize,
     /// The memory that the kernel reads and writes by its addresses.
     _ram: GuestRam,
 }
@@ -143,13 +144,20 @@ impl Vhost {
         self.attached.is_some()
     }
 
-    /// Gives the queues of `io` to the kernel, to move packets between them and `tap`, for a driver that negotiated
-    /// `features`. Calls `host_ready` with the first of the tokens when the driver is to be interrupted, and with the second
+    /// Gives two queues of `io`, from `first` on, to the kernel, to move packets between them and `tap`, for a driver that
+    /// negotiated `features`. Calls `host_ready` with the first of the tokens when the driver is to be interrupted, and with the second
     /// when it broke a ring.
     ///
     /// # Errors
     /// When the host refuses: it has none of the queues then.
-    pub fn attach(&mut self, tap: impl AsFd, features: u64, tokens: [u32; 2], io: &mut Io) -> io::Result<()> {
+    pub fn attach(
+        &mut self,
+        tap: impl AsFd,
+        features: u64,
+        tokens: [u32; 2],
+        first: usize,
+        io: &mut Io,
+    ) -> io::Result<()> {
         if !self.has_owner {
             // Here, not when it is opened: the kernel's thread is in the control group and namespaces of this one.
             // SAFETY: VHOST_SET_OWNER has no argument.
@@ -159,7 +167,7 @@ impl Vhost {
             self.has_owner = true;
         }
         let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let attached = Attached { call: event()?, broken: event()?, queues: vec![], _ram: io.ram.clone() };
+        let attached = Attached { call: event()?, broken: event()?, queues: vec![], first, _ram: io.ram.clone() };
         for (token, event) in tokens.into_iter().zip([&attached.call, &attached.broken]) {
             io.watch(token, event, EventFlags::IN | EventFlags::ET)?;
         }
@@ -174,10 +182,11 @@ impl Vhost {
     }
 
     fn give(&mut self, tap: BorrowedFd<'_>, features: u64, io: &Io) -> io::Result<()> {
-        let Some(Attached { call, broken, .. }) = &self.attached else { return Ok(()) };
+        let Some(Attached { call, broken, first, .. }) = &self.attached else { return Ok(()) };
+        let first = *first;
         self.set::<VHOST_SET_FEATURES, _>(features & FEATURES)?;
         self.set::<VHOST_SET_MEM_TABLE, _>(memory_table(&io.ram)?)?;
-        let queues = || (0..).zip(&io.queues).filter_map(|(index, queue)| Some((index, queue.as_ref()?)));
+        let queues = || (0..2).zip(&io.queues[first..]).filter_map(|(index, queue)| Some((index, queue.as_ref()?)));
         for (index, queue) in queues() {
             let file = |fd: RawFd| RingFile { index, fd };
             self.set::<VHOST_SET_VRING_NUM, _>([index, queue.ring().size().into()])?;
@@ -217,7 +226,7 @@ impl Vhost {
                 what: format!("cannot take virtqueue {index} back from vhost (VHOST_GET_VRING_BASE)"),
                 source: error.into(),
             })?;
-            if let Some((ram, queue)) = io.queue(index as usize) {
+            if let Some((ram, queue)) = io.queue(attached.first + index as usize) {
                 queue.go_on_after(ram, (state[1] & 0xffff) as u16)?;
             }
         }
@@ -244,12 +253,12 @@ impl Vhost {
         }
     }
 
-    /// Has the device's thread hear the driver's notifications again.
+    /// Has the device's thread hear the driver's notifications by two queues again, from `first` on.
     ///
     /// # Errors
     /// When the host refuses.
-    pub fn give_kicks_back(io: &Io) -> io::Result<()> {
-        for (index, queue) in io.queues.iter().enumerate() {
+    pub fn give_kicks_back(first: usize, io: &Io) -> io::Result<()> {
+        for (index, queue) in io.queues.iter().enumerate().skip(first).take(2) {
             if let Some(queue) = queue {
                 io.watch_kick(index, kick(queue))?;
                 queue.kick_again();

@@ -17,7 +17,8 @@ use bantam_fuzz::memory::Memory;
 const MAX_PACKET: usize = 12 + 18 + 65535;
 
 enum Host {
-    Tap(UnixDatagram),
+    /// An end for each pair of queues.
+    Tap(Vec<UnixDatagram>),
     Passt(UnixStream),
 }
 
@@ -34,19 +35,32 @@ fn mac() -> MacAddr {
 }
 
 impl Card {
-    fn new(is_passt: bool) -> (Self, Net) {
-        let (host, net) = if is_passt {
+    /// A card on so many queues of a tap, or on passt if there are none.
+    fn new(queues: usize) -> (Self, Net) {
+        let (host, net) = if queues == 0 {
             let (net, host) = Net::on_stream(mac(), Some(1500));
             host.set_nonblocking(true).expect("a socket");
             (Host::Passt(host), net)
         } else {
-            let (host, tap) = UnixDatagram::pair().expect("sockets");
-            host.set_nonblocking(true).expect("a socket");
-            tap.set_nonblocking(true).expect("a socket");
-            (Host::Tap(host), Net::new(Tap::of_socket(tap), mac(), None))
+            let pair = |_| {
+                let (host, tap) = UnixDatagram::pair().expect("sockets");
+                host.set_nonblocking(true).expect("a socket");
+                tap.set_nonblocking(true).expect("a socket");
+                (host, Tap::of_socket(tap))
+            };
+            let (hosts, taps) = (0..queues).map(pair).unzip();
+            (Host::Tap(hosts), Net::on_taps(taps, mac()))
         };
         let statistics = net.statistics().clone();
         (Self { host, limited: false, statistics, drops: 0 }, net)
+    }
+
+    /// How many pairs of queues it has, where the driver says how many of them it uses.
+    fn pairs(&self) -> Option<u16> {
+        match &self.host {
+            Host::Tap(hosts) if hosts.len() > 1 => Some(hosts.len() as u16),
+            _ => None,
+        }
     }
 
     fn limit(&mut self, mmio: &mut Mmio, limited: bool) {
@@ -61,9 +75,11 @@ impl Card {
     fn drain(&mut self) {
         let mut packet = vec![0; MAX_PACKET + 1];
         match &mut self.host {
-            Host::Tap(host) => {
-                while let Ok(len) = host.recv(&mut packet) {
-                    assert!((12..=MAX_PACKET).contains(&len), "a packet of {len} bytes was sent");
+            Host::Tap(hosts) => {
+                for host in hosts {
+                    while let Ok(len) = host.recv(&mut packet) {
+                        assert!((12..=MAX_PACKET).contains(&len), "a packet of {len} bytes was sent");
+                    }
                 }
             }
             Host::Passt(host) => while host.read(&mut packet).is_ok_and(|len| len > 0) {},
@@ -73,18 +89,27 @@ impl Card {
 
 impl Device for Card {
     fn new(u: &mut Unstructured) -> Result<(Self, Box<dyn VirtioDevice>)> {
-        let (card, net) = Self::new(u.arbitrary()?);
+        let kind: u8 = u.arbitrary()?;
+        let (card, net) = Self::new(if kind & 1 == 1 { 0 } else { 1 + usize::from(kind >> 1 & 3) });
         Ok((card, Box::new(net)))
     }
 
     fn again(&mut self) -> Option<Box<dyn VirtioDevice>> {
-        let (card, net) = Self::new(matches!(self.host, Host::Passt(_)));
+        let (card, net) = Self::new(if let Host::Tap(hosts) = &self.host { hosts.len() } else { 0 });
         *self = card;
         Some(Box::new(net))
     }
 
     fn request(&self, queue: u16, u: &mut Unstructured) -> Result<Vec<u8>> {
-        if queue == 0 {
+        if let Some(pairs) = self.pairs().filter(|pairs| queue == 2 * pairs) {
+            let pairs = if u.ratio(7, 8)? { u.int_in_range(1..=pairs)? } else { u.arbitrary()? };
+            let mut command = [[4, 0], pairs.to_le_bytes()].concat();
+            if u.ratio(1, 8)? {
+                command = input::bytes(u, 8)?;
+            }
+            return Ok(command);
+        }
+        if queue % 2 == 0 {
             return Ok(vec![]);
         }
         let mut packet = if u.ratio(7, 8)? { vec![0; 12] } else { input::bytes(u, 12)? };
@@ -92,6 +117,11 @@ impl Device for Card {
         let long = if u.ratio(1, 8)? { u.int_in_range(0..=0x8000)? } else { u.int_in_range(0..=64)? };
         packet.resize(packet.len() + long, 0xee);
         Ok(packet)
+    }
+
+    fn answer(&self, request: &[u8], _: &mut Unstructured) -> Result<Option<Vec<u32>>> {
+        // Packets are longer than commands.
+        Ok((request.len() == 4).then(|| vec![1]))
     }
 
     fn host(&mut self, mmio: &mut Mmio, u: &mut Unstructured) -> Result<()> {
@@ -103,9 +133,9 @@ impl Device for Card {
             (1, _) => self.drain(),
             (2, Host::Passt(host)) => drop(host.shutdown(std::net::Shutdown::Write)),
             (3, Host::Passt(host)) => drop(host.write(&data)),
-            (_, Host::Tap(host)) => {
+            (_, Host::Tap(hosts)) => {
                 data.resize(len, 0xaa);
-                let _ = host.send(&data);
+                let _ = u.choose(hosts)?.send(&data);
             }
             (_, Host::Passt(host)) => {
                 data.resize(len, 0xaa);

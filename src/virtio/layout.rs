@@ -55,6 +55,12 @@ impl Bytestream {
         true
     }
 
+    /// The address of the first byte that is left, if it is in guest memory.
+    pub fn first(&self, ram: &GuestRam) -> Option<GuestAddress> {
+        let (addr, _) = *self.buffers.get(self.first)?;
+        ram.address_in_range(addr).then_some(addr)
+    }
+
     /// Removes the last byte; its address, if it is in guest memory.
     pub fn take_last(&mut self, ram: &GuestRam) -> Option<GuestAddress> {
         let (addr, len) = self.buffers.last_mut()?;
