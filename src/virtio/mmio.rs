@@ -352,12 +352,12 @@ impl Mmio {
         self.owner = match std::mem::replace(&mut self.owner, Owner::Nobody) {
             Owner::Thread(worker) => worker.stop().map_or(Owner::Nobody, |(device, _)| Owner::Transport(device)),
             Owner::Paused(paused) => Owner::Transport(paused.stop().0),
-            Owner::Restored(mut device, _) => {
-                device.restore_queue_pairs(1);
-                Owner::Transport(device)
-            }
+            Owner::Restored(device, _) => Owner::Transport(device),
             other => other,
         };
+        if let Owner::Transport(device) = &mut self.owner {
+            device.restore_queue_pairs(1);
+        }
         self.interrupt.reset();
         self.status = 0;
         self.device_features_sel = 0;

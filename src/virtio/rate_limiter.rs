@@ -74,7 +74,10 @@ impl RateLimiter {
 
     /// The device that runs with `io` is being stopped.
     pub fn unwatch(&self, io: &Io) {
-        if let Err(error) = io.unwatch(self) {
+        // A device that could not be started may not have come to that.
+        if let Err(error) = io.unwatch(self)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             log::error!("cannot stop watching a timer: {error}");
         }
     }

@@ -5,7 +5,7 @@
 //! the other is held up rather than packets dropped: with no receive buffers, packets stay with the host; when that takes
 //! no more, they stay in the transmit ring.
 //!
-//! A card may have several pairs of queues, of which the driver says by the control queue how many it uses (5.1.6.5.5). Each
+//! A card may have several pairs of queues, of which the driver says by the control queue how many it uses (5.1.6.5.6). Each
 //! has a queue of the tap for itself.
 
 mod host;
@@ -425,8 +425,7 @@ impl Net {
         for (index, pair) in self.pairs.iter_mut().enumerate() {
             match &mut io {
                 Some(io) => {
-                    pair.leave_vhost(io)?;
-                    if index < self.in_use {
+                    if pair.leave_vhost(io)? && index < self.in_use {
                         pair.run(&self.common, io)?;
                     }
                 }
@@ -458,12 +457,13 @@ impl Net {
         let head = chain.head_index();
         let proper = self.layout.load(chain, QUEUE_SIZE.into());
         let acknowledge_at = proper.then(|| self.layout.writable.first(ram)).flatten();
+        let mut result = Ok(());
         if let Some(at) = acknowledge_at {
             let pairs = self.pairs_asked_for(ram);
-            let acknowledge = if pairs.is_some() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
             if let Some(pairs) = pairs {
-                self.use_pairs(pairs, io)?;
+                result = self.use_pairs(pairs, io);
             }
+            let acknowledge = if pairs.is_some() && result.is_ok() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
             let acknowledge = u8::try_from(acknowledge).expect("a byte");
             io.ram.write_obj(acknowledge, at).expect("it was found in guest memory");
         }
@@ -472,10 +472,11 @@ impl Net {
             queue.notify(ram)?;
             queue.kick_again();
         }
-        Ok(())
+        // Linux waits for an answer, whatever has become of the device.
+        result
     }
 
-    /// How many pairs the command in `layout` asks for, if it asks for some (5.1.6.5.5).
+    /// How many pairs the command in `layout` asks for, if it asks for some (5.1.6.5.6).
     fn pairs_asked_for(&mut self, ram: &GuestRam) -> Option<usize> {
         let mut command = [0; 4];
         if !self.layout.readable.take(ram, &mut command) || self.layout.readable.len() != 0 {
@@ -491,7 +492,8 @@ impl Net {
     /// Moves packets by so many pairs from now on. Those that the tap has for others are lost.
     fn use_pairs(&mut self, count: usize, io: &mut Io) -> Result<(), device::Error> {
         while self.in_use > count {
-            self.leave_last(io)?;
+            self.in_use -= 1;
+            self.pairs[self.in_use].leave(&self.common, io)?;
         }
         while self.in_use < count {
             let pair = &mut self.pairs[self.in_use];
@@ -504,14 +506,6 @@ impl Net {
             }
         }
         Ok(())
-    }
-
-    /// Moves packets by one pair less.
-    fn leave_last(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        self.in_use -= 1;
-        let pair = &mut self.pairs[self.in_use];
-        pair.stop(&self.common, io);
-        pair.attach(false)
     }
 
     /// Tells the driver if nothing will come from the host any more.
@@ -590,8 +584,11 @@ impl VirtioDevice for Net {
         if self.control_queue() == Some(index) {
             return self.control(index, io);
         }
-        if let Some(pair) = self.pairs[..self.in_use].get_mut(index / 2) {
-            pair.queue_ready(index % 2, &mut self.common, io)?;
+        let is_used = index / 2 < self.in_use;
+        match self.pairs.get_mut(index / 2) {
+            Some(pair) if is_used => pair.queue_ready(index % 2, &mut self.common, io)?,
+            Some(pair) if index % 2 == TX => pair.drop_sent(&self.common, io)?,
+            _ => {}
         }
         self.look_at_link(io);
         Ok(())
@@ -627,14 +624,18 @@ impl VirtioDevice for Net {
             self.turns[direction] = first.map_or(start, |first| (first + 1) % self.pairs.len());
         } else {
             let (index, token) = Pair::of_token(token);
-            self.pairs[index].host_ready(token, &mut self.common, io)?;
+            self.pairs[index].host_ready(token, &mut self.common, io).inspect_err(|_| {
+                // Until a reset nobody is to work on the queues.
+                self.pairs.iter_mut().for_each(|pair| pair.stop_vhost(io));
+            })?;
         }
         self.look_at_link(io);
         Ok(())
     }
 
     fn pause(&mut self, io: &mut Io) -> Result<(), device::Error> {
-        self.pairs.iter_mut().try_for_each(|pair| pair.pause(io))
+        // All of them, also when one fails: nobody is to work on the queues.
+        self.pairs.iter_mut().map(|pair| pair.pause(io)).fold(Ok(()), Result::and)
     }
 
     fn settle(&mut self, io: &mut Io) {
@@ -642,12 +643,14 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&mut self, io: &mut Io) {
-        while self.in_use > 1 {
-            if let Err(error) = self.leave_last(io) {
+        for pair in self.pairs[1..self.in_use].iter_mut().rev() {
+            pair.stop(&self.common, io);
+            if let Err(error) = pair.attach(false) {
                 // The tap may be gone.
                 log::debug!("{error}");
             }
         }
+        self.in_use = 1;
         self.pairs[0].stop(&self.common, io);
         self.common.limits.iter().flatten().for_each(|limit| limit.unwatch(io));
     }

@@ -12,7 +12,7 @@ use super::tx::Tx;
 use super::vhost::Vhost;
 use super::{Statistics, Wait};
 use crate::virtio::device::{Error, Io};
-use crate::virtio::queue::INTERRUPT_USED_RING;
+use crate::virtio::queue::{Chain, INTERRUPT_USED_RING};
 use crate::virtio::rate_limiter::RateLimiter;
 
 /// The direction to the guest: the first queue of a pair, and the first of two limits.
@@ -93,15 +93,45 @@ impl Pair {
         }
     }
 
-    /// Takes the queues back from vhost for good.
-    pub fn leave_vhost(&mut self, io: &mut Io) -> Result<(), Error> {
-        let Some(mut vhost) = self.vhost.take() else { return Ok(()) };
+    /// Takes the queues back from vhost for good; whether there was one.
+    pub fn leave_vhost(&mut self, io: &mut Io) -> Result<bool, Error> {
+        let Some(mut vhost) = self.vhost.take() else { return Ok(false) };
         vhost.detach(io)?;
-        let what = || format!("cannot watch the queues of {}", self.host);
-        Vhost::give_kicks_back(self.queue(RX), io).map_err(|source| Error::Host { what: what(), source })?;
+        self.give_kicks_back(io)?;
         // One that vhost was about to make may be lost.
         io.interrupt.raise(INTERRUPT_USED_RING);
+        Ok(true)
+    }
+
+    fn give_kicks_back(&self, io: &Io) -> Result<(), Error> {
+        let what = || format!("cannot watch the queues of {}", self.host);
+        Vhost::give_kicks_back(self.queue(RX), io).map_err(|source| Error::Host { what: what(), source })
+    }
+
+    /// Is not used any more by a driver that goes on.
+    pub fn leave(&mut self, common: &Common, io: &mut Io) -> Result<(), Error> {
+        let paused = self.pause(io);
+        self.stop(common, io);
+        paused?;
+        if self.vhost.is_some() {
+            self.give_kicks_back(io)?;
+        }
+        self.attach(false)?;
+        // What the driver has there still.
+        if let Some((_, queue)) = io.queue(self.queue(TX)) {
+            queue.kick_again();
+        }
         Ok(())
+    }
+
+    /// Drops what the driver sends although the pair is not used: Linux does that while it stops using it.
+    pub fn drop_sent(&self, common: &Common, io: &mut Io) -> Result<(), Error> {
+        let Some((ram, queue)) = io.queue(self.queue(TX)) else { return Ok(()) };
+        let dropped = |_: Chain<'_>| {
+            common.statistics.tx_drops.inc();
+            0
+        };
+        Ok(queue.serve(ram, dropped)?)
     }
 
     /// Has the tap give packets to its queue, and take them from there, or not.
@@ -143,10 +173,6 @@ impl Pair {
                 return Ok(());
             }
             Some(_) if self.vhost.as_ref().is_some_and(Vhost::is_attached) => {
-                // Until a reset nobody is to work on the queues.
-                if let Some(Err(error)) = self.vhost.as_mut().map(|vhost| vhost.detach(io)) {
-                    log::debug!("{}: {error}", self.host);
-                }
                 let source = io::Error::other("its driver broke a virtqueue");
                 return Err(Error::Host { what: "vhost-net has stopped".into(), source });
             }
@@ -220,13 +246,16 @@ impl Pair {
         }
     }
 
-    /// Moves no packets any more.
-    pub fn stop(&mut self, common: &Common, io: &mut Io) {
-        if let Some(vhost) = &mut self.vhost
-            && let Err(error) = vhost.detach(io)
-        {
+    /// Has vhost move no packets any more, for a driver that starts over.
+    pub fn stop_vhost(&mut self, io: &mut Io) {
+        if let Some(Err(error)) = self.vhost.as_mut().map(|vhost| vhost.detach(io)) {
             log::debug!("{}: {error}", self.host);
         }
+    }
+
+    /// Moves no packets any more.
+    pub fn stop(&mut self, common: &Common, io: &mut Io) {
+        self.stop_vhost(io);
         self.settle(common, io);
         let Some(running) = self.running.take() else { return };
         if !running.watched.is_empty()

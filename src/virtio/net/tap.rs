@@ -23,6 +23,8 @@ const TUNSETVNETHDRSZ: Opcode = opcode::write::<libc::c_int>(b'T', 216);
 const SIOCGIFFLAGS: Opcode = 0x8913;
 const SIOCSIFFLAGS: Opcode = 0x8914;
 const SIOCSIFMTU: Opcode = 0x8922;
+const SIOCETHTOOL: Opcode = 0x8946;
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
 const IFF_UP: i16 = 0x0001;
 const IFF_TAP: i16 = 0x0002;
@@ -143,7 +145,7 @@ pub enum Error {
     },
 }
 
-/// An open tap. It is the only reader, and never blocks.
+/// An open tap. It is the only reader of its queue, and never blocks.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
@@ -192,6 +194,10 @@ impl Tap {
             request.update::<SIOCSIFFLAGS>(&socket).map_err(refused("set up"))?;
         } else if request.flags() & IFF_UP == 0 {
             log::warn!("tap {name} is down: the guest reaches no one until `ip link set {name} up`");
+        }
+        // A tap with several queues lets in any number of machines, which would get parts of each other's packets.
+        if queues > 1 && request.attached_queues(&socket).is_ok_and(|attached| attached > 1) {
+            return Err(Error::Busy { name: name.to_owned() });
         }
         let mut taps = vec![Self::with_header(fd, name.to_owned(), created)?];
         let offloads = taps[0].offloads;
@@ -357,13 +363,25 @@ impl InterfaceRequest {
         self.value[..2].copy_from_slice(&flags.to_ne_bytes());
     }
 
+    /// How many queues of the interface are attached, by anybody; an error if it does not tell.
+    fn attached_queues(&self, socket: impl AsFd) -> rustix::io::Result<u32> {
+        // struct ethtool_channels: the command, four maxima, and of receive, transmit, other and combined queues how many.
+        let mut channels = [0_u32; 9];
+        channels[0] = ETHTOOL_GCHANNELS;
+        let mut request = Self { name: self.name, ..Self::EMPTY };
+        request.value[..size_of::<usize>()].copy_from_slice(&channels.as_mut_ptr().expose_provenance().to_ne_bytes());
+        request.update::<SIOCETHTOOL>(socket)?;
+        Ok(channels[8])
+    }
+
     fn set_number(&mut self, number: i32) {
         self.value[..4].copy_from_slice(&number.to_ne_bytes());
     }
 
     /// Makes one of the ioctls that read or write a `struct ifreq`.
     fn update<const OPCODE: Opcode>(&mut self, fd: impl AsFd) -> rustix::io::Result<()> {
-        // SAFETY: all operations given here take a `struct ifreq`, whose layout this is.
+        // SAFETY: all operations given here take a `struct ifreq`, whose layout this is, SIOCETHTOOL with the address of a
+        // structure that the caller has.
         let updater = unsafe { ioctl::Updater::<OPCODE, Self>::new(self) };
         // SAFETY: as above; they change nothing but the interface.
         unsafe { ioctl::ioctl(fd, updater) }

@@ -1076,6 +1076,11 @@ fn as_many_pairs_are_used_as_the_driver_says() {
     send_flows(30);
     assert_eq!(pairs.received(30)[2], 0);
     assert_eq!(pairs.use_pairs(2), (0, 1));
+    // What is sent by a pair that is not in use is given back.
+    pairs.0.rings[5].add(&to_device(&[(testing::BUFFERS, 60)]));
+    assert_eq!(pairs.0.finish(5, 1).len(), 1);
+    let other = Spec { tap: Some("tap0".into()), queues: Some(2), ..Spec::default() }.open();
+    assert!(matches!(other, Err(Error::Tap(tap::Error::Busy { .. }))));
 
     // A driver that starts over has one, and one that knows of no others has the control queue behind its own.
     for features in [u64::MAX, !(1 << VIRTIO_NET_F_MQ), !(1 << VIRTIO_NET_F_CTRL_VQ)] {
