@@ -21,7 +21,7 @@ fn run(folder: &str, script: &str, limit: u32) -> Output {
 
 #[test]
 fn a_test_that_hangs_is_killed_and_named() {
-    let ended = run("deps", "echo begun; read <>/dev/ptmx", 1);
+    let ended = run("deps", "echo begun; (sleep 20; echo survived) & read <>/dev/ptmx", 1);
     let stderr = String::from_utf8_lossy(&ended.stderr);
     assert_eq!((ended.status.signal(), &*ended.stdout), (Some(9), &b"begun\n"[..]), "{stderr}");
     let thread = "\nprogram-0123456\n";

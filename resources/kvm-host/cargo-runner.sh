@@ -13,6 +13,16 @@ name=$(basename "$1")
 name=${name%-*}
 tests=$here/../../tests
 
+# The processes that one has started, and those that they have: PID
+descendants() {
+    local child children
+    children=$(cat "/proc/$1/task/"*/children)
+    for child in $children; do
+        echo "$child"
+        descendants "$child"
+    done
+}
+
 # Kills the process when the time is over, and tells what it was doing: PID PROGRAM
 watch() {
     local limit=${TEST_TIMEOUT:-1800}
@@ -30,7 +40,9 @@ watch() {
         cat "/proc/$1/task/"*/comm
         ! command -v gdb >/dev/null || timeout 60 gdb -batch -p "$1" -ex "thread apply all backtrace" 2>/dev/null
     } >&2
-    kill -KILL "$1"
+    # With the guests that it has.
+    mapfile -t children < <(descendants "$1" 2>/dev/null)
+    kill -KILL "$1" "${children[@]}"
 }
 
 # Becomes the program; one that is a test is watched by a process that is no child of it.
