@@ -4,7 +4,7 @@
 #     run.sh COMMAND [ARGUMENT...]
 # The command sees this machine's files under the same paths, the environment and the working folder; what it writes is
 # gone afterwards. /tmp, in memory, and /var/tmp, on a disk, are empty. Its output and exit status are ours: status 124 at the time limit, 125 when the
-# host itself fails. With a terminal on standard input and output the command gets a terminal, else no input.
+# host itself fails, or stands still. With a terminal on standard input and output the command gets a terminal, else no input.
 # Environment: KVM_HOST_TIMEOUT, in seconds (1800); KVM_HOST_MEMORY (7G); KVM_HOST_CPUS (1).
 set -euo pipefail
 
@@ -18,7 +18,8 @@ command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run res
 
 run=$(mktemp -d)
 qemu=
-trap '[[ -z $qemu ]] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
+watch=
+trap '[[ -z $qemu ]] || kill "$qemu" 2>/dev/null; [[ -z $watch ]] || kill "$watch" 2>/dev/null; rm -rf "$run"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
@@ -37,6 +38,7 @@ PATH=$PATH:/usr/sbin:/sbin mke2fs -q -t ext4 "$run/disk" || fail "cannot make a 
 echo "$project" >"$run/project"
 {
     echo 'mount /dev/vda /var/tmp && chmod 1777 /var/tmp'
+    echo '(while :; do touch /run/kvm-host/alive; sleep 5; done) </dev/null >/dev/null 2>&1 &'
     export -p
     printf 'cd %q\n' "$PWD"
     [[ -z ${terminal:-} ]] || echo "stty rows $rows cols $columns </dev/hvc0; setsid -cw \\"
@@ -63,7 +65,21 @@ machine=(
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
     -virtfs "local,path=$run,mount_tag=run,security_model=none"
 )
-ended=0
+# QEMU's CPU halts for ever now and then, with interrupts off. A host is given two minutes for a sign of life.
+end_if_it_stands_still() {
+    local sign
+    while kill -0 "$qemu" 2>/dev/null; do
+        sign=$(stat -c %Y "$run/alive" 2>/dev/null) || sign=$started
+        if ((EPOCHSECONDS - sign > 120)); then
+            echo "kvm-host: stands still, and is ended" >&2
+            kill "$qemu"
+            return
+        fi
+        read -rt 5 <> <(:) || :
+    done
+}
+
+ended=0 started=$EPOCHSECONDS
 if [[ -n ${terminal:-} ]]; then
     "${machine[@]}" "${terminal[@]}" <&0 &
     qemu=$!
@@ -73,8 +89,12 @@ else
     tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stdout" &
     tail -s 0.1 --pid="$qemu" -f -c +1 "$run/stderr" >&2 &
 fi
+end_if_it_stands_still &
+watch=$!
 wait "$qemu" || ended=$?
 qemu=
+kill "$watch" 2>/dev/null || :
+watch=
 wait
 
 [[ $ended != 124 ]] || { echo "kvm-host: time limit of ${KVM_HOST_TIMEOUT:-1800} s reached: $*" >&2 && exit 124; }
