@@ -65,7 +65,7 @@ machine=(
     -virtfs "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"
     -virtfs "local,path=$run,mount_tag=run,security_model=none"
 )
-# QEMU's CPU halts for ever now and then, with interrupts off. A host is given two minutes for a sign of life.
+# QEMU's CPU sleeps for ever now and then, although its timers go on. A host is given two minutes for a sign of life.
 end_if_it_stands_still() {
     local sign
     while kill -0 "$qemu" 2>/dev/null; do
