@@ -21,6 +21,8 @@ use crate::snapshot::{self, Hex};
 
 /// Receiver Buffer Register.
 const RBR: u8 = 0;
+/// Transmitter Holding Register.
+const THR: u64 = 0;
 /// Interrupt Enable Register.
 const IER: u64 = 1;
 /// Interrupt Identification Register.
@@ -115,13 +117,64 @@ impl<F: Fn()> SerialEvents for Room<F> {
     fn tx_lost_byte(&self) {}
 }
 
+/// Has the host gather what the guest sends, until it reads a register. Then all of that is sent first.
+pub trait Gather: Send {
+    /// From now on.
+    fn start(&mut self);
+    /// No more.
+    fn stop(&mut self);
+}
+
+/// A driver that waits for no interrupts. What it sends may be gathered if it looks at the line status after its last byte.
+struct Sending {
+    gather: Box<dyn Gather>,
+    last: Last,
+}
+
+/// What it did last.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Last {
+    Nothing,
+    /// Sent a byte,
+    Byte,
+    /// and then looked, maybe before the next one.
+    Look,
+    /// And looked once more: so it had looked after the last one.
+    Gathered,
+}
+
+impl Sending {
+    fn sent(&mut self) {
+        if self.last != Last::Gathered {
+            self.last = Last::Byte;
+        }
+    }
+
+    fn looked(&mut self) {
+        self.last = match self.last {
+            Last::Byte => Last::Look,
+            Last::Look => {
+                self.gather.start();
+                Last::Gathered
+            }
+            last => last,
+        };
+    }
+
+    fn ends(mut self) {
+        if self.last == Last::Gathered {
+            self.gather.stop();
+        }
+    }
+}
+
 /// A serial port at eight consecutive ports.
 pub struct Serial<W: Write, F: Fn()> {
     uart: Uart<Line, Room<F>, Limited<W>>,
     divisor_latch: bool,
     listening: bool,
-    /// What a driver that waits for interrupts, and so does not look, needs.
-    before_interrupts: Option<Box<dyn FnOnce() + Send>>,
+    /// There until the driver waits for interrupts.
+    sending: Option<Sending>,
     /// What the driver was sent and did not read before it stopped to listen.
     unread: Vec<u8>,
 }
@@ -133,7 +186,7 @@ impl<W: Write, F: Fn()> Serial<W, F> {
         let counts = Arc::<Counts>::default();
         let output = Limited { output, bucket: None, counts: counts.clone() };
         let uart = Uart::with_events(Line(Box::new(line)), Room { wanted: Cell::new(true), on_room, counts }, output);
-        Self { uart, divisor_latch: false, listening: false, before_interrupts: None, unread: Vec::new() }
+        Self { uart, divisor_latch: false, listening: false, sending: None, unread: Vec::new() }
     }
 
     /// Drops what the guest sends beyond this.
@@ -141,10 +194,9 @@ impl<W: Write, F: Fn()> Serial<W, F> {
         self.uart.writer_mut().bucket = Some(Bucket::new(limit, Instant::now()));
     }
 
-    /// Has `then` be called once, before the driver first asks for interrupts. Until
-    /// then it looks at the line status after what it has sent.
-    pub fn before_interrupts(&mut self, then: impl FnOnce() + Send + 'static) {
-        self.before_interrupts = Some(Box::new(then));
+    /// Has what the guest sends be gathered while its driver looks at the line status for what it has sent.
+    pub fn gather(&mut self, gather: impl Gather + 'static) {
+        self.sending = Some(Sending { gather: Box::new(gather), last: Last::Nothing });
     }
 
     /// What it counts.
@@ -176,15 +228,18 @@ impl<W: Write + Send, F: Fn() + Send> BusDevice for Serial<W, F> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         data[0] = self.uart.read(offset.to_le_bytes()[0]);
+        if offset == u64::from(LSR) {
+            self.sending.iter_mut().for_each(Sending::looked);
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset == IER
-            && !self.divisor_latch
-            && data[0] & (IER_RECEIVED_DATA | IER_TRANSMITTER_EMPTY) != 0
-            && let Some(then) = self.before_interrupts.take()
-        {
-            then();
+        match offset {
+            THR if !self.divisor_latch => self.sending.iter_mut().for_each(Sending::sent),
+            IER if !self.divisor_latch && data[0] & (IER_RECEIVED_DATA | IER_TRANSMITTER_EMPTY) != 0 => {
+                self.sending.take().into_iter().for_each(Sending::ends);
+            }
+            _ => {}
         }
         // The writer has its errors.
         if self.uart.write(offset.to_le_bytes()[0], data[0]).is_err() {
@@ -271,6 +326,7 @@ struct State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use vmm_sys_util::eventfd::EventFd;
@@ -375,6 +431,60 @@ mod tests {
         serial.write(LCR, &[3]);
         serial.write(0, b"A");
         assert_eq!(serial.uart.writer().output, b"A");
+    }
+
+    /// Notes what is asked of it.
+    struct Noted(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Gather for Noted {
+        fn start(&mut self) {
+            self.0.lock().unwrap().push("start");
+        }
+        fn stop(&mut self) {
+            self.0.lock().unwrap().push("stop");
+        }
+    }
+
+    #[test]
+    fn bytes_are_gathered_of_a_driver_that_looks_after_the_last_one() {
+        let new = || {
+            let mut serial = Serial::new(EventFd::new(0).unwrap(), Vec::new(), || ());
+            let noted = Arc::default();
+            serial.gather(Noted(Arc::clone(&noted)));
+            (serial, noted)
+        };
+        let look = |serial: &mut Serial<_, _>| serial.read(LSR.into(), &mut [0]);
+        let (mut serial, noted) = new();
+        // It looks before each byte only, which leaves the last one to nobody; and may look as often as it wants before the first.
+        look(&mut serial);
+        look(&mut serial);
+        for _ in 0..3 {
+            look(&mut serial);
+            serial.write(THR, b"a");
+        }
+        serial.write(IER, &[0]);
+        assert!(noted.lock().unwrap().is_empty());
+        // Linux looks after the last byte of a line, and before the first of the next.
+        look(&mut serial);
+        look(&mut serial);
+        assert_eq!(*noted.lock().unwrap(), ["start"]);
+        serial.write(THR, b"b");
+        look(&mut serial);
+        look(&mut serial);
+        serial.write(IER, &[IER_TRANSMITTER_EMPTY]);
+        assert_eq!(*noted.lock().unwrap(), ["start", "stop"]);
+        serial.write(THR, b"c");
+        look(&mut serial);
+        look(&mut serial);
+        serial.write(IER, &[IER_TRANSMITTER_EMPTY]);
+        assert_eq!(*noted.lock().unwrap(), ["start", "stop"], "for good");
+        // With interrupts from the start, it is never.
+        let (mut serial, noted) = new();
+        serial.write(IER, &[IER_RECEIVED_DATA]);
+        serial.write(THR, b"a");
+        look(&mut serial);
+        look(&mut serial);
+        assert!(noted.lock().unwrap().is_empty());
     }
 
     #[test]

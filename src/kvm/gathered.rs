@@ -13,13 +13,20 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 
 use crate::bus::Bus;
 
-/// A port that KVM gathers writes to.
+/// A port that KVM can gather writes of one byte to.
 pub struct Gathered {
     pub(super) vm: Arc<VmFd>,
     pub(super) port: u16,
 }
 
 impl Gathered {
+    /// From now on it does, until a vCPU leaves the guest for something else; or it cannot.
+    pub fn start(&self) {
+        if let Err(error) = self.vm.register_coalesced_mmio(IoEventAddress::Pio(self.port.into()), 1) {
+            log::debug!("cannot gather writes to port {:#x}: {error}", self.port);
+        }
+    }
+
     /// From now on each write leaves the guest.
     pub fn stop(&self) {
         let port = IoEventAddress::Pio(self.port.into());

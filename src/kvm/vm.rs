@@ -197,15 +197,9 @@ impl Vm {
         Vcpu::new(fd, index, cpuid, self.fd.run_size(), Arc::clone(&self.turn), self.ram.clone())
     }
 
-    /// Has KVM gather writes of one byte to `port`, until a vCPU leaves the guest for something else; `None` where it cannot.
-    pub fn gather(&self, port: u16) -> Option<Gathered> {
-        match self.fd.register_coalesced_mmio(IoEventAddress::Pio(port.into()), 1) {
-            Ok(()) => Some(Gathered { vm: Arc::clone(&self.fd), port }),
-            Err(error) => {
-                log::debug!("cannot gather writes to port {port:#x}: {error}");
-                None
-            }
-        }
+    /// What has KVM gather writes to `port`.
+    pub fn gathered(&self, port: u16) -> Gathered {
+        Gathered { vm: Arc::clone(&self.fd), port }
     }
 
     /// The line of interrupt `gsi`.

@@ -19,9 +19,9 @@ use crate::devices::ioapic::{self, Ioapic};
 use crate::devices::output::Output;
 use crate::devices::power::Power;
 use crate::devices::pvpanic::Pvpanic;
-use crate::devices::serial::Serial;
+use crate::devices::serial::{Gather, Serial};
 use crate::interrupt::Interrupt;
-use crate::kvm::{IrqLine, Vm};
+use crate::kvm::{Gathered, IrqLine, Vm};
 use crate::memory::GuestRam;
 use crate::metrics::Metrics;
 use crate::sandbox::Sandbox;
@@ -31,6 +31,16 @@ use crate::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 
 /// COM1, as the run loop holds it.
 pub(super) type Port = Serial<Output, Box<dyn Fn() + Send>>;
+
+impl Gather for Gathered {
+    fn start(&mut self) {
+        Gathered::start(self);
+    }
+
+    fn stop(&mut self) {
+        Gathered::stop(self);
+    }
+}
 
 /// The keyboard controller, as the run loop holds it.
 pub(super) type Keyboard = I8042<Box<dyn Fn() + Send>>;
@@ -105,10 +115,7 @@ impl<'a> Board<'a> {
     /// Has bytes that a kernel writes to the serial port, while it does nothing else, be gathered: each would leave the guest
     /// once more than it does for the status.
     pub fn gather_output(&self, serial: &Mutex<Port>) {
-        if let Some(gathered) = self.vm.gather(layout::COM1) {
-            let mut serial = serial.lock().unwrap_or_else(PoisonError::into_inner);
-            serial.before_interrupts(move || gathered.stop());
-        }
+        serial.lock().unwrap_or_else(PoisonError::into_inner).gather(self.vm.gathered(layout::COM1));
     }
 
     /// Attaches an IOAPIC, if KVM has none.

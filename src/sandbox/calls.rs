@@ -299,6 +299,7 @@ const VCPU_IOCTLS: &[u32] = &[
     kvm::<kvm::kvm_mp_state>(READS, 0x98),             // KVM_GET_MP_STATE
     kvm::<()>(IO, 0xad),                               // KVM_KVMCLOCK_CTRL
     kvm::<kvm::kvm_irq_routing>(WRITES, 0x6a),         // KVM_SET_GSI_ROUTING
+    kvm::<kvm::kvm_coalesced_mmio_zone>(WRITES, 0x67), // KVM_REGISTER_COALESCED_MMIO
     kvm::<kvm::kvm_coalesced_mmio_zone>(WRITES, 0x68), // KVM_UNREGISTER_COALESCED_MMIO
 ];
 
