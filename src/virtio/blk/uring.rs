@@ -182,8 +182,8 @@ impl Uring {
         let mut tries = 0;
         loop {
             match self.ring.submit_and_wait(want) {
-                // It stops at one that it cannot take.
-                Ok(_) if !self.ring.submission().is_empty() => {}
+                // It stops at one that it cannot take, and at a signal.
+                Ok(_) if !self.ring.submission().is_empty() || self.ring.completion().len() < want => {}
                 Ok(_) => {
                     self.queued = false;
                     return Ok(());
