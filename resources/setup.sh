@@ -21,7 +21,7 @@ packages=(gcc libc6-dev cpio kmod lz4 xz-utils zstd debian-archive-keyring)
     erofs-utils umoci skopeo docker-registry debootstrap         # images
     curl openssl                                                 # registries with TLS
     python3                                                      # reads JUnit files
-    fio iperf3 git runc procps                                   # benchmarks
+    fio iperf3 git runc procps socat                             # benchmarks
 )
 missing=()
 for package in "${packages[@]}"; do
