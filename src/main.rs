@@ -212,7 +212,7 @@ fn run(mut run: cli::Run, started: Instant) -> Result<ExitCode, Box<dyn Error>> 
             (run.retries() > 0, "other attempts (--retry)", retry),
             (run.warm.is_some(), "a warm start (--warm)", warm),
         ];
-        jail::check(&config, &others)?;
+        jail::check(&others)?;
         match jail::start(spec, &config)? {
             Side::Launcher(launcher) => return launcher.finish(&config, |file, text| attempts.write(file, text)),
             Side::Inside(inside) => {
@@ -301,7 +301,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     process.asked = restore.name.is_some();
     process.later = report.iter().filter_map(OutputFile::opened_later).collect();
     if let Some(spec) = &restore.jail {
-        jail::check(&snapshot.config, &restore.unfit_for_jail())?;
+        jail::check(&restore.unfit_for_jail())?;
         match jail::start(spec, &snapshot.config)? {
             Side::Launcher(launcher) => {
                 let write = |_, content: &[u8]| report.as_ref().map_or(Ok(()), |file| file.write(content));
@@ -403,7 +403,7 @@ fn build(
         let builder = builder.kernel_cache(kernel::Cache::User);
         let mut builder = builder.upkeep(process::give_back);
         if let Some(jail) = &process.jail {
-            builder = builder.pid(jail.launcher);
+            builder = builder.pid(jail.launcher).detach_folders(true);
         }
         if keep {
             builder = builder.keep_output(ending::KEPT);

@@ -332,8 +332,6 @@ fn a_mistaken_flag_is_refused() {
     folder.refuses(&["--jail=uid=0,name=x"], &["--jail", "`name` is not known here: expected uid, gid, cgroup"]);
     folder.refuses(&["--jail=cgroup=maybe"], &["--jail", "`cgroup=maybe` cannot be used", "on or off"]);
     folder.refuses(&["--jail", "--retry", "1"], &["cannot have other attempts (--retry) in a jail (--jail)"]);
-    let share = ["--jail", "--share", "/:/x", "disk", "--", "true"];
-    folder.refuses(&share, &["cannot have shared folders (--share, --rw) in a jail", "disk image"]);
     for quota in ["50", "0%", "0.5", "all"] {
         folder.refuses(&["--cpu-quota", quota], &["--cpu-quota", &format!("'{quota}'"), "such as 50% or 150%"]);
     }

@@ -28,7 +28,7 @@ use bantam::sandbox::drop_capabilities;
 use bantam::virtio::blk::Engine;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, getegid, geteuid, pidfd_open, set_parent_process_death_signal};
-use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_keep_capabilities, set_no_new_privs};
 
 pub use launcher::Launcher;
 
@@ -70,14 +70,9 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
 /// What may be wanted of a machine and cannot be had in a jail: whether it is, what it is, and why not.
 pub type Unfit = (bool, &'static str, &'static str);
 
-/// Refuses what cannot be had in a jail: what opens files by path when the machine runs, of the `config` and `others`.
-pub fn check(config: &Config, others: &[Unfit]) -> Result<(), Error> {
-    let folders = (
-        config.has_folders(),
-        "shared folders (--share, --rw)",
-        "there is no folder to share; use a disk image, or --overlay",
-    );
-    let found = others.iter().chain([&folders]).find(|(is_wanted, ..)| *is_wanted);
+/// Refuses what cannot be had in a jail: what opens files by path when the machine runs.
+pub fn check(wanted: &[Unfit]) -> Result<(), Error> {
+    let found = wanted.iter().find(|(is_wanted, ..)| *is_wanted);
     found.map_or(Ok(()), |(_, what, why)| Err(Error::Unfit(what, why)))
 }
 
@@ -114,7 +109,8 @@ impl Inside {
     }
 
     /// Leaves the host, for good and without privileges. The process has one thread, and all is open.
-    pub fn enter(&self) -> Result<(), Error> {
+    /// Root's machine has of its capabilities those that are `kept`.
+    pub fn enter(&self, kept: CapabilitySet) -> Result<(), Error> {
         only_thread()?;
         match &self.limits {
             Some(Ok(limits)) => log::info!("the jail is limited by {limits}"),
@@ -127,11 +123,14 @@ impl Inside {
         }
         namespaces::leave()?;
         keep_no_capability_for_programs();
+        // A user's folders are its own.
+        let kept = if self.user.is_some() { kept } else { CapabilitySet::empty() };
         if let Some((uid, gid)) = self.user {
+            set_keep_capabilities(!kept.is_empty()).map_err(failed("keep capabilities"))?;
             namespaces::become_user(uid, gid)?;
         }
         set_no_new_privs(true).map_err(failed("give up new privileges"))?;
-        drop_capabilities(CapabilitySet::empty()).map_err(failed("give up capabilities"))?;
+        drop_capabilities(kept).map_err(failed("give up capabilities"))?;
         // With another user this is forgotten.
         set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("end with the launcher"))?;
         launcher::must_live(&self.files);
@@ -224,6 +223,10 @@ pub fn start(spec: &Jail, config: &Config) -> Result<Side, Error> {
             crate::process::end_when_aborted().map_err(failed("handle SIGABRT"))?;
             let stat = File::open("/proc/self/stat").map_err(failed("look at the process"))?;
             bantam::terminal::look_from_outside(stat);
+            if config.has_folders() {
+                // So that they can be detached from it, which takes the right to that.
+                namespaces::own_mounts()?;
+            }
             let files = Arc::new(File::from(to_launcher));
             let signals = RefCell::new(Some(from_launcher));
             Ok(Side::Inside(Inside { user, signals, files, launcher: pid, limits }))

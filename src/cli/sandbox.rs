@@ -53,18 +53,17 @@ impl Process {
     /// What is kept of the privileges of root.
     fn kept(&self, config: &Config) -> CapabilitySet {
         let mut kept = CapabilitySet::empty();
-        if self.jail.is_some() {
-            return kept;
-        }
+        let is_outside = self.jail.is_none();
         // Folders may be another user's.
-        if self.asked || !self.later.is_empty() || !config.opened_later().is_empty() {
+        let opens = self.asked || !self.later.is_empty() || !config.opened_later().is_empty();
+        if config.has_folders() || is_outside && opens {
             kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
         }
         if config.has_folders() {
             kept |= CapabilitySet::CHOWN | CapabilitySet::FOWNER | CapabilitySet::FSETID | CapabilitySet::SETFCAP;
         }
         // passt is another user then.
-        if config.nets.iter().any(|net| net.user) {
+        if is_outside && config.nets.iter().any(|net| net.user) {
             kept |= CapabilitySet::KILL;
         }
         kept
@@ -95,7 +94,7 @@ impl Process {
     /// Restricts the process, which is about to run `machine`, for good.
     pub fn enter(&self, machine: &Machine) -> Result<(), Box<dyn Error>> {
         if self.mode == Mode::Off {
-            return Ok(self.leave_host()?);
+            return Ok(self.leave_host(machine)?);
         }
         let failed = |what: &'static str| move |error| format!("cannot {what} (--sandbox): {error}");
         sandbox::name_violations(self.mode == Mode::Log).map_err(failed("handle SIGSYS"))?;
@@ -106,12 +105,12 @@ impl Process {
         rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
         if self.mode == Mode::On {
             let allowed = match self.jail {
-                Some(_) => vec![],
+                Some(_) => machine.config().folders().collect(),
                 None => [machine.opened_later(), self.later.clone()].concat(),
             };
             // Before the paths are gone.
             let rules = if self.asked { None } else { self.rules(&allowed)? };
-            self.leave_host()?;
+            self.leave_host(machine)?;
             sandbox::drop_capabilities(self.kept(machine.config())).map_err(failed("give up capabilities"))?;
             let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
             setrlimit(Resource::Core, limit(0)).map_err(failed("turn off core dumps"))?;
@@ -125,7 +124,7 @@ impl Process {
             }
             rules.map_or(Ok(()), |rules| rules.restrict())?;
         } else {
-            self.leave_host()?;
+            self.leave_host(machine)?;
         }
         machine
             .sandbox()
@@ -136,8 +135,8 @@ impl Process {
     }
 
     /// Enters the jail, if there is to be one.
-    fn leave_host(&self) -> Result<(), jail::Error> {
-        self.jail.as_ref().map_or(Ok(()), Inside::enter)
+    fn leave_host(&self, machine: &Machine) -> Result<(), jail::Error> {
+        self.jail.as_ref().map_or(Ok(()), |jail| jail.enter(self.kept(machine.config())))
     }
 
     /// Closes the descriptors that the process was started with and that nobody names, in the arguments or in `config`.

@@ -42,15 +42,19 @@ impl Config {
     /// does to them: rules for [Landlock](crate::sandbox::Ruleset). A disk's new path
     /// ([`Change::Disk`](crate::virtio::change::Change::Disk)) and where a snapshot goes are not known here.
     pub fn opened_later(&self) -> Vec<(PathBuf, Access)> {
-        let root = self.root_folder().map(|path| (path.to_owned(), Access::Change));
-        let shares = root.into_iter().chain(self.shares.iter().map(Share::opened_later));
         let vsock = self.vsock.iter().map(vsock::Spec::opened_later);
-        shares.chain(vsock).chain(self.serial.opened_later()).collect()
+        self.folders().chain(vsock).chain(self.serial.opened_later()).collect()
+    }
+
+    /// Those of them in which devices open files: shared folders, and a root that is one.
+    pub fn folders(&self) -> impl Iterator<Item = (PathBuf, Access)> {
+        let root = self.root_folder().map(|path| (path.to_owned(), Access::Change));
+        root.into_iter().chain(self.shares.iter().map(Share::opened_later))
     }
 
     /// Whether devices open files while the machine runs.
     pub fn has_folders(&self) -> bool {
-        !self.shares.is_empty() || self.root_folder().is_some()
+        self.folders().next().is_some()
     }
 }
 

@@ -49,6 +49,7 @@ pub struct Builder {
     sandbox: Sandbox,
     pid: Option<u32>,
     kernel_cache: kernel::Cache,
+    detach_folders: bool,
 }
 
 /// What a console's output goes through.
@@ -76,6 +77,7 @@ impl Builder {
             sandbox: Sandbox::default(),
             pid: None,
             kernel_cache: kernel::Cache::Off,
+            detach_folders: false,
         }
     }
 
@@ -111,6 +113,14 @@ impl Builder {
     /// each machine.
     pub fn kernel_cache(mut self, cache: kernel::Cache) -> Self {
         self.kernel_cache = cache;
+        self
+    }
+
+    /// Has shared folders be trees of mounts of their own: nothing is above them, for a process that is about to leave the file
+    /// system that they are in, and what is mounted below them later is not seen. It takes `CAP_SYS_ADMIN` over this process'
+    /// mounts, and Linux 5.2.
+    pub fn detach_folders(mut self, detach: bool) -> Self {
+        self.detach_folders = detach;
         self
     }
 
@@ -216,6 +226,7 @@ impl Builder {
             sandbox,
             pid,
             kernel_cache,
+            detach_folders,
         } = self;
         config.validate()?;
         match &snapshot {
@@ -231,7 +242,7 @@ impl Builder {
         let rings = config.all_disks().any(|disk| disk.engine == blk::Engine::IoUring);
         let sandbox = sandbox.having(config.has_folders(), rings);
         let disks = open_disks(&config)?;
-        let shares = open_shares(&config)?;
+        let shares = open_shares(&config, detach_folders)?;
 
         let ranges = layout::ram_ranges(config.memory.get());
         let (ram, memory_handler) = match &snapshot {
@@ -456,13 +467,14 @@ fn share_tag(index: usize) -> String {
 /// The tag of the root file system that is a folder.
 const ROOT_TAG: &str = "root";
 
-fn open_shares(config: &Config) -> Result<Vec<NamedDevice>, fs::Error> {
+fn open_shares(config: &Config, detach: bool) -> Result<Vec<NamedDevice>, fs::Error> {
     let root = config.root_folder().map(|path| (ROOT_TAG.to_owned(), path, false));
     let shares = config.shares.iter().enumerate();
     let shares = shares.map(|(index, share)| (share_tag(index), share.path.as_path(), share.readonly));
     let open = |(tag, path, readonly): (String, &Path, bool)| {
         let spec = fs::Spec { path: path.into(), tag: tag.clone(), readonly };
-        Ok((tag, Box::new(spec.open()?) as _))
+        let share = if detach { spec.open_detached()? } else { spec.open()? };
+        Ok((tag, Box::new(share) as _))
     };
     root.into_iter().chain(shares).map(open).collect()
 }

@@ -1,10 +1,10 @@
 //! What the process of a machine in a jail sees of the host, and that it ends as any other.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -30,6 +30,11 @@ fn status(pid: i32) -> BTreeMap<String, String> {
 
 /// Checks that the process has nothing of this one's but the user namespace if root started it.
 fn sees_nothing(pid: i32, uid: u32) {
+    sees_folders(pid, uid, "0000000000000000");
+}
+
+/// The same, of one that has shared folders, and these of root's capabilities for them: nothing is above those.
+fn sees_folders(pid: i32, uid: u32, kept: &str) {
     let namespace = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
     for name in ["mnt", "pid", "net", "ipc", "uts", "cgroup"] {
         assert_ne!(namespace(&pid.to_string(), name), namespace("self", name), "{name}");
@@ -38,12 +43,29 @@ fn sees_nothing(pid: i32, uid: u32) {
     let status = status(pid);
     let is = |field: &str, value: &str| assert_eq!(status[field], value, "{field}");
     is("Uid", &vec![uid.to_string(); 4].join("\t"));
-    is("CapPrm", "0000000000000000");
-    is("CapEff", "0000000000000000");
+    is("CapPrm", kept);
+    is("CapEff", kept);
     is("CapBnd", "0000000000000000");
     is("NoNewPrivs", "1");
     is("Seccomp", "2");
     assert!(status["NSpid"].ends_with("\t1"), "{}", status["NSpid"]);
+}
+
+/// Checks that the process can go up no further than to `folder`, or to its descriptors, from any folder that it has open.
+fn goes_no_further_up(pid: i32, folder: &Path) {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).unwrap();
+    let descriptors = PathBuf::from(format!("/proc/{pid}/fd"));
+    let mut tops = BTreeSet::new();
+    for entry in fs::read_dir(&descriptors).unwrap() {
+        let mut path = entry.unwrap().path().join(".");
+        if path.is_dir() {
+            while identity(&path.join("..")) != identity(&path) {
+                path.push("..");
+            }
+            tops.insert(identity(&path));
+        }
+    }
+    assert_eq!(tops, BTreeSet::from([identity(folder), identity(&descriptors)]));
 }
 
 /// The control group of a machine's process in a jail, which is a group of its own with limits for a guest of [`MEMORY`], and for
@@ -120,6 +142,83 @@ fn root_is_nobody_in_a_jail() {
     assert_eq!(ended.report["outcome"], "halted");
     assert!(fs::read(&disk).unwrap()[..4096].iter().all(|byte| *byte == 0), "what was flushed is there");
     assert!(!console.exists() && !folder.path().join("vsock").exists(), "sockets are removed");
+}
+
+/// A guest that changes a folder, and says so.
+fn sharing(folder: &Path) -> Guest {
+    let script = "
+        mount -t virtiofs share0 /mnt
+        cd /mnt
+        cat theirs
+        [ ! -d below ] || cat below/file
+        echo mine >mine
+        chmod 640 mine
+        mkfifo pipe
+        ln mine linked
+        ln -s /etc out
+        mv pipe moved
+        echo more >>theirs
+        echo changed
+        read -r line
+    ";
+    Guest::new(Kernel::Tiny).script(script).option("--share", format!("{}:/mnt", folder.display())).flag("--jail")
+}
+
+fn has_changed(folder: &Path) {
+    assert_eq!(fs::read_to_string(folder.join("theirs")).unwrap(), "of the host\nmore\n");
+    let mine = fs::metadata(folder.join("linked")).unwrap();
+    assert_eq!((mine.mode() & 0o7777, mine.nlink(), mine.len()), (0o640, 2, 5));
+    assert!(fs::symlink_metadata(folder.join("moved")).unwrap().file_type().is_fifo());
+    assert_eq!(fs::read_link(folder.join("out")).unwrap(), Path::new("/etc"));
+}
+
+#[test]
+fn root_has_folders_in_a_jail_and_nothing_above_them() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("theirs"), "of the host\n").unwrap();
+    fs::set_permissions(folder.path().join("theirs"), PermissionsExt::from_mode(0o600)).unwrap();
+    chown(folder.path().join("theirs"), Some(4321), Some(4321)).unwrap();
+    let below = folder.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let call = |program: &str, arguments: &[&str]| {
+        assert!(Command::new(program).args(arguments).arg(&below).status().unwrap().success());
+    };
+    call("mount", &["-t", "tmpfs", "tmpfs"]);
+    fs::write(below.join("file"), "mounted below\n").unwrap();
+    let mut running = sharing(folder.path()).spawn();
+    running.wait_for("changed");
+    let launcher = running.pid().as_raw_pid();
+    let pid = machine_of(launcher);
+    // CAP_CHOWN, _DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _FSETID and _SETFCAP.
+    sees_folders(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff, "000000008000001f");
+    goes_no_further_up(pid, folder.path());
+    running.write("\n");
+    let ended = running.wait().succeeded();
+    call("umount", &[]);
+    assert!(ended.stdout.contains("mounted below"), "{}", ended.stdout);
+    has_changed(folder.path());
+    let owner = |name: &str| fs::metadata(folder.path().join(name)).unwrap().uid();
+    assert_eq!((owner("theirs"), owner("mine")), (4321, 0));
+}
+
+#[test]
+fn a_user_has_folders_in_a_jail_and_nothing_above_them() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("theirs"), "of the host\n").unwrap();
+    for path in [folder.path().to_owned(), folder.path().join("theirs")] {
+        chown(path, Some(1000), Some(1000)).unwrap();
+    }
+    let guest = sharing(folder.path());
+    fs::set_permissions(guest.folder(), PermissionsExt::from_mode(0o777)).unwrap();
+    let mut running = started_by(guest, "setpriv", &AS_USER).spawn();
+    running.wait_for("changed");
+    let pid = machine_of(running.pid().as_raw_pid());
+    sees_nothing(pid, 1000);
+    goes_no_further_up(pid, folder.path());
+    running.write("\n");
+    running.wait().succeeded();
+    has_changed(folder.path());
+    assert_eq!(fs::metadata(folder.path().join("mine")).unwrap().uid(), 1000);
 }
 
 /// A folder that others may use, with a disk.

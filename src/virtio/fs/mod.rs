@@ -78,9 +78,19 @@ impl Spec {
 
     /// Opens the folder and makes the device.
     pub fn open(&self) -> Result<Fs, Error> {
+        self.open_as(false)
+    }
+
+    /// The same, of a folder that has nothing above it any more
+    /// ([`Builder::detach_folders`](crate::machine::Builder::detach_folders)).
+    pub fn open_detached(&self) -> Result<Fs, Error> {
+        self.open_as(true)
+    }
+
+    fn open_as(&self, detached: bool) -> Result<Fs, Error> {
         self.validate()?;
         let error = |source| Error::Open { path: self.path.clone(), source };
-        let tree = Tree::open(&self.path, self.readonly).map_err(error)?;
+        let tree = Tree::open(&self.path, self.readonly, detached).map_err(error)?;
         // struct virtio_fs_config: tag, num_request_queues.
         let mut config = [0; TAG + 4];
         config[..self.tag.len()].copy_from_slice(self.tag.as_bytes());

@@ -164,7 +164,7 @@ impl Server {
                 let directory = if header.opcode == op::OPENDIR { OFlags::DIRECTORY } else { OFlags::empty() };
                 let fd = self.tree.open_node(node, flags | directory)?;
                 if kill && flags.contains(OFlags::TRUNC) {
-                    Tree::kill_suid_gid(fd.as_fd())?;
+                    self.tree.kill_suid_gid(fd.as_fd())?;
                 }
                 out.open(self.keep(fd)?);
             }
@@ -306,7 +306,7 @@ impl Server {
             if !fs::fcntl_getfl(fd)?.intersects(OFlags::WRONLY | OFlags::RDWR) {
                 return Err(Errno::BADF);
             }
-            Tree::kill_suid_gid(fd.as_fd())?;
+            self.tree.kill_suid_gid(fd.as_fd())?;
         }
         request.limit(size as usize);
         let mut done = 0u32;

@@ -4,14 +4,14 @@
 //! is never followed on the host: nothing outside the folder can be reached, whatever the guest or others do to it.
 
 use std::collections::HashMap;
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
+use rustix::path::DecInt;
 
 use super::wire::{Attr, fattr};
 
@@ -58,7 +58,7 @@ pub struct Tree {
     readonly: bool,
     /// Who owns new files: the guest's user, or, without the right to give files away, ours, who is root in the guest.
     ids: Option<(u32, u32)>,
-    /// /proc/self/fd: opening a name below it reopens that descriptor.
+    /// /proc/self/fd: a name below it leads to that descriptor's file.
     descriptors: OwnedFd,
     nodes: HashMap<u64, Node>,
     by_key: HashMap<(u64, u64), u64>,
@@ -91,12 +91,24 @@ pub struct NewAttr {
 }
 
 impl Tree {
-    /// The folder at `path`.
-    pub fn open(path: &Path, readonly: bool) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let descriptors = fs::open("/proc/self/fd", flags, Mode::empty())?;
-        let fd = fs::open(path, flags, Mode::empty())?;
-        let stat = fs::fstat(&fd)?;
+    /// The folder at `path`; one that is to be `detached` has nothing above it, and is what it was now where file systems are
+    /// mounted below it, which takes CAP_SYS_ADMIN.
+    pub fn open(path: &Path, readonly: bool, detached: bool) -> io::Result<Self> {
+        let open = |path: &Path| {
+            if detached {
+                use rustix::mount::{OpenTreeFlags as Flags, open_tree};
+                let flags = Flags::OPEN_TREE_CLONE | Flags::AT_RECURSIVE | Flags::OPEN_TREE_CLOEXEC;
+                open_tree(fs::CWD, path, flags)
+            } else {
+                fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            }
+        };
+        let descriptors = open(Path::new("/proc/self/fd"))?;
+        let fd = open(path)?;
+        let stat = stat(&fd)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            return Err(Errno::NOTDIR.into());
+        }
         let root =
             Node { fd, key: (stat.st_dev, stat.st_ino), kind: FileType::Directory, lookups: 1, _slot: Slot::take()? };
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -201,11 +213,12 @@ impl Tree {
             _ => return Err(Errno::PERM),
         }
         let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-        fs::openat(&self.descriptors, node.fd.as_raw_fd().to_string(), flags, Mode::empty())
+        fs::openat(&self.descriptors, name_of(node.fd.as_fd()), flags, Mode::empty())
     }
 
-    fn path_of(fd: BorrowedFd<'_>) -> CString {
-        CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("no NUL in it")
+    /// The mode of a file that is open in some way, maybe with O_PATH.
+    fn set_mode(&self, file: BorrowedFd<'_>, mode: Mode) -> Result<()> {
+        fs::chmodat(&self.descriptors, name_of(file), mode, AtFlags::empty())
     }
 
     /// Gives a new file to the guest's user, and the mode that was asked for whatever our umask is.
@@ -216,7 +229,7 @@ impl Tree {
             fs::chownat(&node.fd, "", Some(uid(caller.uid)?), Some(gid(caller.gid)?), AtFlags::EMPTY_PATH)?;
         }
         if let Some(mode) = mode {
-            fs::chmod(Self::path_of(node.fd.as_fd()), Mode::from_raw_mode(mode & 0o7777))?;
+            self.set_mode(node.fd.as_fd(), Mode::from_raw_mode(mode & 0o7777))?;
         }
         Ok((number, self.attr(number)?))
     }
@@ -274,8 +287,8 @@ impl Tree {
         self.writable()?;
         let (node, directory) = (self.node(number)?, self.directory(parent)?);
         // By way of /proc: linking the descriptor itself takes CAP_DAC_READ_SEARCH.
-        let from = Self::path_of(node.fd.as_fd());
-        fs::linkat(fs::CWD, from, &directory.fd, component(name)?, AtFlags::SYMLINK_FOLLOW)?;
+        let from = name_of(node.fd.as_fd());
+        fs::linkat(&self.descriptors, from, &directory.fd, component(name)?, AtFlags::SYMLINK_FOLLOW)?;
         self.lookup(parent, name)
     }
 
@@ -311,7 +324,7 @@ impl Tree {
             if node.kind == FileType::Symlink {
                 return Err(Errno::OPNOTSUPP);
             }
-            fs::chmod(Self::path_of(node.fd.as_fd()), Mode::from_raw_mode(new.mode & 0o7777))?;
+            self.set_mode(node.fd.as_fd(), Mode::from_raw_mode(new.mode & 0o7777))?;
         }
         if has(fattr::UID) || has(fattr::GID) {
             let own = |id: u32, own: Option<u32>| if id == 0 { own.unwrap_or(0) } else { id };
@@ -329,7 +342,7 @@ impl Tree {
             }
         }
         if has(fattr::KILL_SUIDGID) && node.kind == FileType::RegularFile {
-            Self::kill_suid_gid(node.fd.as_fd())?;
+            self.kill_suid_gid(node.fd.as_fd())?;
         }
         if has(fattr::ATIME) || has(fattr::MTIME) {
             let time = |set, now, (seconds, nanoseconds): (u64, u32)| Timespec {
@@ -353,11 +366,11 @@ impl Tree {
 
     /// Takes a file's set-user-id bit away, and the set-group-id bit where it means that. Linux does so by itself when a
     /// process without CAP_FSETID writes; ours may have it where the guest's has not.
-    pub fn kill_suid_gid(file: BorrowedFd<'_>) -> Result<()> {
+    pub fn kill_suid_gid(&self, file: BorrowedFd<'_>) -> Result<()> {
         let mode = Mode::from_raw_mode(stat(file)?.st_mode);
         let group = if mode.contains(Mode::XGRP) { Mode::SGID } else { Mode::empty() };
         let kept = mode - Mode::SUID - group;
-        if kept == mode { Ok(()) } else { fs::chmod(Self::path_of(file), kept) }
+        if kept == mode { Ok(()) } else { self.set_mode(file, kept) }
     }
 
     /// The file system's figures.
@@ -368,15 +381,17 @@ impl Tree {
     /// The value of an extended attribute, at most 64 KiB.
     pub fn get_xattr(&self, number: u64, name: &[u8]) -> Result<Vec<u8>> {
         let mut value = vec![0; 64 << 10];
-        let length = fs::getxattr(self.xattr_path(number)?, xattr_name(name)?, &mut value)?;
+        let name = xattr_name(name)?;
+        let length = fs::fgetxattr(self.with_xattrs(number)?.ok_or(Errno::NODATA)?, name, &mut value)?;
         value.truncate(length);
         Ok(value)
     }
 
     /// The names of the extended attributes, each with a NUL byte at its end.
     pub fn list_xattr(&self, number: u64) -> Result<Vec<u8>> {
+        let Some(file) = self.with_xattrs(number)? else { return Ok(vec![]) };
         let mut names = vec![0; 64 << 10];
-        let length = fs::listxattr(self.xattr_path(number)?, &mut names)?;
+        let length = fs::flistxattr(file, &mut names)?;
         names.truncate(length);
         let ours = names.split_inclusive(|byte| *byte == 0).filter(|name| name.starts_with(USER_XATTR));
         Ok(ours.flatten().copied().collect())
@@ -386,17 +401,29 @@ impl Tree {
     pub fn set_xattr(&self, number: u64, name: &[u8], value: &[u8], flags: u32) -> Result<()> {
         self.writable()?;
         let flags = fs::XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        fs::setxattr(self.xattr_path(number)?, xattr_name(name)?, value, flags)
+        let name = xattr_name(name)?;
+        fs::fsetxattr(self.with_xattrs(number)?.ok_or(Errno::PERM)?, name, value, flags)
     }
 
     /// Removes an extended attribute.
     pub fn remove_xattr(&self, number: u64, name: &[u8]) -> Result<()> {
         self.writable()?;
-        fs::removexattr(self.xattr_path(number)?, xattr_name(name)?)
+        let name = xattr_name(name)?;
+        fs::fremovexattr(self.with_xattrs(number)?.ok_or(Errno::PERM)?, name)
     }
 
-    fn xattr_path(&self, number: u64) -> Result<CString> {
-        self.node(number).map(|node| Self::path_of(node.fd.as_fd()))
+    /// The file, open, if it is one that may have extended attributes of a user's (xattr(7)): there is no way to them by an
+    /// O_PATH descriptor but a path.
+    fn with_xattrs(&self, number: u64) -> Result<Option<OwnedFd>> {
+        match self.node(number)?.kind {
+            FileType::RegularFile => match self.open_node(number, OFlags::RDONLY) {
+                // It may be one that can only be written to.
+                Err(Errno::ACCESS) if !self.readonly => self.open_node(number, OFlags::WRONLY).map(Some),
+                opened => opened.map(Some),
+            },
+            FileType::Directory => self.open_node(number, OFlags::RDONLY).map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -409,6 +436,11 @@ fn xattr_name(name: &[u8]) -> Result<&[u8]> {
 
 fn stat(fd: impl AsFd) -> Result<Stat> {
     fs::statat(fd, "", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// The name of a descriptor in /proc/self/fd.
+fn name_of(fd: BorrowedFd<'_>) -> DecInt {
+    DecInt::from_fd(fd)
 }
 
 /// A name that is one step down.
