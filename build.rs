@@ -51,7 +51,7 @@ fn init() {
     }
     let mut rustc = Command::new(variable("RUSTC"));
     rustc.args(["src/init/main.rs", "--edition=2024", "--crate-name=init", "--crate-type=bin"]);
-    rustc.args(["-D", "warnings", "-D", "unsafe_code"]);
+    rustc.args(["-D", "unsafe_code"]);
     rustc.arg("--target").arg(variable("TARGET")).arg("-o").arg(&output);
     for option in ["panic=abort", "opt-level=s", "strip=symbols", "relocation-model=static", "codegen-units=1"] {
         rustc.args(["-C", option]);

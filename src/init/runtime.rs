@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the allocator and what the compiler calls")]
 
 use core::alloc::{GlobalAlloc, Layout};
+use core::ffi::{c_char, c_void};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -59,7 +60,8 @@ extern "C" fn _Unwind_Resume() -> ! {
 
 /// As the C library's; the compiler makes calls of it.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
+unsafe extern "C" fn memcmp(one: *const c_void, other: *const c_void, count: usize) -> i32 {
+    let (one, other) = (one.cast::<u8>(), other.cast::<u8>());
     for at in 0..count {
         // SAFETY: the caller has `count` bytes there.
         let a = unsafe { one.add(at).read_volatile() };
@@ -74,14 +76,14 @@ unsafe extern "C" fn memcmp(one: *const u8, other: *const u8, count: usize) -> i
 
 /// As the C library's.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn bcmp(one: *const u8, other: *const u8, count: usize) -> i32 {
+unsafe extern "C" fn bcmp(one: *const c_void, other: *const c_void, count: usize) -> i32 {
     // SAFETY: the caller has `count` bytes at both.
     unsafe { memcmp(one, other, count) }
 }
 
 /// As the C library's.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn strlen(text: *const u8) -> usize {
+unsafe extern "C" fn strlen(text: *const c_char) -> usize {
     let mut len = 0;
     // SAFETY: the caller's text ends with a zero.
     while unsafe { text.add(len).read_volatile() } != 0 {

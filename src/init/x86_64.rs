@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "instructions")]
 
 use core::arch::{asm, global_asm};
+use core::ffi::c_void;
 
 use crate::runtime::start;
 
@@ -82,7 +83,7 @@ pub unsafe fn call(number: usize, [a, b, c, d, e, f]: [usize; 6]) -> isize {
 
 /// As the C library's; the compiler makes calls of it.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+unsafe extern "C" fn memcpy(to: *mut c_void, from: *const c_void, count: usize) -> *mut c_void {
     // SAFETY: the caller has `count` bytes at both.
     unsafe {
         asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack))
@@ -92,7 +93,7 @@ unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut 
 
 /// As the C library's.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
+unsafe extern "C" fn memmove(to: *mut c_void, from: *const c_void, count: usize) -> *mut c_void {
     if (to as usize).wrapping_sub(from as usize) >= count {
         // SAFETY: forwards, nothing is overwritten before it is read.
         return unsafe { memcpy(to, from, count) };
@@ -103,8 +104,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut
         asm!(
             "std", "rep movsb", "cld",
             inout("rcx") count => _,
-            inout("rdi") to.wrapping_add(last) => _,
-            inout("rsi") from.wrapping_add(last) => _,
+            inout("rdi") to.wrapping_byte_add(last) => _,
+            inout("rsi") from.wrapping_byte_add(last) => _,
             options(nostack)
         );
     }
@@ -113,7 +114,7 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut
 
 /// As the C library's.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
+unsafe extern "C" fn memset(to: *mut c_void, byte: i32, count: usize) -> *mut c_void {
     // SAFETY: the caller has `count` bytes there.
     unsafe { asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("al") byte as u8, options(nostack)) };
     to
