@@ -108,8 +108,14 @@ impl Ring {
         let slot = driver + 4 + 2 * u64::from(self.available % self.size);
         self.ram.write_obj(head, GuestAddress(slot)).unwrap();
         self.available = self.available.wrapping_add(1);
-        self.ram.write_obj(self.seen, GuestAddress(driver + 4 + 2 * u64::from(self.size))).unwrap();
+        self.ask_to_hear();
         self.set_available(self.available);
+    }
+
+    /// Sets `used_event`: of the next used one.
+    fn ask_to_hear(&self) {
+        let at = self.driver() + 4 + 2 * u64::from(self.size);
+        self.ram.store(self.seen, GuestAddress(at), Ordering::Relaxed).unwrap();
     }
 
     /// Sets `avail.idx`.
@@ -132,7 +138,7 @@ impl Ring {
                 used.push((u16::try_from(head).unwrap(), len));
                 self.seen = self.seen.wrapping_add(1);
             }
-            self.ram.write_obj(self.seen, GuestAddress(self.driver() + 4 + 2 * u64::from(self.size))).unwrap();
+            self.ask_to_hear();
             // What came before the device knew that was not told.
             fence(Ordering::SeqCst);
         }

@@ -124,7 +124,7 @@ fn a_disk_that_is_polled_misses_no_request() {
             fence(Ordering::SeqCst);
             // A driver that notifies only if it has to.
             let event = disk.driver.rings[0].device() + 4 + 8 * u64::from(QUEUE_SIZE);
-            if disk.driver.ram.read_obj::<u16>(GuestAddress(event)).unwrap() == before {
+            if disk.driver.ram.load::<u16>(GuestAddress(event), Ordering::Relaxed).unwrap() == before {
                 disk.driver.notify(0);
             }
             while disk.driver.rings[0].used().is_empty() {
@@ -642,8 +642,8 @@ fn a_request_that_stopped_the_machine_is_done_when_it_goes_on() {
     assert_eq!(disk.request(VIRTIO_BLK_T_IN, SECTORS, &[(DATA, 512, true)]), (IOERR, 0));
     // One that starts over is as new.
     disk.file.as_file().set_len(512).unwrap();
-    disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
     disk.header(VIRTIO_BLK_T_IN, 7);
+    disk.driver.rings[0].add(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
     disk.driver.notify(0);
     stops();
     disk.file.as_file().set_len(SECTORS * 512).unwrap();
