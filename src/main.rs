@@ -319,7 +319,7 @@ fn restore(restore: &Restore, started: Instant) -> Result<ExitCode, Box<dyn Erro
     let threads = process.threads(&snapshot.config)?;
     let builder = named_console(Builder::restore(snapshot), &named).sandbox(threads);
     let builder = builder.started(started).signals(signals).upkeep(process::give_back);
-    let builder = process.jail.iter().fold(builder, |builder, jail| builder.pid(jail.launcher));
+    let builder = process.jail.iter().fold(builder, |builder, jail| builder.pid(jail.launcher).detach_folders(true));
     let mut machine = telling(builder, events.as_deref(), metrics.as_deref())?.build()?;
     log.create()?;
     process.enter(&machine)?;

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use bantam::cgroup::{self, Group};
 use bantam::config::Config;
 use bantam::config::file::Jail;
-use bantam::sandbox::drop_capabilities;
+use bantam::sandbox::{Access, drop_capabilities};
 use bantam::virtio::blk::Engine;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, getegid, geteuid, pidfd_open, set_parent_process_death_signal};
@@ -150,22 +150,33 @@ fn limits(spec: &Jail, config: &Config, pid: u32) -> Result<Option<Result<Group,
     }
 }
 
-/// What a machine's process may have of memory, in bytes: the guest's, a 64th of that for page tables, what bantam, passt
-/// and connections that nobody reads from may come to, and disks that are in memory.
+/// What a machine's process may have of memory, in bytes: the guest's, a 64th of that for page tables, what bantam, passt,
+/// connections that nobody reads from and files of shared folders may come to, and what can be written in memory.
 fn memory_max(config: &Config) -> u64 {
     const OTHER: u64 = 256 << 20;
+    /// What the kernel has of as many files as shared folders may have open, half a million: some 2 KiB of each.
+    const FILES: u64 = 1 << 30;
     let memory = config.memory.get();
     let connections = if config.vsock.is_some() { OTHER } else { 0 };
     let written = config.all_disks().filter(|disk| !disk.readonly).map(|disk| (in_memory(&disk.path), disk.path));
     let disks = written.map(|(is_so, path)| if is_so { path.metadata().map_or(0, |file| file.len()) } else { 0 });
     let overlay = config.overlay.iter().filter(|overlay| overlay.path.parent().is_some_and(in_memory));
     let disks = disks.chain(overlay.map(|overlay| overlay.size().get())).fold(0, u64::saturating_add);
-    memory.saturating_add(memory / 64).saturating_add(OTHER + connections).saturating_add(disks)
+    let folders = config.folders().map(|(path, access)| match rustix::fs::statfs(&path) {
+        Ok(there) if access == Access::Change && there.f_type == TMPFS_MAGIC => {
+            there.f_bavail.saturating_mul(u64::try_from(there.f_bsize).unwrap_or(0))
+        }
+        _ => 0,
+    });
+    let files = if config.has_folders() { FILES } else { 0 };
+    let folders = folders.fold(files, u64::saturating_add);
+    memory.saturating_add(memory / 64).saturating_add(OTHER + connections).saturating_add(disks).saturating_add(folders)
 }
+
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Whether this is on a tmpfs, whose pages are the memory of who wrote them first.
 fn in_memory(path: &Path) -> bool {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     rustix::fs::statfs(path).is_ok_and(|filesystem| filesystem.f_type == TMPFS_MAGIC)
 }
@@ -183,7 +194,7 @@ pub fn start(spec: &Jail, config: &Config) -> Result<Side, Error> {
     let privileged = CapabilitySet::SYS_ADMIN | CapabilitySet::SETUID | CapabilitySet::SETGID;
     let has = rustix::thread::capabilities(None).map_err(failed("look at the privileges"))?.effective;
     let pid = std::process::id();
-    let user = if has.contains(privileged) {
+    let user = if has.contains(privileged) && geteuid().is_root() {
         let uid = spec.uid.unwrap_or(FIRST_UID | pid & 0x00ff_ffff);
         Some((uid, spec.gid.unwrap_or(uid)))
     } else {
@@ -282,7 +293,11 @@ mod tests {
         assert_eq!(memory_max(&base.clone().disk(disk(&shm))), without + (512 << 20));
         assert_eq!(memory_max(&base.clone().disk(blk::Spec { readonly: true, ..disk(&shm) })), without);
         let overlay = Overlay { size: Some(Size::gib(1)), ..Overlay::new(shm.path().join("overlay")) };
-        assert_eq!(memory_max(&base.overlay(overlay)), without + (1 << 30));
+        assert_eq!(memory_max(&base.clone().overlay(overlay)), without + (1 << 30));
+        let share = |folder: &Path, mode: &str| format!("{}:/mnt{mode}", folder.display()).parse().unwrap();
+        assert_eq!(memory_max(&base.clone().share(share(here.path(), ""))), without + (1 << 30));
+        assert_eq!(memory_max(&base.clone().share(share(shm.path(), ":ro"))), without + (1 << 30));
+        assert!(memory_max(&base.share(share(shm.path(), ""))) > without + (1 << 30));
     }
 
     #[test]

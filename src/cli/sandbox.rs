@@ -56,11 +56,12 @@ impl Process {
         let is_outside = self.jail.is_none();
         // Folders may be another user's.
         let opens = self.asked || !self.later.is_empty() || !config.opened_later().is_empty();
-        if config.has_folders() || is_outside && opens {
+        if is_outside && opens {
             kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
         }
         if config.has_folders() {
-            kept |= CapabilitySet::CHOWN | CapabilitySet::FOWNER | CapabilitySet::FSETID | CapabilitySet::SETFCAP;
+            // DAC_READ_SEARCH would open any file by its handle (open_by_handle_at(2)), whatever is mounted.
+            kept |= CapabilitySet::DAC_OVERRIDE | CapabilitySet::CHOWN | CapabilitySet::FOWNER | CapabilitySet::FSETID;
         }
         // passt is another user then.
         if is_outside && config.nets.iter().any(|net| net.user) {
@@ -93,8 +94,10 @@ impl Process {
 
     /// Restricts the process, which is about to run `machine`, for good.
     pub fn enter(&self, machine: &Machine) -> Result<(), Box<dyn Error>> {
+        // While the paths of the configuration are there.
+        let (kept, most) = (self.kept(machine.config()), descriptors::most(machine.config()));
         if self.mode == Mode::Off {
-            return Ok(self.leave_host(machine)?);
+            return Ok(self.leave_host(kept)?);
         }
         let failed = |what: &'static str| move |error| format!("cannot {what} (--sandbox): {error}");
         sandbox::name_violations(self.mode == Mode::Log).map_err(failed("handle SIGSYS"))?;
@@ -108,15 +111,15 @@ impl Process {
                 Some(_) => machine.config().folders().collect(),
                 None => [machine.opened_later(), self.later.clone()].concat(),
             };
-            // Before the paths are gone.
-            let rules = if self.asked { None } else { self.rules(&allowed)? };
-            self.leave_host(machine)?;
-            sandbox::drop_capabilities(self.kept(machine.config())).map_err(failed("give up capabilities"))?;
+            // Of what is asked of a machine in a jail, nothing takes a path.
+            let rules = if self.asked && self.jail.is_none() { None } else { self.rules(&allowed)? };
+            self.leave_host(kept)?;
+            sandbox::drop_capabilities(kept).map_err(failed("give up capabilities"))?;
             let limit = |most| Rlimit { current: Some(most), maximum: Some(most) };
             setrlimit(Resource::Core, limit(0)).map_err(failed("turn off core dumps"))?;
             // Saving a machine reads what only the owner of the process may, who has nothing of one without dumps.
             if !self.asked {
-                if let Some(most) = descriptors::most(machine.config()) {
+                if let Some(most) = most {
                     setrlimit(Resource::Nofile, limit(most)).map_err(failed("limit descriptors"))?;
                 }
                 let none = DumpableBehavior::NotDumpable;
@@ -124,7 +127,7 @@ impl Process {
             }
             rules.map_or(Ok(()), |rules| rules.restrict())?;
         } else {
-            self.leave_host(machine)?;
+            self.leave_host(kept)?;
         }
         machine
             .sandbox()
@@ -135,8 +138,8 @@ impl Process {
     }
 
     /// Enters the jail, if there is to be one.
-    fn leave_host(&self, machine: &Machine) -> Result<(), jail::Error> {
-        self.jail.as_ref().map_or(Ok(()), |jail| jail.enter(self.kept(machine.config())))
+    fn leave_host(&self, kept: CapabilitySet) -> Result<(), jail::Error> {
+        self.jail.as_ref().map_or(Ok(()), |jail| jail.enter(kept))
     }
 
     /// Closes the descriptors that the process was started with and that nobody names, in the arguments or in `config`.

@@ -386,6 +386,9 @@ impl Snapshot {
         if saved != asked {
             return Err(Error::Other { what: "commands", saved, asked });
         }
+        if self.config.root_folder().is_some() {
+            return saveable(&self.config);
+        }
         // What was saved waits for its command.
         saveable(&Config { command: None, ..self.config.clone() })
     }
@@ -420,7 +423,7 @@ pub(super) fn saveable(config: &Config) -> Result<(), Error> {
     if config.command.is_some() {
         // Its streams are those of this process.
         Err(Error::Unsaveable("a command, whose streams are on the host: run the guest's own init"))
-    } else if !config.shares.is_empty() {
+    } else if config.has_folders() {
         // The guest knows files by numbers that stand for what is open here.
         Err(Error::Unsaveable("shared folders, of which the guest has files open on the host: use a disk"))
     } else if config.hugepages {

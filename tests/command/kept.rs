@@ -1,7 +1,7 @@
 //! Root file systems whose changes are kept: folders that are written to, and overlays in a file.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
 
@@ -38,10 +38,18 @@ fn a_folder_is_the_root_and_is_written() {
     let tree = tree();
     fs::create_dir(tree.path().join("private")).unwrap();
     fs::set_permissions(tree.path().join("private"), fs::Permissions::from_mode(0o700)).unwrap();
-    let script = "mount; cat /data/file; echo new >/data/file; mkdir -p /made/here; echo x >/tmp/x; \
+    fs::write(tree.path().join("private/file"), "").unwrap();
+    for path in ["private", "private/file"] {
+        chown(tree.path().join(path), Some(4321), Some(4321)).unwrap();
+    }
+    let script = "mount; cat /private/file; cat /data/file; echo new >/data/file; mkdir -p /made/here; echo x >/tmp/x; \
                   chown 1000:100 /made; id -u >/made/user; ln -s file /data/link; exit 4";
-    for (kernel, before) in [(Kernel::Tiny, "from the image\n"), (Kernel::Debian61, "new\n")] {
-        let ended = shell(kernel, tree.path(), script).flag("--rw").run();
+    for (kernel, before, flags) in [
+        (Kernel::Tiny, "from the image\n", ["--rw", "--sandbox=on"]),
+        (Kernel::Debian61, "new\n", ["--rw", "--sandbox=on"]),
+        (Kernel::Tiny, "new\n", ["--rw", "--jail"]),
+    ] {
+        let ended = flags.into_iter().fold(shell(kernel, tree.path(), script), Guest::flag).run();
         ended.require(ended.status == 4 && ended.stdout.contains("root on / type virtiofs (rw"), "it is the root");
         ended.require(ended.stdout.ends_with(before), "it is read");
         fs::remove_file(tree.path().join("data/link")).unwrap();

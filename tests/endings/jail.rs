@@ -189,8 +189,8 @@ fn root_has_folders_in_a_jail_and_nothing_above_them() {
     running.wait_for("changed");
     let launcher = running.pid().as_raw_pid();
     let pid = machine_of(launcher);
-    // CAP_CHOWN, _DAC_OVERRIDE, _DAC_READ_SEARCH, _FOWNER, _FSETID and _SETFCAP.
-    sees_folders(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff, "000000008000001f");
+    // CAP_CHOWN, _DAC_OVERRIDE, _FOWNER and _FSETID.
+    sees_folders(pid, 0x7000_0000 | launcher.cast_unsigned() & 0x00ff_ffff, "000000000000001b");
     goes_no_further_up(pid, folder.path());
     running.write("\n");
     let ended = running.wait().succeeded();

@@ -3,6 +3,7 @@
 //! The guest's FUSE client sends requests; `server` answers them from the `tree` of files. File data moves between
 //! the guest's buffers and the host's page cache without a copy in between.
 
+mod detached;
 mod server;
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,7 @@ use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat,
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use super::detached;
 use super::wire::{Attr, fattr};
 
 /// The node number of the shared folder itself: `FUSE_ROOT_ID`.
@@ -91,20 +92,17 @@ pub struct NewAttr {
 }
 
 impl Tree {
-    /// The folder at `path`; one that is to be `detached` has nothing above it, and is what it was now where file systems are
-    /// mounted below it, which takes CAP_SYS_ADMIN.
+    /// The folder at `path`, maybe [`detached`].
     pub fn open(path: &Path, readonly: bool, detached: bool) -> io::Result<Self> {
-        let open = |path: &Path| {
+        let open = |path: &Path, readonly: bool| {
             if detached {
-                use rustix::mount::{OpenTreeFlags as Flags, open_tree};
-                let flags = Flags::OPEN_TREE_CLONE | Flags::AT_RECURSIVE | Flags::OPEN_TREE_CLOEXEC;
-                open_tree(fs::CWD, path, flags)
+                detached::open(path, readonly)
             } else {
-                fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                Ok(fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
             }
         };
-        let descriptors = open(Path::new("/proc/self/fd"))?;
-        let fd = open(path)?;
+        let descriptors = open(Path::new("/proc/self/fd"), false)?;
+        let fd = open(path, readonly)?;
         let stat = stat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Err(Errno::NOTDIR.into());
@@ -389,7 +387,12 @@ impl Tree {
 
     /// The names of the extended attributes, each with a NUL byte at its end.
     pub fn list_xattr(&self, number: u64) -> Result<Vec<u8>> {
-        let Some(file) = self.with_xattrs(number)? else { return Ok(vec![]) };
+        let file = match self.with_xattrs(number) {
+            Ok(Some(file)) => file,
+            // The names may be asked for where the values may not be read.
+            Ok(None) | Err(Errno::ACCESS) => return Ok(vec![]),
+            Err(error) => return Err(error),
+        };
         let mut names = vec![0; 64 << 10];
         let length = fs::flistxattr(file, &mut names)?;
         names.truncate(length);
