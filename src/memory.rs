@@ -16,8 +16,8 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    VolatileSlice,
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 
 /// The guest's memory. A clone refers to the same pages.
@@ -131,6 +131,50 @@ fn free_huge_pages() -> u64 {
 
 fn is_huge(region: &GuestRegionMmap<()>) -> bool {
     region.flags() & libc::MAP_HUGETLB != 0
+}
+
+/// So many bytes of guest memory, if they are all in one region. There are few regions: that of the address is found sooner by
+/// looking at each.
+pub fn slice(ram: &GuestRam, at: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
+    let offset = |region: &GuestRegionMmap| at.0.wrapping_sub(region.start_addr().0);
+    let region = ram.iter().find(|region| offset(region) < region.len())?;
+    region.get_slice(MemoryRegionAddress(offset(region)), len).ok()
+}
+
+/// An object in guest memory. As `read_obj`, which is made for those that lie in several regions: no ring or header does.
+///
+/// # Errors
+/// When it is not all in guest memory.
+pub fn read_obj<T: ByteValued>(ram: &GuestRam, at: GuestAddress) -> Result<T, GuestMemoryError> {
+    match slice(ram, at, size_of::<T>()) {
+        Some(slice) => Ok(slice.get_ref(0)?.load()),
+        None => ram.read_obj(at),
+    }
+}
+
+/// Writes an object to guest memory, as [`read_obj`] reads one.
+///
+/// # Errors
+/// When it is not all in guest memory.
+pub fn write_obj<T: ByteValued>(ram: &GuestRam, object: T, at: GuestAddress) -> Result<(), GuestMemoryError> {
+    match slice(ram, at, size_of::<T>()) {
+        Some(slice) => slice.get_ref(0).map(|place| place.store(object)).map_err(GuestMemoryError::from),
+        None => ram.write_obj(object, at),
+    }
+}
+
+/// Fills `bytes` from guest memory, as [`read_obj`].
+///
+/// # Errors
+/// When they are not all in guest memory.
+pub fn read_slice(ram: &GuestRam, bytes: &mut [u8], at: GuestAddress) -> Result<(), GuestMemoryError> {
+    match slice(ram, at, bytes.len()) {
+        Some(slice) => {
+            slice.copy_to(bytes);
+            Ok(())
+        }
+        None => ram.read_slice(bytes, at),
+    }
 }
 
 /// Gives the pages of `range`, of guest-physical addresses, back to the host: whole pages, none of which is counted as

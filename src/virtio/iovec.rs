@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 
 /// The most buffers of a list: what one system call takes (`UIO_MAXIOV`), less one for the `rest` of [`Iovecs::readv`]
 /// or the `front` of [`Iovecs::writev_after`].
@@ -150,14 +150,13 @@ impl Iovecs {
     /// Adds the `len` bytes at `addr`; an empty buffer adds nothing. After an error some of them may have been
     /// added: [`truncate`](Self::truncate) takes those back.
     pub fn push(&mut self, addr: GuestAddress, len: u32) -> Result<(), Error> {
-        // More than one slice only where two regions of guest memory meet.
+        if let Some(slice) = memory::slice(&self.ram, addr, len as usize) {
+            return if slice.is_empty() { Ok(()) } else { add(&mut self.list, &mut self.bytes, &slice) };
+        }
+        // Where two regions of guest memory meet.
         for slice in self.ram.get_slices(addr, len as usize) {
             let slice = slice.map_err(|_| Error::Address { addr: addr.0, len })?;
-            if self.list.len() == MAX {
-                return Err(Error::Full);
-            }
-            self.list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
-            self.bytes += slice.len();
+            add(&mut self.list, &mut self.bytes, &slice)?;
         }
         Ok(())
     }
@@ -268,6 +267,16 @@ fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
             }
         }
     }
+}
+
+/// Adds a buffer to a list of so many bytes.
+fn add(list: &mut Vec<libc::iovec>, bytes: &mut usize, slice: &VolatileSlice<'_>) -> Result<(), Error> {
+    if list.len() == MAX {
+        return Err(Error::Full);
+    }
+    list.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
+    *bytes += slice.len();
+    Ok(())
 }
 
 #[cfg(test)]

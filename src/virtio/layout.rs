@@ -2,9 +2,9 @@
 //!
 //! The driver says with the order of the bytes what they are, not with the cuts (virtio 1.2, 2.7.4.1).
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::virtio::iovec::{self, Iovecs};
 use crate::virtio::queue::Chain;
 
@@ -41,7 +41,7 @@ impl Bytestream {
             let Some((addr, len)) = self.buffers.get_mut(self.first) else { return false };
             let count = data.len().min(*len as usize);
             let (now, later) = data.split_at_mut(count);
-            if ram.read_slice(now, *addr).is_err() {
+            if memory::read_slice(ram, now, *addr).is_err() {
                 return false;
             }
             data = later;

@@ -5,6 +5,7 @@
 
 pub mod balloon;
 pub mod blk;
+mod chain;
 pub mod change;
 pub mod device;
 pub mod fs;

@@ -8,16 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use super::chain::Chain;
 use crate::interrupt::Interrupt;
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::metrics::Counter;
-
-/// A request: descriptors that the driver chained together.
-pub type Chain<'a> = DescriptorChain<&'a GuestRam>;
 
 /// The driver broke the ring. The device cannot go on until the driver resets it.
 #[derive(Debug, thiserror::Error)]
@@ -223,19 +221,29 @@ impl Queue {
 
     /// Takes the next available request, if there is one.
     pub fn pop<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Chain<'a>>, Error> {
-        let (index, size) = (self.index, self.ring.size());
-        let error = |source| Error::Ring { index, what: "cannot read the available ring", source };
-        let chain = self.ring.iter(ram).map_err(error)?.next();
+        let error = |source| self.error("cannot read the available ring", source);
+        let memory = |source| error(virtio_queue::Error::GuestMemory(source));
+        let (ring, size, next) = (self.ring.avail_ring(), self.ring.size(), self.ring.next_avail());
+        let available = ram.load(GuestAddress(ring + 2), Ordering::Acquire).map(u16::from_le).map_err(memory)?;
+        if available == next {
+            return Ok(None);
+        }
+        if available.wrapping_sub(next) > size {
+            return Err(error(virtio_queue::Error::InvalidAvailRingIndex));
+        }
+        let slot = GuestAddress(ring + 4 + 2 * u64::from(next % size));
+        let head = ram.load(slot, Ordering::Relaxed).map(u16::from_le).map_err(memory)?;
         // A head that is no descriptor could never be given back.
-        if chain.as_ref().is_some_and(|chain| chain.head_index() >= size) {
+        if head >= size {
             return Err(error(virtio_queue::Error::InvalidDescriptorIndex));
         }
-        Ok(chain)
+        self.ring.set_next_avail(next.wrapping_add(1));
+        Ok(Some(Chain::new(ram, self.ring.desc_table(), size, head)))
     }
 
     /// Puts back the request popped last, if its head has not been added to the used ring.
     pub fn undo_pop(&mut self) {
-        self.ring.go_to_previous_position();
+        self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(1));
     }
 
     /// Puts requests back that were popped, when all others that were have been given back: they are the next ones.
@@ -258,21 +266,20 @@ impl Queue {
     /// Gives the request `head` back to the driver, `written` bytes of it written by the device. The driver is not
     /// told: see [`Queue::notify`].
     pub fn add_used(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), Error> {
-        let result = self.ring.add_used(ram, head, written);
-        result.map_err(|source| self.error("cannot write the used ring", source))
+        self.add_used_together(ram, std::iter::once((head, written)))
     }
 
     /// Gives several requests back at once, each with the bytes written: the driver sees all of them or none yet.
     pub fn add_used_together(&mut self, ram: &GuestRam, used: impl Iterator<Item = (u16, u32)>) -> Result<(), Error> {
-        let memory = |source| self.error("cannot write the used ring", virtio_queue::Error::GuestMemory(source));
+        let error = |source| self.error("cannot write the used ring", virtio_queue::Error::GuestMemory(source));
         let ring = self.ring.used_ring();
         let mut next = self.ring.next_used();
         for (head, written) in used {
             let slot = GuestAddress(ring + 4 + 8 * u64::from(next % self.ring.size()));
-            ram.write_obj([u32::from(head).to_le(), written.to_le()], slot).map_err(memory)?;
+            memory::write_obj(ram, [u32::from(head).to_le(), written.to_le()], slot).map_err(error)?;
             next = next.wrapping_add(1);
         }
-        ram.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release).map_err(memory)?;
+        ram.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release).map_err(error)?;
         self.ring.set_next_used(next);
         Ok(())
     }

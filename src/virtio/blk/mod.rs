@@ -19,7 +19,7 @@ use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use self::image::Image;
 pub use self::image::{Error, Opened};
@@ -32,7 +32,7 @@ use super::layout::Layout;
 use super::queue::{Chain, SERVE_FOR};
 use super::rate_limiter::RateLimiter;
 use crate::limit::Limit;
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::metrics::{Counter, Metrics};
 
 /// Bytes in a sector, the unit of all that the driver asks for.
@@ -409,7 +409,7 @@ impl Blk {
             Err(failure) => self.fail(failure)?,
         };
         let status = u8::try_from(status).expect("a status is a byte");
-        ram.write_obj(status, request.status_at).expect("take_last found it in guest memory");
+        memory::write_obj(ram, status, request.status_at).expect("take_last found it in guest memory");
         // The status comes last: it counts only if all before it was written (2.7.8.2).
         let written = written + u64::from(written == request.room);
         Some(u32::try_from(written).expect("a chain has less than 4 GiB"))

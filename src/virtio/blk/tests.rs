@@ -5,6 +5,8 @@ use std::sync::atomic::{Ordering, fence};
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
+use vm_memory::Bytes;
+
 use super::*;
 use crate::bus::BusDevice;
 use crate::virtio::testing::{BUFFERS, Buffer, Driver, END};
