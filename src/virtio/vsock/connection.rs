@@ -72,6 +72,8 @@ pub struct Connection {
     to_tell: u32,
     /// What the guest said of directions that ended.
     heard: u32,
+    /// The host's end was told that there will be no more data. Each time it is told is an event.
+    shut: bool,
     /// The guest's buffer space and how much it passed on, as it last said.
     peer_buf_alloc: u32,
     peer_fwd_cnt: u32,
@@ -104,6 +106,7 @@ impl Connection {
             told: 0,
             to_tell: 0,
             heard: 0,
+            shut: false,
             peer_buf_alloc: 0,
             peer_fwd_cnt: 0,
             sent: 0,
@@ -227,7 +230,9 @@ impl Connection {
                 // Both ends agree: nothing is left to do but to say so.
                 return Err(Over);
             }
-            let _ = self.stream.shutdown(Shutdown::Write);
+            if !std::mem::replace(&mut self.shut, true) {
+                let _ = self.stream.shutdown(Shutdown::Write);
+            }
         }
         Ok(())
     }
@@ -348,6 +353,42 @@ mod tests {
         let mut rest = &b"CONNECT 1\nhello"[..];
         assert_eq!(read_line(&mut rest, &mut Vec::new()), Ok(Some(1)));
         assert_eq!(rest, b"hello");
+    }
+
+    #[test]
+    fn a_half_that_is_closed_is_closed_once() {
+        use rustix::event::{Timespec, epoll};
+        let (stream, mut host) = UnixStream::pair().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&events, &stream, epoll::EventData::new_u64(0), flags).unwrap();
+        let (at_once, mut buffer) = (Timespec::default(), Vec::with_capacity(4));
+        let mut happens = || {
+            buffer.clear();
+            epoll::wait(&events, rustix::buffer::spare_capacity(&mut buffer), Some(&at_once)).unwrap() > 0
+        };
+        let header = |op| Header {
+            src_cid: 3,
+            dst_cid: HOST_CID,
+            src_port: 1,
+            dst_port: 2,
+            len: 0,
+            kind: STREAM,
+            op: Some(op),
+            flags: SENDS_NO_MORE,
+            buf_alloc: 4096,
+            fwd_cnt: 0,
+        };
+        let mut connection = Connection::from_guest(stream, &header(Op::Request));
+        let ram = crate::memory::reserve(&[0..0x1000]).unwrap();
+        connection.receive(&header(Op::Shutdown), &mut Iovecs::new(&ram)).unwrap();
+        assert_eq!(host.read(&mut [0]).unwrap(), 0, "the host's end hears of it");
+        // What the device does for each event makes no other.
+        let rounds = (0..10).take_while(|_| happens() && connection.host_ready() == Ok(())).count();
+        assert!(rounds < 3, "{rounds}");
+        host.write_all(b"x").unwrap();
+        assert!(happens(), "it still sends");
     }
 
     #[test]
