@@ -386,9 +386,8 @@ impl Snapshot {
         if saved != asked {
             return Err(Error::Other { what: "commands", saved, asked });
         }
-        if self.config.root_folder().is_some() {
-            return saveable(&self.config);
-        }
+        // No machine that has any is saved; but a state may be somebody's own work.
+        has_no_folders(&self.config)?;
         // What was saved waits for its command.
         saveable(&Config { command: None, ..self.config.clone() })
     }
@@ -418,19 +417,24 @@ fn layer(path: &Path, state: &State) -> Result<Layer, Error> {
     Ok(Layer { file: Arc::new(file), id: file_id(&metadata), changed })
 }
 
+fn has_no_folders(config: &Config) -> Result<(), Error> {
+    if config.has_folders() {
+        // The guest knows files by numbers that stand for what is open here.
+        return Err(Error::Unsaveable("shared folders, of which the guest has files open on the host: use a disk"));
+    }
+    Ok(())
+}
+
 /// Whether all of a machine can be saved.
 pub(super) fn saveable(config: &Config) -> Result<(), Error> {
     if config.command.is_some() {
         // Its streams are those of this process.
         Err(Error::Unsaveable("a command, whose streams are on the host: run the guest's own init"))
-    } else if config.has_folders() {
-        // The guest knows files by numbers that stand for what is open here.
-        Err(Error::Unsaveable("shared folders, of which the guest has files open on the host: use a disk"))
     } else if config.hugepages {
         // A child that has the memory as it was would need as many again.
         Err(Error::Unsaveable("memory in huge pages, of which the host has no copy: run it without --hugepages"))
     } else {
-        Ok(())
+        has_no_folders(config)
     }
 }
 

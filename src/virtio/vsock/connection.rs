@@ -340,6 +340,13 @@ mod tests {
 
     use super::*;
 
+    /// What a guest without buffers sends.
+    fn header(op: Op, flags: u32) -> Header {
+        let (src_cid, dst_cid, src_port, dst_port) = (3, HOST_CID, 1, 2);
+        let op = Some(op);
+        Header { src_cid, dst_cid, src_port, dst_port, len: 0, kind: STREAM, op, flags, buf_alloc: 0, fwd_cnt: 0 }
+    }
+
     #[test]
     fn a_client_asks_for_a_port() {
         let ask = |text: &[u8]| read_line(&mut &text[..], &mut Vec::new());
@@ -368,21 +375,9 @@ mod tests {
             buffer.clear();
             epoll::wait(&events, rustix::buffer::spare_capacity(&mut buffer), Some(&at_once)).unwrap() > 0
         };
-        let header = |op| Header {
-            src_cid: 3,
-            dst_cid: HOST_CID,
-            src_port: 1,
-            dst_port: 2,
-            len: 0,
-            kind: STREAM,
-            op: Some(op),
-            flags: SENDS_NO_MORE,
-            buf_alloc: 4096,
-            fwd_cnt: 0,
-        };
-        let mut connection = Connection::from_guest(stream, &header(Op::Request));
+        let mut connection = Connection::from_guest(stream, &header(Op::Request, 0));
         let ram = crate::memory::reserve(&[0..0x1000]).unwrap();
-        connection.receive(&header(Op::Shutdown), &mut Iovecs::new(&ram)).unwrap();
+        connection.receive(&header(Op::Shutdown, SENDS_NO_MORE), &mut Iovecs::new(&ram)).unwrap();
         assert_eq!(host.read(&mut [0]).unwrap(), 0, "the host's end hears of it");
         // What the device does for each event makes no other.
         let rounds = (0..10).take_while(|_| happens() && connection.host_ready() == Ok(())).count();
@@ -396,18 +391,7 @@ mod tests {
         let (mut stream, _host) = UnixStream::pair().unwrap();
         stream.set_nonblocking(true).unwrap();
         while stream.write(&[0; 4096]).is_ok() {}
-        let header = Header {
-            src_cid: 3,
-            dst_cid: HOST_CID,
-            src_port: 1,
-            dst_port: 2,
-            len: 0,
-            kind: STREAM,
-            op: Some(Op::Rw),
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
-        };
+        let header = header(Op::Rw, 0);
         let mut connection = Connection::from_guest(stream, &header);
         let ram = crate::memory::reserve(&[0..512 << 20]).unwrap();
         let mut data = Iovecs::new(&ram);
