@@ -137,10 +137,10 @@ pub(super) const STORAGE: &List = &[
 /// Disks that have a ring of io_uring's, which was restricted before: to reading, writing and flushing the disk's file.
 pub(super) const RINGS: &List = &[(SYS_io_uring_enter, Any)];
 
-/// Disks that may be given other files, under the same number.
+/// Disks are given other files, under the same number.
 pub(super) const OTHER_DISKS: &List = &[(SYS_dup3, Any)];
 
-/// And that have a ring.
+/// And so are their rings.
 pub(super) const RING_FILES: &List = &[(SYS_io_uring_register, Is(1, &[IORING_REGISTER_FILES_UPDATE]))];
 
 const IORING_REGISTER_FILES_UPDATE: u32 = 6;

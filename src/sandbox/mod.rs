@@ -149,13 +149,10 @@ impl Role {
         lists.extend((self == Self::Vcpu && files.folders).then_some(FILES));
         let has_disks = matches!(self, Self::Main | Self::Vcpu | Self::Disk | Self::Control);
         lists.extend((files.rings && has_disks).then_some(RINGS));
-        if files.disks && has_disks {
-            lists.push(OTHER_DISKS);
+        if files.disks && matches!(self, Self::Main | Self::Control) {
+            // Who asks gives a disk its file, makes a new limit with its timer, and starts the disk's thread again.
+            lists.extend([OTHER_DISKS, STORAGE, EVENTS]);
             lists.extend(files.rings.then_some(RING_FILES));
-        }
-        if files.disks && self == Self::Control {
-            // A disk that has no thread is changed by this one, and a new limit made with its timer.
-            lists.extend([STORAGE, EVENTS]);
         }
         lists
     }
@@ -372,8 +369,17 @@ mod tests {
             }
             let opens = |role: Role| may(role, folders, disks).contains(&libc::SYS_openat);
             assert_eq!([Role::Vcpu, Role::Disk, Role::Network, Role::Share].map(opens), [folders, false, false, true]);
-            let replaces = |role: Role| may(role, folders, disks).contains(&libc::SYS_dup3);
-            assert_eq!((replaces(Role::Disk), replaces(Role::Network)), (disks, false));
+            for call in [libc::SYS_dup3, libc::SYS_io_uring_register] {
+                let replaces = |role: Role| may(role, folders, disks).contains(&call);
+                assert_eq!(
+                    [Role::Control, Role::Vcpu, Role::Disk, Role::Network].map(replaces),
+                    [disks, false, false, false]
+                );
+            }
+            // It starts the thread of a disk again.
+            if disks {
+                assert!(may(Role::Disk, folders, disks).is_subset(&may(Role::Control, folders, disks)));
+            }
             assert!(!may(Role::Main, folders, disks).contains(&libc::SYS_execve));
             assert!(!may(Role::Disk, folders, disks).contains(&libc::SYS_sendto));
             let enters = |role: Role| may(role, folders, disks).contains(&libc::SYS_io_uring_enter);

@@ -10,7 +10,8 @@ use crate::size::Size;
 /// A change of one device.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// Another file or block device behind a disk. With what it has already, the size that this has now.
+    /// Another file or block device behind a disk, which is paused meanwhile. With what it has already, the size that this
+    /// has now.
     Disk(blk::Opened),
     /// The rate limits of a disk, or of the random number device.
     Rates(Rates),

@@ -190,10 +190,16 @@ impl Mmio {
         Arc::new(Counts { device: self.metrics.clone(), interrupt: self.interrupt.clone() })
     }
 
-    /// Changes the device, or has its thread do it, and returns at once. The answer comes when it is done; none comes
+    /// Changes the device, or has its thread do it and returns at once. The answer comes when it is done; none comes
     /// when the driver reset the device before: then the change is to be asked for again.
+    ///
+    /// A disk is given another file here, between two requests: in a [sandbox](Self::sandboxed) its thread may not do that.
     pub fn change(&mut self, change: Change) -> mpsc::Receiver<Result<(), change::Error>> {
         let (answer, answered) = mpsc::channel();
+        let pauses = matches!((&self.owner, &change), (Owner::Thread(_), Change::Disk(_)));
+        if pauses {
+            self.pause();
+        }
         let request = Request { change, answer };
         match &mut self.owner {
             Owner::Transport(device) | Owner::Restored(device, _) => {
@@ -205,6 +211,9 @@ impl Mmio {
             Owner::Nobody => {
                 request.answer(Err(change::Error::Gone));
             }
+        }
+        if pauses {
+            self.resume();
         }
         answered
     }

@@ -720,17 +720,10 @@ impl VirtioDevice for Blk {
         self.limit.as_ref().map_or(Ok(()), |limit| limit.watch(LIMIT, io))
     }
 
-    fn change(&mut self, change: &Change, mut io: Option<&mut Io>) -> Result<(), change::Error> {
+    fn change(&mut self, change: &Change, io: Option<&mut Io>) -> Result<(), change::Error> {
         match change {
-            Change::Disk(opened) => {
-                if let Some(io) = &mut io {
-                    self.pause(io)?;
-                }
-                let changed = self.set_image(opened);
-                // The driver may have been told not to notify, as what was under way would call.
-                io.iter().for_each(|io| io.kick_all());
-                changed
-            }
+            // Nothing is under way: the device is paused.
+            Change::Disk(opened) => self.set_image(opened),
             Change::Rates(rates) => self.set_rates(*rates, io).map_err(change::Error::Timer),
             other => Err(other.unsupported()),
         }
