@@ -36,6 +36,8 @@ pub enum State {
     Open,
     /// Nothing more will come from either end; the guest has still to hear of it, or to agree.
     Closing,
+    /// The guest has forgotten it, after it had said all. The host's end has still to take that.
+    Left,
 }
 
 /// What a packet to the guest was made of.
@@ -65,7 +67,7 @@ pub struct Connection {
     pending: Option<Op>,
     /// The guest is to hear how much was passed on.
     update: bool,
-    /// The guest was asked for its credit, and has not answered.
+    /// The guest was asked for its credit since it had any: it tells by itself when that changes.
     asked: bool,
     /// What the guest was told of directions that ended, and what it should be told.
     told: u32,
@@ -134,8 +136,15 @@ impl Connection {
     /// The host's end may have become readable or writable.
     pub fn host_ready(&mut self) -> Result<(), Over> {
         self.readable = true;
-        if self.ended && self.state == State::Open && self.heard & RECEIVES_NO_MORE == 0 {
-            self.host_ended();
+        match self.state {
+            State::Open if self.ended && self.heard & RECEIVES_NO_MORE == 0 => self.host_ended(),
+            // What it sends is not read, and its end not seen.
+            State::Open if self.ended && self.is_hung_up() => {
+                self.to_tell = BOTH;
+                self.lose_host()?;
+            }
+            State::Requested if self.is_hung_up() => return Err(Over),
+            _ => {}
         }
         if let State::Asking(line) = &mut self.state {
             let Some(port) = read_line(&mut self.stream, line)? else { return Ok(()) };
@@ -176,9 +185,27 @@ impl Connection {
         }
     }
 
+    /// The guest has forgotten the connection. What it had said before that it says no more is for the host's end still.
+    ///
+    /// # Errors
+    /// When there is nothing of that: the connection is no more.
+    pub fn leave(&mut self) -> Result<(), Over> {
+        if self.heard & SENDS_NO_MORE == 0 || self.backlog.is_empty() {
+            return Err(Over);
+        }
+        self.state = State::Left;
+        Ok(())
+    }
+
+    /// Whether the host's end is closed, or both directions are.
+    fn is_hung_up(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && !fds[0].revents().is_empty()
+    }
+
     fn take_credit(&mut self, header: &Header) {
         (self.peer_buf_alloc, self.peer_fwd_cnt) = (header.buf_alloc, header.fwd_cnt);
-        self.asked = false;
     }
 
     /// Passes data on, or keeps it.
@@ -226,7 +253,7 @@ impl Connection {
             self.update = true;
         }
         if self.backlog.is_empty() && self.heard & SENDS_NO_MORE != 0 {
-            if self.heard & RECEIVES_NO_MORE != 0 {
+            if self.heard & RECEIVES_NO_MORE != 0 || self.state == State::Left {
                 // Both ends agree: nothing is left to do but to say so.
                 return Err(Over);
             }
@@ -239,6 +266,9 @@ impl Connection {
 
     /// The host's end takes nothing any more. What it sent before may still be there.
     fn lose_host(&mut self) -> Result<(), Over> {
+        if self.state == State::Left {
+            return Err(Over);
+        }
         self.fwd_cnt = self.received;
         self.backlog = Vec::new();
         self.to_tell |= RECEIVES_NO_MORE;
@@ -248,6 +278,9 @@ impl Connection {
     /// Makes the next packet to the guest. Data is read into `buffers`, which are those of one packet, without its
     /// header.
     pub fn next(&mut self, buffers: &mut Iovecs) -> Next {
+        if self.state == State::Left {
+            return Next::Nothing;
+        }
         if let Some(op) = self.pending.take() {
             return Next::Control(self.header(op, 0));
         }
@@ -260,6 +293,7 @@ impl Connection {
                     return Next::Control(self.header(Op::CreditRequest, 0));
                 }
             } else {
+                self.asked = false;
                 buffers.limit(credit as usize);
                 match buffers.readv(&self.stream, &mut []) {
                     Ok(0) => self.host_ended(),
@@ -288,12 +322,9 @@ impl Connection {
 
     /// The host's end has said all. If it hung up, it does not listen either.
     fn host_ended(&mut self) {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
         self.ended = true;
         self.to_tell |= SENDS_NO_MORE;
-        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
-        let hung_up = poll(&mut fds, Some(&Timespec::default())).is_ok() && !fds[0].revents().is_empty();
-        if hung_up {
+        if self.is_hung_up() {
             let _ = self.lose_host();
         }
     }

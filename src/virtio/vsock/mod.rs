@@ -372,10 +372,22 @@ impl Running {
         Some(connection)
     }
 
+    /// Forgets a connection as the guest has, or has only the host's end take what is there for it: the guest may have another
+    /// one with these ports.
+    fn leave(&mut self, token: u32, io: &Io) {
+        if let Some(Some(connection)) = self.connections.get_mut(token as usize)
+            && connection.leave() == Ok(())
+        {
+            self.by_ports.remove(&connection.ports);
+        } else {
+            drop(self.remove(token, io));
+        }
+    }
+
     /// Forgets a connection, and tells the guest if it knows of it.
     fn reset(&mut self, token: u32, io: &Io) {
         if let Some(connection) = self.remove(token, io)
-            && !matches!(connection.state, State::Asking(_))
+            && !matches!(connection.state, State::Asking(_) | State::Left)
         {
             self.push_reset(connection.ports);
         }
@@ -499,7 +511,7 @@ impl Running {
         let ports = Ports { host: header.dst_port, guest: header.src_port };
         let known = self.by_ports.get(&ports).copied();
         match (header.op, known) {
-            (Some(Op::Rst), Some(token)) => drop(self.remove(token, io)),
+            (Some(Op::Rst), Some(token)) => self.leave(token, io),
             (Some(Op::Rst), None) => {}
             (Some(Op::Request), None) if header.kind == STREAM => {
                 self.statistics.connections_from_guest.inc();

@@ -70,10 +70,21 @@ impl Guest {
 
     /// The next packet, which `make` may first cause.
     fn receive(&mut self) -> (Header, Vec<u8>) {
+        let at = self.offer();
+        self.received_at(at)
+    }
+
+    /// Gives a buffer to receive a packet in: where it is.
+    fn offer(&mut self) -> u64 {
         // In two parts, the header's end in the second.
         let at = IN + u64::from(self.received % 16) * 0x4000;
         self.received += 1;
         self.driver.rings[RX].add(&[(at, 40, true), (at + 0x1000, ROOM, true)]);
+        at
+    }
+
+    /// What comes into that.
+    fn received_at(&mut self, at: u64) -> (Header, Vec<u8>) {
         let used = self.driver.finish(RX, 1);
         let mut bytes = self.driver.get(at, 40);
         bytes.extend(self.driver.get(at + 0x1000, ROOM as usize));
@@ -165,6 +176,57 @@ fn a_client_that_hangs_up_ends_the_connection() {
 }
 
 #[test]
+fn a_client_that_gives_up_is_not_waited_for() {
+    let mut guest = Guest::new();
+    let mut client = guest.client();
+    client.write_all(b"CONNECT 99\n").unwrap();
+    let (request, _) = guest.receive_op(Op::Request);
+    drop(client);
+    let (reset, _) = guest.receive_op(Op::Rst);
+    assert_eq!((reset.src_port, reset.dst_port), (request.src_port, 99));
+}
+
+#[test]
+fn the_end_of_a_host_that_is_not_read_from_is_told() {
+    let mut guest = Guest::new();
+    let host = guest.open(1);
+    guest.send(Header { flags: RECEIVES_NO_MORE, ..Guest::header(Op::Shutdown, 1, PORT) }, b"");
+    drop(host);
+    let (header, _) = guest.receive_op(Op::Shutdown);
+    assert_eq!(header.flags, RECEIVES_NO_MORE | SENDS_NO_MORE);
+    guest.send(Header { flags: 3, ..Guest::header(Op::Shutdown, 1, PORT) }, b"");
+    guest.receive_op(Op::Rst);
+}
+
+/// As Linux ends a connection whose other end does not agree to its end within eight seconds.
+#[test]
+fn what_was_sent_before_a_reset_arrives() {
+    let mut guest = Guest::new();
+    let mut host = guest.open(1);
+    let part = |index: u8| vec![index; 0x1_0000];
+    (0..4).for_each(|index| guest.send(Guest::header(Op::Rw, 1, PORT), &part(index)));
+    guest.send(Header { flags: 3, ..Guest::header(Op::Shutdown, 1, PORT) }, b"");
+    guest.send(Guest::header(Op::Rst, 1, PORT), b"");
+    // Its ports are free.
+    let mut other = guest.open(1);
+    guest.send(Guest::header(Op::Rw, 1, PORT), b"other");
+    let mut text = [0; 5];
+    other.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"other");
+
+    let mut all = vec![];
+    host.read_to_end(&mut all).unwrap();
+    assert!(all == (0..4).flat_map(part).collect::<Vec<_>>(), "{} bytes of {}", all.len(), 4 * 0x1_0000);
+
+    // Without an end before it, a reset is one.
+    (0..4).for_each(|index| guest.send(Guest::header(Op::Rw, 1, PORT), &part(index)));
+    guest.send(Guest::header(Op::Rst, 1, PORT), b"");
+    all.clear();
+    other.read_to_end(&mut all).unwrap();
+    assert!(all.len() < 4 * 0x1_0000);
+}
+
+#[test]
 fn nobody_listens() {
     let mut guest = Guest::new();
     guest.send(Guest::header(Op::Request, 1, PORT), b"");
@@ -194,8 +256,15 @@ fn credit_is_kept_in_both_directions() {
     host.write_all(b"0123456789abcdef").unwrap();
     assert_eq!(guest.receive_op(Op::Rw).1, b"0123456789");
     guest.receive_op(Op::CreditRequest);
+    // It is asked once, as long as it has none. When the second is taken, all that follows from the first is done.
+    let at = guest.offer();
+    for _ in 0..2 {
+        guest.send(Header { buf_alloc: 10, ..Guest::header(Op::CreditUpdate, 1, PORT) }, b"");
+    }
+    assert_eq!(guest.driver.rings[RX].used(), []);
     guest.send(Header { buf_alloc: 10, fwd_cnt: 4, ..Guest::header(Op::CreditUpdate, 1, PORT) }, b"");
-    assert_eq!(guest.receive_op(Op::Rw).1, b"abcd");
+    let (header, data) = guest.received_at(at);
+    assert_eq!((header.op, &data[..]), (Some(Op::Rw), &b"abcd"[..]));
     guest.receive_op(Op::CreditRequest);
     guest.send(Header { buf_alloc: 10, fwd_cnt: 14, ..Guest::header(Op::CreditUpdate, 1, PORT) }, b"");
     assert_eq!(guest.receive_op(Op::Rw).1, b"ef");
