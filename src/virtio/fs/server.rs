@@ -20,6 +20,8 @@ const VALID: u64 = 1;
 const MAX_REQUEST: usize = 80 << 10;
 /// Bytes of directory entries read at once.
 const ENTRIES: usize = 8 << 10;
+/// The least bytes that an entry takes in an answer: `struct fuse_dirent` without a name.
+const DIRENT: usize = 24;
 /// The most files and folders that the guest may have open at once.
 const MAX_OPEN: usize = 4096;
 
@@ -341,13 +343,16 @@ impl Server {
             open.entries.clear();
             open.position = fs::seek(&open.fd, SeekFrom::Start(offset))?;
         }
-        let room = room.min(size as usize);
+        let room = room.min(size as usize).min(MAX_WRITE as usize);
+        if room < DIRENT {
+            return Ok(());
+        }
         loop {
             if open.entries.is_empty() {
                 open.read_entries()?;
             }
             let Some(found) = open.entries.front() else { return Ok(()) };
-            let dirent = (24 + found.name.len()).next_multiple_of(8);
+            let dirent = (DIRENT + found.name.len()).next_multiple_of(8);
             if out.0.len() + dirent + if plus { 128 } else { 0 } > room {
                 return Ok(());
             }
