@@ -157,7 +157,8 @@ fn memory_max(config: &Config) -> u64 {
     /// What the kernel has of as many files as shared folders may have open, half a million: some 2 KiB of each.
     const FILES: u64 = 1 << 30;
     let memory = config.memory.get();
-    let connections = if config.vsock.is_some() { OTHER } else { 0 };
+    // What the device keeps of them, and the sockets.
+    let connections = if config.vsock.is_some() { 2 * OTHER } else { 0 };
     let written = config.all_disks().filter(|disk| !disk.readonly).map(|disk| (in_memory(&disk.path), disk.path));
     let disks = written.map(|(is_so, path)| if is_so { path.metadata().map_or(0, |file| file.len()) } else { 0 });
     let overlay = config.overlay.iter().filter(|overlay| overlay.path.parent().is_some_and(in_memory));

@@ -79,7 +79,7 @@ fn limited(pid: i32, disk: &Path) -> PathBuf {
     let group = Path::new("/sys/fs/cgroup").join(group);
     let read = |file: &str| fs::read_to_string(group.join(file)).unwrap_or_else(|error| panic!("{group:?}: {error}"));
     // With vsock.
-    let memory = (MEMORY << 20) + (MEMORY << 14) + (512 << 20) + disk;
+    let memory = (MEMORY << 20) + (MEMORY << 14) + (768 << 20) + disk;
     assert_eq!(read("memory.max"), format!("{memory}\n"), "{group:?}");
     assert_eq!(read("pids.max"), "513\n");
     assert!(read("cgroup.procs").lines().any(|line| line == pid.to_string()));
