@@ -439,7 +439,9 @@ impl<D: Device> Guest<D> {
             may.extend(before.used_parts(if after.is_some() { count } else { before.size }));
             used.push((index, *before, count));
         }
-        if tangled || D::EMPTIES_PAGES && self.is_torn(&rings) {
+        // A driver may have made more available than the ring has room for. What was used first is written over then.
+        let is_overrun = used.iter().any(|(_, ring, count)| *count > ring.size);
+        if tangled || is_overrun || D::EMPTIES_PAGES && self.is_torn(&rings) {
             self.memory.refresh();
             self.forget_stopped();
             return result;
