@@ -44,6 +44,33 @@ fn start(folder: &Path, name: &str) -> Running {
 }
 
 #[test]
+fn a_machine_with_a_folder_and_a_jail_has_a_name() {
+    let [folder, shared] = [(); 2].map(|()| TempDir::new().unwrap());
+    let folder = folder.path();
+    let mut guest = Guest::new(Kernel::Tiny).script("mount -t virtiofs share0 /mnt; echo ready; cat >/mnt/typed");
+    guest = guest.option("--name", "jailed").option("--share", format!("{}:/mnt", shared.path().display()));
+    guest = guest.flag("--jail");
+    guest.command().env("XDG_RUNTIME_DIR", folder);
+    let mut running = guest.spawn();
+    running.wait_for("ready");
+    assert_eq!(says(folder, &["ps", "-q"]), "jailed\n");
+    says(folder, &["pause", "jailed"]);
+    assert!(says(folder, &["ps"]).contains("paused"));
+    says(folder, &["resume", "jailed"]);
+    running.write("a line\n");
+    let typed = shared.path().join("typed");
+    crate::eventually(|| fs::read_to_string(&typed).is_ok_and(|text| text == "a line\n"));
+    assert!(says(folder, &["metrics", "jailed"]).contains("bantam_"));
+    let saved = folder.join("saved");
+    refuses(folder, &["snapshot", "jailed", saved.to_str().unwrap()], "cannot save");
+    assert!(!saved.exists());
+    says(folder, &["stop", "jailed"]);
+    let ended = running.wait();
+    assert_eq!(ended.report["outcome"], "stopped", "{}", ended.stderr);
+    assert_eq!(says(folder, &["ps", "-q"]), "");
+}
+
+#[test]
 fn a_named_machine_is_seen_paused_watched_and_stopped() {
     let folder = TempDir::new().unwrap();
     let folder = folder.path();
