@@ -13,8 +13,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MemoryRegionAddress, VolatileMemory, VolatileSlice,
@@ -110,15 +110,45 @@ fn reserve_as(
         .iter()
         .map(|range| {
             let bytes = range.end.checked_sub(range.start).ok_or_else(layout)?;
-            let pages = MmapRegionBuilder::new(usize::try_from(bytes).map_err(|_| layout())?)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
-                .build()
-                .map_err(|source| error(range.start, bytes, source))?;
+            let size = usize::try_from(bytes).map_err(|_| layout())?;
+            let map = || map_pages(size, flags).map_err(|source| error(range.start, bytes, source));
+            let mut pages = map()?;
+            // Where the guest's address and the host's are not the same part of a huge page none is of use. The host cares for that
+            // since Linux 6.7.
+            let surplus = (pages.as_ptr() as u64).wrapping_sub(range.start) % HUGE_PAGE;
+            if surplus != 0 && bytes >= HUGE_PAGE {
+                let end = pages.as_ptr().wrapping_add(size);
+                drop(pages);
+                pages = map_below(end, surplus, map)?;
+            }
             GuestRegionMmap::new(pages, GuestAddress(range.start)).ok_or_else(layout)
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestRam::from_regions(regions).map_err(|_| layout())
+}
+
+fn map_pages(size: usize, flags: libc::c_int) -> Result<MmapRegion, MmapRegionError> {
+    MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags)
+        .build()
+}
+
+/// Has `map` find the `surplus` bytes below `end` taken. The host maps from the top down: what had its place up to `end` has it
+/// below them.
+fn map_below<T>(end: *mut u8, surplus: u64, map: impl Fn() -> T) -> T {
+    let Ok(len) = usize::try_from(surplus) else { return map() };
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+    // SAFETY: it takes the place of nothing, and nobody uses it.
+    let filler = unsafe { mmap_anonymous(end.wrapping_sub(len).cast(), len, ProtFlags::empty(), flags) };
+    let mapped = map();
+    if let Ok(filler) = filler {
+        // SAFETY: as above.
+        if let Err(error) = unsafe { munmap(filler, len) } {
+            log::debug!("{len} bytes of addresses stay taken: {error}");
+        }
+    }
+    mapped
 }
 
 fn free_huge_pages() -> u64 {
@@ -213,11 +243,12 @@ pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
 /// The size of a huge page on x86-64 and AArch64 hosts, in bytes.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
-/// Asks the host to back `range`, which is about to be filled, by huge pages: they come hundreds of times rarer, and
-/// the guest finds its way through them faster. A host that has none to give goes on with small ones.
+/// Asks the host to back `range`, which is part of one region and about to be filled, by huge pages: they come hundreds of times
+/// rarer, and the guest finds its way through them faster. A host that has none to give goes on with small ones.
 pub fn prefer_huge_pages(ram: &GuestRam, range: Range<u64>) {
     let start = range.start / HUGE_PAGE * HUGE_PAGE;
-    let size = range.end.next_multiple_of(HUGE_PAGE) - start;
+    let Some(region) = ram.find_region(GuestAddress(start)) else { return };
+    let size = range.end.next_multiple_of(HUGE_PAGE).min(region.start_addr().0 + region.len()) - start;
     let Some(pages) = usize::try_from(size).ok().and_then(|size| ram.get_slice(GuestAddress(start), size).ok()) else {
         return;
     };
@@ -258,6 +289,20 @@ pub fn read_ahead(ram: &GuestRam, range: Range<u64>, is_awaited: bool) -> io::Re
     let advice = if is_awaited { Advice::LinuxPopulateRead } else { Advice::WillNeed };
     // SAFETY: the pages are mapped for as long as `ram` is, and this advice leaves what is in them as it is.
     Ok(unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), len, advice) }?)
+}
+
+/// Has the pages of `range`, of guest-physical addresses in one region, be this memory's own, as if each had been written
+/// (Linux 5.14).
+///
+/// # Errors
+/// When it is not in one region, or the host cannot.
+pub fn own(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
+    let page = page_size();
+    let start = range.start / page * page;
+    let len = usize::try_from(range.end.next_multiple_of(page) - start).map_err(io::Error::other)?;
+    let pages = ram.get_slice(GuestAddress(start), len).map_err(io::Error::other)?;
+    // SAFETY: the pages are mapped for as long as `ram` is, and this advice leaves what is in them as it is.
+    Ok(unsafe { madvise(pages.ptr_guard_mut().as_ptr().cast(), len, Advice::LinuxPopulateWrite) }?)
 }
 
 /// Reads something of each page.
@@ -380,6 +425,41 @@ mod tests {
         prefer_huge_pages(&ram, 3 << 20..5 << 20);
         prefer_huge_pages(&ram, 7 << 20..9 << 20);
         assert_eq!(ram.read_obj::<u32>(GuestAddress(3 << 20)).unwrap(), 7);
+    }
+
+    #[test]
+    fn memory_is_where_huge_pages_can_be() {
+        // As a host before Linux 6.7 places it: below something that ends anywhere.
+        let size = 8 << 20;
+        let first = map_pages(size, libc::MAP_NORESERVE).unwrap();
+        let end = first.as_ptr().wrapping_add(size);
+        drop(first);
+        let second = map_below(end, 0x3000, || map_pages(size, libc::MAP_NORESERVE)).unwrap();
+        assert!(second.as_ptr() as usize + size <= end as usize - 0x3000 || second.as_ptr() >= end);
+        drop(second);
+        for _ in 0..10 {
+            // One more page each time, so that what comes next is elsewhere.
+            std::mem::forget(map_pages(4096, 0).unwrap());
+            for region in
+                reserve(&[0..5 << 20, 4 << 30..(4 << 30) + (3 << 20), 5 << 30..(5 << 30) + 4096]).unwrap().iter()
+            {
+                let surplus = region.as_ptr() as u64 % HUGE_PAGE;
+                assert!(surplus == 0 || region.len() < HUGE_PAGE, "{surplus:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_mapped_from_a_file_becomes_its_own() {
+        let (file, bytes) = file();
+        let ram = reserve(&[0..1 << 20]).unwrap();
+        map_file(&ram, 0x1_0000, &file, 0, 0x5000).unwrap();
+        own(&ram, 0x1_1800..0x1_3800).unwrap();
+        file.write_all_at(&[0; 0x5000], 0).unwrap();
+        let own = 0x1000..0x4000;
+        assert_eq!(read_back(&ram, 0x1_1000, 0x3000), bytes[own]);
+        assert_eq!([0x1_0000, 0x1_4000].map(|at| read_back(&ram, at, 0x1000)), [[0; 0x1000]; 2]);
+        assert!(super::own(&ram, 0..2 << 20).is_err());
     }
 
     /// Five pages and a half, no two bytes that follow one another alike.

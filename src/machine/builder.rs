@@ -1,6 +1,7 @@
 //! Building a machine: everything that can be refused is refused here, before the guest runs.
 
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -25,7 +26,7 @@ use crate::config::{Config, Size};
 use crate::devices::console::{self, Console};
 use crate::devices::output::Output;
 use crate::kvm::{Vcpu, Vm};
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, GuestRam, HUGE_PAGE};
 use crate::sandbox::Sandbox;
 use crate::signal::SignalFd;
 use crate::virtio::change::Rates;
@@ -248,13 +249,22 @@ impl Builder {
         let (ram, memory_handler) = match &snapshot {
             Some(snapshot) => snapshot.map_memory(&ranges, &sandbox)?,
             None if config.hugepages => (memory::reserve_huge(&ranges)?, None),
-            None => (memory::reserve(&ranges)?, None),
+            None => {
+                let ram = memory::reserve(&ranges)?;
+                // The host makes huge pages again of what is left of those that a balloon took a part of.
+                if config.balloon.is_none() {
+                    prefer_huge_pages(&ram, &ranges);
+                }
+                (ram, None)
+            }
         };
         let mut vm = Vm::new(ram.clone(), config.cpus)?;
         config.cpu_template.as_ref().map_or(Ok(()), |template| vm.apply(template))?;
-        let (vcpus, has_modules, module_files) = match &snapshot {
-            // Those that were needed are in it.
-            Some(snapshot) => (restore(&vm, snapshot)?, true, vec![]),
+        let Loaded { vcpus, initrd, has_modules, module_files } = match &snapshot {
+            // The modules that were needed are in it.
+            Some(snapshot) => {
+                Loaded { vcpus: restore(&vm, snapshot)?, initrd: 0..0, has_modules: true, module_files: vec![] }
+            }
             None => boot(&config, &vm, save.is_some(), &kernel_cache)?,
         };
         let told_command = match (&snapshot, &save) {
@@ -340,6 +350,7 @@ impl Builder {
             times: Durations { kernel_loaded, ..Durations::default() },
             upkeep,
             due_upkeep: None,
+            shared_initrd: initrd,
             outcome: None,
             start_paused: paused,
             sandbox,
@@ -356,19 +367,24 @@ impl Builder {
     }
 }
 
-/// Loads the kernel, and creates the vCPUs that enter it; and whether modules for it were found, and in which files.
-fn boot(
-    config: &Config,
-    vm: &Vm,
-    waits: bool,
-    cache: &kernel::Cache,
-) -> Result<(Vec<Vcpu>, bool, Vec<PathBuf>), Error> {
+/// What a guest starts from.
+struct Loaded {
+    vcpus: Vec<Vcpu>,
+    /// Where the initrd is; empty without one.
+    initrd: Range<u64>,
+    /// Whether modules for the kernel were found, and in which files.
+    has_modules: bool,
+    module_files: Vec<PathBuf>,
+}
+
+/// Loads the kernel, and creates the vCPUs that enter it.
+fn boot(config: &Config, vm: &Vm, waits: bool, cache: &kernel::Cache) -> Result<Loaded, Error> {
     let (path, ram) = (config.kernel.as_deref().ok_or(Error::NoKernel)?, vm.ram());
     let kernel = kernel::load_with(ram, path, cache).map_err(boot::Error::from)?;
     let told = |command| if waits { command::WAIT.to_vec() } else { command::told(command, Session::window()) };
     let make = |command| initramfs(config, command, &told(command), path, ram, &kernel);
     let command = config.command.as_ref().map(make).transpose()?;
-    let (entry, acpi) = load_parameters(config, ram, &kernel, command.as_ref())?;
+    let (entry, acpi, initrd) = load_parameters(config, ram, &kernel, command.as_ref())?;
     let vcpus = (0..config.cpus).map(|index| vm.create_vcpu(index, config.cpus)).collect::<Result<Vec<_>, _>>()?;
     if let Some(template) = &config.cpu_template {
         vcpus.iter().try_for_each(|vcpu| vcpu.modify_msrs(&template.msr_modifiers))?;
@@ -378,8 +394,9 @@ fn boot(
     if acpi && needs_x2apic(config.cpus) {
         vcpus.iter().try_for_each(Vcpu::enter_x2apic)?;
     }
-    let (has_modules, files) = command.map(|command| (command.has_modules, command.module_files)).unwrap_or_default();
-    Ok((vcpus, has_modules, files))
+    let modules = command.map(|command| (command.has_modules, command.module_files));
+    let (has_modules, module_files) = modules.unwrap_or_default();
+    Ok(Loaded { vcpus, initrd, has_modules, module_files })
 }
 
 /// Creates the vCPUs of a machine that was saved, and puts all that is in KVM where it was.
@@ -418,6 +435,13 @@ fn first_nets(config: &Config) -> Result<Vec<Option<net::Net>>, net::Error> {
         *card = Some(spec.open()?);
     }
     Ok(cards)
+}
+
+/// Linux uses its memory a block of many pages after the other. In the first there is little but what tells it of the machine.
+fn prefer_huge_pages(ram: &GuestRam, ranges: &[Range<u64>]) {
+    for range in ranges {
+        memory::prefer_huge_pages(ram, range.start.max(HUGE_PAGE)..range.end);
+    }
 }
 
 fn open_disks(config: &Config) -> Result<Vec<(String, blk::Blk, blk::Errors)>, blk::Error> {
@@ -538,13 +562,13 @@ fn rng(config: &Config) -> Result<Option<NamedDevice>, Error> {
 }
 
 /// Loads the initrd, with what runs the command if there is one, writes the command line and the tables; how the boot vCPU
-/// enters the kernel, and whether that will use ACPI.
+/// enters the kernel, whether that will use ACPI, and where the initrd is.
 fn load_parameters(
     config: &Config,
     ram: &GuestRam,
     kernel: &Kernel,
     command: Option<&Initramfs>,
-) -> Result<(Entry, bool), Error> {
+) -> Result<(Entry, bool, Range<u64>), Error> {
     let windows: Vec<_> = virtio_windows().take(count_devices(config)).collect();
     let (cmdline, acpi) = command_line(config, kernel, &windows).map_err(boot::Error::from)?;
     cmdline.write(ram).map_err(boot::Error::from)?;
@@ -557,13 +581,13 @@ fn load_parameters(
     let virtio = if acpi { &windows[..] } else { &[] };
     let platform = Platform { cpus: config.cpus, virtio, com1: true, pvpanic: true, keyboard: config.keyboard };
     mptable::write(ram, &platform)?;
-    let info = BootInfo { initrd, rsdp: Some(acpi::write(ram, &platform)?) };
+    let info = BootInfo { initrd: initrd.clone(), rsdp: Some(acpi::write(ram, &platform)?) };
     match kernel.entry {
         Entry::Pvh { .. } => pvh::write(ram, &info)?,
         Entry::Linux64 { .. } => boot_params::write(ram, kernel.setup_header, &info)?,
     }
     kernel.entry.write_tables(ram)?;
-    Ok((kernel.entry, acpi))
+    Ok((kernel.entry, acpi, initrd.unwrap_or_default()))
 }
 
 /// Tells Linux of a virtio device (Documentation/admin-guide/kernel-parameters.txt).

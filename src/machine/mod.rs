@@ -28,6 +28,7 @@ mod writing;
 use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -236,6 +237,8 @@ pub struct Machine {
     upkeep: Option<fn()>,
     /// It is to be called as soon as nothing goes on.
     due_upkeep: Option<fn()>,
+    /// What of the initrd may still be mapped from its file, in pages that others have as well.
+    shared_initrd: Range<u64>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     vm: kvm::Vm,

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use rustix::process::Signal;
 
@@ -53,6 +54,30 @@ fn both_sides_of_the_gap_are_different_memory() {
     let ended = guest.script(&script).run().succeeded();
     let expected: Vec<_> = (0..addresses.len()).map(|i| format!("0x112233445566770{i}")).collect();
     assert_eq!(ended.values("read").collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn memory_is_in_huge_pages_where_the_host_makes_them() {
+    let debugfs = tempfile::tempdir().unwrap();
+    let call = |program: &str, arguments: &[&str]| {
+        assert!(Command::new(program).args(arguments).arg(debugfs.path()).status().unwrap().success());
+    };
+    call("mount", &["-t", "debugfs", "debugfs"]);
+    let setting = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
+    let before = fs::read_to_string(setting).unwrap();
+    fs::write(setting, "madvise").unwrap();
+    let running = Guest::new(Kernel::Tiny).script("echo up; sleep 1000").spawn();
+    running.wait_for("up");
+    let name = format!("{}-", running.pid());
+    let machines = fs::read_dir(debugfs.path().join("kvm")).unwrap().map(|entry| entry.unwrap().path());
+    let machine = machines.into_iter().find(|path| path.file_name().unwrap().to_string_lossy().starts_with(&name));
+    let mapped = fs::read_to_string(machine.unwrap().join("pages_2m")).unwrap();
+    running.signal(Signal::KILL);
+    running.wait();
+    let before = before.split(['[', ']']).nth(1).unwrap();
+    fs::write(setting, before).unwrap();
+    call("umount", &[]);
+    assert!(mapped.trim().parse::<u32>().unwrap() > 0, "none of the guest's pages is huge");
 }
 
 #[test]
