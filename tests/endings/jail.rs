@@ -221,6 +221,16 @@ fn a_user_has_folders_in_a_jail_and_nothing_above_them() {
     assert_eq!(fs::metadata(folder.path().join("mine")).unwrap().uid(), 1000);
 }
 
+#[test]
+fn a_folder_is_shared_with_a_jail_by_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(Kernel::Tiny).option("--share", "/dev/fd/0:/mnt").flag("--jail");
+    guest.command().stdin(fs::File::open(folder.path()).unwrap());
+    let ended = guest.start().wait();
+    assert_eq!(ended.status, 125, "{}", ended.stderr);
+    assert!(ended.stderr.contains("name it by its path"), "{}", ended.stderr);
+}
+
 /// A folder that others may use, with a disk.
 fn others_folder() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();

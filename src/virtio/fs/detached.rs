@@ -8,13 +8,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::CWD;
+use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 /// The folder at `path`, with what is mounted below it now. It takes CAP_SYS_ADMIN over this process' mounts, and Linux 5.2. From
 /// Linux 5.12 on no device in it can be opened, nothing run, and if it is `readonly` nothing be changed.
 pub fn open(path: &Path, readonly: bool) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = open_tree(CWD, path, flags)?;
+    let tree = open_tree(CWD, path, flags).map_err(explain)?;
     let readonly = if readonly { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC | libc::MOUNT_ATTR_NOSUID | readonly;
     let attributes = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
@@ -28,4 +29,13 @@ pub fn open(path: &Path, readonly: bool) -> io::Result<OwnedFd> {
         error if error.raw_os_error() == Some(libc::ENOSYS) => Ok(tree),
         error => Err(error),
     }
+}
+
+fn explain(error: Errno) -> io::Error {
+    let why = match error {
+        Errno::NOSYS => "a folder in a jail takes Linux 5.2",
+        Errno::INVAL => "it is in no mount of this process (as /dev/fd/N is not in a jail): name it by its path",
+        _ => return error.into(),
+    };
+    io::Error::new(io::Error::from(error).kind(), why)
 }
