@@ -54,14 +54,16 @@ impl Machine {
         let (threads, buses) = (std::mem::take(&mut self.threads), std::mem::take(&mut self.buses));
         let (output, mut savers) = (self.output.clone(), std::mem::take(&mut self.savers));
         self.unserved = savers.iter_mut().filter_map(|saver| saver.served.take()).collect();
-        let (memory, recorder) = (self.memory_handler.take(), self.recorder.take());
+        let (memory, helper) = (self.memory_handler.take(), self.helper.take());
         let wait = move || {
             threads.into_iter().for_each(vcpu::Thread::join);
+            // Others may have a device at hand still: it does nothing from now on.
+            buses.pause();
             drop(buses);
             savers.into_iter().for_each(|saver| drop(saver.thread.join()));
-            if let Some((stop, recorder)) = recorder {
+            if let Some((stop, helper)) = helper {
                 drop(stop);
-                drop(recorder.join());
+                drop(helper.join());
             }
             // Whoever waits for a page until then must not find zeros in its place.
             drop(memory);

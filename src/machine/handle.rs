@@ -85,16 +85,18 @@ impl Handle {
         ask(&self.sender, "write the metrics of", Event::FlushMetrics)
     }
 
-    /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done:
-    /// by the device's own thread, after the request that it is doing now, if it has one.
+    /// Changes the device of this name, which is that in the report: `blk0`, `net0`, `balloon`. Waits until that is done, after
+    /// the request that the device is doing now: by its own thread, if it has one, but a disk's file by this.
     pub fn change(&self, device: &str, change: Change) -> Result<(), Error> {
         let found = self.device(device)?;
         loop {
-            let ended = || Error::Ended { device: device.into() };
-            let transport = found.transport.upgrade().ok_or_else(ended)?;
-            let answer = transport.lock().unwrap_or_else(PoisonError::into_inner).change(change.clone());
             // No part of the machine is kept while waiting.
-            drop(transport);
+            let transport = || found.transport.upgrade().ok_or_else(|| Error::Ended { device: device.into() });
+            if let Change::Disk(_) = change {
+                let rested = transport()?.lock().unwrap_or_else(PoisonError::into_inner).rest();
+                let _ = rested.map(|rested| rested.recv());
+            }
+            let answer = transport()?.lock().unwrap_or_else(PoisonError::into_inner).change(change.clone());
             if let Ok(result) = answer.recv() {
                 if result.is_ok() {
                     self.sender.send(Event::Changed(device.into(), change));

@@ -52,8 +52,8 @@ pub enum Error {
         /// The device's name.
         device: String,
     },
-    /// The device's thread panicked.
-    #[error("cannot change a device whose thread panicked")]
+    /// The device's thread panicked, could not end what it was doing, or cannot be started again.
+    #[error("cannot change a device that has failed")]
     Gone,
     /// A device of this type has no such thing.
     #[error("cannot change {what}: a device of this type has none")]

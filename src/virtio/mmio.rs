@@ -190,30 +190,38 @@ impl Mmio {
         Arc::new(Counts { device: self.metrics.clone(), interrupt: self.interrupt.clone() })
     }
 
+    /// Has the device's thread end as soon as it can, for a change that is not its own to make. Who waits at the receiver hears
+    /// when that is so, by an error; [`change`](Self::change) is to follow.
+    pub fn rest(&mut self) -> Option<mpsc::Receiver<()>> {
+        if let Owner::Thread(worker) = &mut self.owner { Some(worker.rest()) } else { None }
+    }
+
     /// Changes the device, or has its thread do it and returns at once. The answer comes when it is done; none comes
     /// when the driver reset the device before: then the change is to be asked for again.
     ///
-    /// A disk is given another file here, between two requests: in a [sandbox](Self::sandboxed) its thread may not do that.
+    /// A disk is given another file here, between two requests: in a [sandbox](Self::sandboxed) its thread may not do that. Who
+    /// does not want to wait for the former with the transport in hand has the thread [rest](Self::rest) first.
     pub fn change(&mut self, change: Change) -> mpsc::Receiver<Result<(), change::Error>> {
         let (answer, answered) = mpsc::channel();
-        let pauses = matches!((&self.owner, &change), (Owner::Thread(_), Change::Disk(_)));
-        if pauses {
-            self.pause();
-        }
-        let request = Request { change, answer };
         match &mut self.owner {
+            Owner::Thread(worker) if worker.rests() || matches!(change, Change::Disk(_)) => {
+                self.pause();
+                let changed = self.change(change).recv();
+                self.resume();
+                let is_there = matches!(self.owner, Owner::Thread(_));
+                let result = if is_there { changed } else { Ok(Err(change::Error::Gone)) };
+                let _ = result.map(|result| answer.send(result));
+            }
             Owner::Transport(device) | Owner::Restored(device, _) => {
+                let request = Request { change, answer };
                 let result = request.apply(&mut **device, None, &self.interrupt, self.status & DRIVER_OK != 0);
                 request.answer(result);
             }
-            Owner::Thread(worker) => worker.change(request),
-            Owner::Paused(paused) => paused.change(request),
+            Owner::Thread(worker) => worker.change(Request { change, answer }),
+            Owner::Paused(paused) => paused.change(Request { change, answer }),
             Owner::Nobody => {
-                request.answer(Err(change::Error::Gone));
+                let _ = answer.send(Err(change::Error::Gone));
             }
-        }
-        if pauses {
-            self.resume();
         }
         answered
     }

@@ -41,6 +41,8 @@ enum Message {
     Take(Box<Loop>),
     Change(Box<Request>),
     End(End),
+    /// End as paused, and let go of this then.
+    Rest(mpsc::Sender<()>),
 }
 
 /// How a thread ends.
@@ -92,6 +94,7 @@ pub struct Worker {
     wake: Arc<OwnedFd>,
     /// `None` once joined.
     thread: Option<JoinHandle<Option<Left>>>,
+    rests: bool,
 }
 
 /// A device that is running, but for its thread: what it was watching and had under way is kept.
@@ -143,7 +146,7 @@ impl Worker {
                 _ => None,
             }
         })?;
-        Ok(Self { name: name.into(), messages, wake, thread: Some(thread) })
+        Ok(Self { name: name.into(), messages, wake, thread: Some(thread), rests: false })
     }
 
     fn give(&self, device: Box<Loop>) {
@@ -164,6 +167,24 @@ impl Worker {
             Err(mpsc::SendError(Message::Change(request))) => request.answer(Err(change::Error::Gone)),
             Err(_) => {}
         }
+    }
+
+    /// Has the thread end after what the device is doing now, so that [`pause`](Self::pause), which is to follow, need not wait
+    /// for it. Nothing ever comes to the receiver, but its other end is gone when that is so.
+    pub fn rest(&mut self) -> mpsc::Receiver<()> {
+        let (resting, rested) = mpsc::channel();
+        self.rests = true;
+        if self.messages.send(Message::Rest(resting)).is_ok()
+            && let Err(error) = write(&self.wake, &1u64.to_ne_bytes())
+        {
+            log::error!("{}: cannot wake the device's thread: {error}", self.name);
+        }
+        rested
+    }
+
+    /// Whether the thread was told to end.
+    pub fn rests(&self) -> bool {
+        self.rests
     }
 
     /// Ends the thread after what the device is doing now, and takes the device and its rings back. `None` if the
@@ -268,9 +289,13 @@ impl Paused {
         }
     }
 
-    /// Changes the device.
+    /// Changes the device, unless there may still be something under way.
     pub fn change(&mut self, request: Request) {
-        self.0.change(request);
+        if self.0.is_restless {
+            request.answer(Err(change::Error::Gone));
+        } else {
+            self.0.change(request);
+        }
     }
 
     /// Stops the device for good: it, and its rings.
@@ -289,6 +314,10 @@ struct Loop {
     sandbox: sandbox::Device,
     state: State,
     polling: Polling,
+    /// It did not come to rest when it was paused.
+    is_restless: bool,
+    /// Who waits for that.
+    resting: Option<mpsc::Sender<()>>,
 }
 
 /// How far a device has come.
@@ -318,7 +347,8 @@ impl Loop {
         sandbox: sandbox::Device,
     ) -> Box<Self> {
         let (name, state, polling) = (name.into(), State::New, Polling::default());
-        Box::new(Self { name, device, io, features, wake, sandbox, state, polling })
+        let (is_restless, resting) = (false, None);
+        Box::new(Self { name, device, io, features, wake, sandbox, state, polling, is_restless, resting })
     }
 
     fn run(mut self: Box<Self>, messages: &mpsc::Receiver<Message>, entered: io::Result<()>) -> Left {
@@ -340,6 +370,7 @@ impl Loop {
         if end == Some(End::Pause) {
             self.pause();
         }
+        self.resting = None;
         if end == Some(End::Pause) { Left::Paused(self) } else { Left::Stopped(self.into_parts()) }
     }
 
@@ -359,9 +390,11 @@ impl Loop {
     fn pause(&mut self) {
         if self.state != State::New
             && let Err(error) = self.device.pause(&mut self.io)
-            && self.state == State::Started
         {
-            self.fail(&error);
+            self.is_restless = true;
+            if self.state == State::Started {
+                self.fail(&error);
+            }
         }
     }
 
@@ -371,6 +404,10 @@ impl Loop {
             Ok(Message::Change(request)) => self.change(*request),
             Ok(Message::Take(_)) => {}
             Ok(Message::End(end)) => return Some(end),
+            Ok(Message::Rest(resting)) => {
+                self.resting = Some(resting);
+                return Some(End::Pause);
+            }
             Err(mpsc::RecvError) => return Some(End::Stop),
         }
         None
