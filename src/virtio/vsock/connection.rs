@@ -143,7 +143,6 @@ impl Connection {
                 self.to_tell = BOTH;
                 self.lose_host()?;
             }
-            State::Requested if self.is_hung_up() => return Err(Over),
             _ => {}
         }
         if let State::Asking(line) = &mut self.state {
@@ -151,6 +150,9 @@ impl Connection {
             self.ports.guest = port;
             self.pending = Some(Op::Request);
             self.state = State::Requested;
+        }
+        if self.state == State::Requested && self.is_hung_up() {
+            return Err(Over);
         }
         self.flush()
     }
@@ -194,7 +196,14 @@ impl Connection {
             return Err(Over);
         }
         self.state = State::Left;
+        // Nobody reads what it sends.
+        let _ = self.stream.shutdown(Shutdown::Read);
         Ok(())
+    }
+
+    /// Whether the guest has heard of it, and has not forgotten it.
+    pub fn is_known(&self) -> bool {
+        !matches!(self.state, State::Asking(_) | State::Left) && self.pending != Some(Op::Request)
     }
 
     /// Whether the host's end is closed, or both directions are.

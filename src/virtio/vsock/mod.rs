@@ -341,9 +341,9 @@ impl Running {
                 self.connections.push(None);
                 u32::try_from(self.connections.len() - 1).expect("there are few connections")
             }
-            // The guest was told of its end, and keeps silent: nobody misses it.
+            // The guest was told of its end, and keeps silent: nobody misses it. Or a host program does not take what was said.
             None => self
-                .find_closing()
+                .find_ending()
                 .map(|token| (self.remove(token, io), token).1)
                 .ok_or_else(|| io::Error::other(format!("there are {MAX_CONNECTIONS} connections")))?,
         };
@@ -353,11 +353,13 @@ impl Running {
         Ok(token)
     }
 
-    fn find_closing(&self) -> Option<u32> {
-        let closing = |connection: &Option<Connection>| {
-            connection.as_ref().is_some_and(|connection| connection.state == State::Closing)
+    /// One that is over but for what nobody may ever do.
+    fn find_ending(&self) -> Option<u32> {
+        let find = |state: State| {
+            let is_so = |connection: &Option<Connection>| connection.as_ref().is_some_and(|it| it.state == state);
+            self.connections.iter().position(is_so)
         };
-        self.connections.iter().position(closing).and_then(|token| u32::try_from(token).ok())
+        find(State::Closing).or_else(|| find(State::Left)).and_then(|token| u32::try_from(token).ok())
     }
 
     /// Forgets a connection.
@@ -387,7 +389,7 @@ impl Running {
     /// Forgets a connection, and tells the guest if it knows of it.
     fn reset(&mut self, token: u32, io: &Io) {
         if let Some(connection) = self.remove(token, io)
-            && !matches!(connection.state, State::Asking(_) | State::Left)
+            && connection.is_known()
         {
             self.push_reset(connection.ports);
         }

@@ -187,6 +187,41 @@ fn a_client_that_gives_up_is_not_waited_for() {
 }
 
 #[test]
+fn of_clients_that_the_guest_never_heard_of_it_hears_nothing() {
+    let mut guest = Guest::new();
+    for _ in 0..20 {
+        guest.client().write_all(b"CONNECT 99\n").unwrap();
+    }
+    let mut client = guest.client();
+    client.write_all(b"CONNECT 7\n").unwrap();
+    // There were no buffers to tell it in, but for those whose end the device had not seen by then.
+    let mut told = 0;
+    let request = loop {
+        let (header, _) = guest.receive();
+        if header.dst_port == 7 {
+            break header;
+        }
+        told += 1;
+    };
+    guest.send(Guest::header(Op::Rst, 7, request.src_port), b"");
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    assert!(guest.driver.mmio.metrics().to_json()["resets"].as_u64().unwrap() <= told);
+}
+
+#[test]
+fn who_writes_to_a_guest_that_has_gone_learns_it() {
+    let mut guest = Guest::new();
+    let mut host = guest.open(1);
+    (0..4).for_each(|_| guest.send(Guest::header(Op::Rw, 1, PORT), &[1; 0x1_0000]));
+    guest.send(Header { flags: SENDS_NO_MORE, ..Guest::header(Op::Shutdown, 1, PORT) }, b"");
+    guest.send(Guest::header(Op::Rst, 1, PORT), b"");
+    assert_eq!(host.write(b"answer").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    let mut all = vec![];
+    host.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), 4 * 0x1_0000);
+}
+
+#[test]
 fn the_end_of_a_host_that_is_not_read_from_is_told() {
     let mut guest = Guest::new();
     let host = guest.open(1);
