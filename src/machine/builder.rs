@@ -343,14 +343,14 @@ impl Builder {
             pause: Pause::of_start(paused),
             memory_handler,
             working_set,
-            recorder: None,
+            helper: None,
             unserved: vec![],
             savers: vec![],
             started,
             times: Durations { kernel_loaded, ..Durations::default() },
             upkeep,
             due_upkeep: None,
-            shared_initrd: initrd,
+            initrd,
             outcome: None,
             start_paused: paused,
             sandbox,
@@ -370,7 +370,7 @@ impl Builder {
 /// What a guest starts from.
 struct Loaded {
     vcpus: Vec<Vcpu>,
-    /// Where the initrd is; empty without one.
+    /// Where an initrd is that was a file; empty without one.
     initrd: Range<u64>,
     /// Whether modules for the kernel were found, and in which files.
     has_modules: bool,
@@ -562,7 +562,7 @@ fn rng(config: &Config) -> Result<Option<NamedDevice>, Error> {
 }
 
 /// Loads the initrd, with what runs the command if there is one, writes the command line and the tables; how the boot vCPU
-/// enters the kernel, whether that will use ACPI, and where the initrd is.
+/// enters the kernel, whether that will use ACPI, and where an initrd is that was a file.
 fn load_parameters(
     config: &Config,
     ram: &GuestRam,
@@ -587,7 +587,9 @@ fn load_parameters(
         Entry::Linux64 { .. } => boot_params::write(ram, kernel.setup_header, &info)?,
     }
     kernel.entry.write_tables(ram)?;
-    Ok((kernel.entry, acpi, initrd.unwrap_or_default()))
+    // What is only for a command is in no file.
+    let mapped = initrd.filter(|_| config.initrd.is_some()).unwrap_or_default();
+    Ok((kernel.entry, acpi, mapped))
 }
 
 /// Tells Linux of a virtio device (Documentation/admin-guide/kernel-parameters.txt).

@@ -10,6 +10,7 @@ pub mod firecracker;
 mod folder;
 mod handle;
 mod inbox;
+mod initrd;
 mod lines;
 mod memory_copy;
 mod memory_file;
@@ -208,7 +209,7 @@ pub struct Machine {
     memory_handler: Option<memory_handler::Handler>,
     /// What is to be done about its working set, and what does it.
     working_set: working_set::Plan,
-    recorder: Option<working_set::Recorder>,
+    helper: Option<working_set::Helper>,
     /// Write what was saved.
     savers: Vec<save::Saver>,
     /// Who waited for memory from another process to be saved when the machine ended.
@@ -237,8 +238,8 @@ pub struct Machine {
     upkeep: Option<fn()>,
     /// It is to be called as soon as nothing goes on.
     due_upkeep: Option<fn()>,
-    /// What of the initrd may still be mapped from its file, in pages that others have as well.
-    shared_initrd: Range<u64>,
+    /// Where the initrd is.
+    initrd: Range<u64>,
     outcome: Option<Outcome>,
     /// Last: the memory slots go when every vCPU is gone.
     vm: kvm::Vm,

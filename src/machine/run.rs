@@ -12,13 +12,12 @@ use super::end::crash;
 use super::inbox::Event;
 use super::quota::Quota;
 use super::watch::HaltWatch;
-use super::{Error, Machine, changed, snapshot};
+use super::{Error, Machine, changed, initrd, snapshot};
 use crate::command::{self, Ended};
 use crate::devices::console::Incoming;
 use crate::devices::transcript::Sight;
 use crate::interrupt::Interrupt;
 use crate::kvm;
-use crate::memory;
 use crate::outcome::{Outcome, Panic};
 use crate::terminal;
 use crate::vcpu::{self, Budget};
@@ -99,7 +98,7 @@ impl Machine {
         };
         self.quota = quota;
         // The guest does not wait for it.
-        self.recorder = std::mem::take(&mut self.working_set).start(self.vm.ram());
+        self.helper = std::mem::take(&mut self.working_set).start(self.vm.ram());
         started.map_err(|source| Error::Thread { what: "vCPU", source })
     }
 
@@ -149,9 +148,6 @@ impl Machine {
                 self.tell_metrics(Instant::now());
             }
             deadline = deadline.into_iter().chain(self.told.deadline()).min();
-            if self.own_initrd() {
-                deadline = Some(Instant::now());
-            }
             let ready = self.wait(deadline, pending.len() < INPUT_BYTES);
             self.told.write();
             if let Some(signal) = ready.signal.then(|| self.take_signal()).flatten()
@@ -163,23 +159,6 @@ impl Machine {
                 return Ok(Outcome::Stopped);
             }
         }
-    }
-
-    /// Linux writes all of its initrd when it is done with it. Each page that is the machine's own by then saves the guest two
-    /// faults of three: one that maps what others have as well, and one that takes that away again. Whether there is more of it.
-    fn own_initrd(&mut self) -> bool {
-        const AT_ONCE: u64 = 4 << 20;
-        let initrd = &mut self.shared_initrd;
-        if self.times.first_kvm_run.is_none() || initrd.is_empty() {
-            return false;
-        }
-        let next = initrd.start..initrd.end.min(initrd.start + AT_ONCE);
-        initrd.start = next.end;
-        if let Err(error) = memory::own(self.vm.ram(), next) {
-            log::debug!("the initrd stays shared: {error}");
-            initrd.start = initrd.end;
-        }
-        !initrd.is_empty()
     }
 
     /// Looks at what is due; whether that is the end.
@@ -209,6 +188,8 @@ impl Machine {
                     }
                     self.tell_metrics(Instant::now());
                     self.due_upkeep = self.upkeep;
+                    let initrd = std::mem::take(&mut self.initrd);
+                    self.helper = self.helper.take().or_else(|| initrd::own(self.vm.ram(), initrd));
                 }
             }
             Event::Vcpu(vcpu, vcpu::Report::Ended { exit, rip, cpl }) => {

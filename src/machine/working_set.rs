@@ -47,8 +47,8 @@ pub enum Plan {
     Record(Record, PathBuf, Hex, io::Result<File>),
 }
 
-/// A thread that records, until the first is gone.
-pub type Recorder = (mpsc::Sender<()>, JoinHandle<()>);
+/// A thread that does something with memory, until the first is gone.
+pub type Helper = (mpsc::Sender<()>, JoinHandle<()>);
 
 impl Plan {
     /// That for a machine of the `snapshot` in a folder, whose state has the digest `state`.
@@ -70,7 +70,7 @@ impl Plan {
     }
 
     /// Begins with it, on a thread: the guest does not wait.
-    pub fn start(self, ram: &GuestRam) -> Option<Recorder> {
+    pub fn start(self, ram: &GuestRam) -> Option<Helper> {
         let ram = ram.clone();
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
             let spawned = thread::Builder::new().name(name.into()).spawn(work);
