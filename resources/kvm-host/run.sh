@@ -13,8 +13,8 @@ fail() { echo "kvm-host: $1" >&2 && exit 125; }
 project=$(realpath "$(dirname "$0")/../..")
 files=$project/target/kvm-host
 [[ -e $files/vmlinux && -e $files/initramfs.cpio ]] ||
-    fail "no kernel in $files: run resources/test.sh, which fetches it"
-command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run resources/test.sh, which installs it"
+    fail "no kernel in $files: run resources/quickstart.sh, which fetches it"
+command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run resources/quickstart.sh, which installs it"
 
 run=$(mktemp -d)
 qemu=
