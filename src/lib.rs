@@ -84,6 +84,7 @@ pub mod snapshot;
 pub mod socket;
 pub mod terminal;
 mod text;
+pub mod threads;
 pub mod vcpu;
 pub mod virtio;
 pub mod warm;

@@ -155,7 +155,7 @@ impl Thread {
         }
         let shared = Arc::new(Shared { command, place: Mutex::new(Place::Thread) });
         let metrics = Arc::new(Metrics::default());
-        let thread = thread::Builder::new().name(format!("bantam-vcpu{index}")).spawn({
+        let thread = crate::threads::named(format!("bantam-vcpu{index}")).spawn({
             let (shared, metrics) = (Arc::clone(&shared), Arc::clone(&metrics));
             move || {
                 // The thread that started this one may have blocked it, as programs do that take all signals in one.

@@ -28,6 +28,7 @@ const FLOORS: &[&[&str]] = &[
         "socket",
         "terminal",
         "text",
+        "threads",
     ],
     &["arch"],
     &["devices", "kvm", "virtio"],

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ::log::LevelFilter;
@@ -331,7 +331,7 @@ impl Serving {
                 ::log::error!("{}", message::chain(&error));
             }
         };
-        let thread = thread::Builder::new().name("bantam-api".into()).spawn(serve);
+        let thread = bantam::threads::named("bantam-api".into()).spawn(serve);
         let thread = thread.map_err(|error| Error::Flags(format!("cannot start the API's thread: {error}")))?;
         Ok(Self { thread: Some(thread), stop })
     }

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::sync::mpsc::{self, Receiver};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bantam::config::Config;
@@ -145,7 +145,7 @@ impl Starts {
                 sandbox.enter_first(Role::Main)?;
                 make(making, &basis, &modules, &saved)
             };
-            self.making = Some(thread::Builder::new().name("bantam-warm".into()).spawn(make)?);
+            self.making = Some(bantam::threads::named("bantam-warm".into()).spawn(make)?);
         }
         let (Ok(why) | Err(why)) = why;
         self.started("cold", Some(why), machine)

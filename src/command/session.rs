@@ -261,7 +261,7 @@ impl Session {
             self.late_input = Some(Box::new(carry));
         } else {
             // It may wait for its input for ever, and is not waited for.
-            thread::Builder::new().name("bantam-stdin".into()).spawn(carry)?;
+            crate::threads::named("bantam-stdin".into()).spawn(carry)?;
         }
         let mut writers = vec![];
         let [kept_stdout, kept_stderr] = kept.map_or([None, None], |kept| [Some(kept.stdout), Some(kept.stderr)]);
@@ -273,11 +273,11 @@ impl Session {
                     carry_output(name, &from, &File::from(to), tail.as_deref());
                 }
             };
-            writers.push(thread::Builder::new().name(name.into()).spawn(carry)?);
+            writers.push(crate::threads::named(name.into()).spawn(carry)?);
         }
         let control = self.control.try_clone()?;
         let (done, is_done) = mpsc::channel();
-        thread::Builder::new().name("bantam-command".into()).spawn(move || {
+        crate::threads::named("bantam-command".into()).spawn(move || {
             if enter() {
                 listen(control, given, writers, &report);
             }
@@ -291,7 +291,7 @@ impl Session {
     pub fn started(&mut self) {
         self.running = true;
         if let Some(carry) = self.late_input.take()
-            && let Err(error) = thread::Builder::new().name("bantam-stdin".into()).spawn(carry)
+            && let Err(error) = crate::threads::named("bantam-stdin".into()).spawn(carry)
         {
             log::error!("cannot start the thread that carries standard input: {error}");
         }

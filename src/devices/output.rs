@@ -7,7 +7,7 @@
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::transcript::{Sight, Transcript};
@@ -77,7 +77,7 @@ impl Output {
             Ok(()) => end.output.0.pump(host, on_sight),
             Err(error) => log::error!("cannot restrict the console's thread: {error}"),
         };
-        let begin = || thread::Builder::new().name("bantam-console".into()).spawn(pump);
+        let begin = || crate::threads::named("bantam-console".into()).spawn(pump);
         self.0.state().idle = Some(Idle { wanted: Box::new(wanted), begin: Box::new(begin) });
     }
 
@@ -295,7 +295,7 @@ mod tests {
         let mut output = Output::default();
         output.write_all(&[b'x'; CAPACITY]).unwrap();
         let mut second = output.clone();
-        let blocked = thread::spawn(move || second.write_all(b"y"));
+        let blocked = std::thread::spawn(move || second.write_all(b"y"));
         output.release();
         blocked.join().unwrap().unwrap();
         assert_eq!(output.0.state().waiting.len(), CAPACITY);

@@ -179,7 +179,7 @@ fn start_at_last(wait: impl FnOnce() + Send + 'static) -> io::Result<()> {
             wait.into_iter().for_each(|wait| wait());
         };
         tries += 1;
-        match thread::Builder::new().name("bantam-end".into()).spawn(work) {
+        match crate::threads::named("bantam-end".into()).spawn(work) {
             Ok(_) => return Ok(()),
             Err(error) if tries == TRIES => return Err(error),
             Err(_) => thread::sleep(RETRY),

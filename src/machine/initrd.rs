@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::mpsc::{self, TryRecvError};
-use std::thread;
 
 use super::working_set::Helper;
 use crate::memory::{self, GuestRam};
@@ -30,7 +29,7 @@ pub fn own(ram: &GuestRam, initrd: Range<u64>) -> Option<Helper> {
             start = end;
         }
     };
-    let spawned = thread::Builder::new().name("bantam-initrd".into()).spawn(work);
+    let spawned = crate::threads::named("bantam-initrd".into()).spawn(work);
     spawned.map_err(|error| log::debug!("the initrd stays shared: {error}")).ok().map(|thread| (stop, thread))
 }
 

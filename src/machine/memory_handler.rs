@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -151,7 +150,7 @@ fn watch(
             }
         }
     };
-    thread::Builder::new().name("bantam-memory".into()).spawn(watch)?;
+    crate::threads::named("bantam-memory".into()).spawn(watch)?;
     Ok(watching)
 }
 

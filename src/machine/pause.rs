@@ -14,7 +14,6 @@ use std::collections::VecDeque;
 use std::fs::Metadata;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::inbox::{Event, Sender};
@@ -218,7 +217,7 @@ impl Machine {
             buses.pause();
             sender.send(Event::DevicesPaused);
         };
-        let spawned = thread::Builder::new().name("bantam-pause".into()).spawn(pause);
+        let spawned = crate::threads::named("bantam-pause".into()).spawn(pause);
         spawned.map(drop).map_err(|source| Error::Thread { what: "pausing", source })
     }
 

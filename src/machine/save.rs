@@ -1,6 +1,6 @@
 //! Saving a machine: it stands still while its state is read, and goes on while a child process writes its memory as it was.
 
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use super::destination::Destination;
 use super::inbox::Event;
@@ -69,7 +69,7 @@ impl Machine {
             });
             let _ = answer.send(written.map_err(Error::from));
         };
-        match thread::Builder::new().name("bantam-save".into()).spawn(write) {
+        match crate::threads::named("bantam-save".into()).spawn(write) {
             Ok(thread) => {
                 self.savers.retain(|saver| !saver.thread.is_finished());
                 self.savers.push(Saver { thread, served });

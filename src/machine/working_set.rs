@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -73,7 +73,7 @@ impl Plan {
     pub fn start(self, ram: &GuestRam) -> Option<Helper> {
         let ram = ram.clone();
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-            let spawned = thread::Builder::new().name(name.into()).spawn(work);
+            let spawned = crate::threads::named(name.into()).spawn(work);
             spawned.map_err(|error| log::warn!("cannot start a thread for the working set: {error}")).ok()
         };
         match self {

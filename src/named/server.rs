@@ -4,7 +4,6 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -112,7 +111,7 @@ impl Server {
                 }
             }
         };
-        thread::Builder::new().name("bantam-control".into()).spawn(accept).map_err(bind)?;
+        crate::threads::named("bantam-control".into()).spawn(accept).map_err(bind)?;
         self.serving = true;
         Ok(())
     }
@@ -134,7 +133,7 @@ impl Shared {
             let _ = shared.talk(stream);
             shared.clients.fetch_sub(1, Ordering::Relaxed);
         };
-        if let Err(error) = thread::Builder::new().name("bantam-client".into()).spawn(talk) {
+        if let Err(error) = crate::threads::named("bantam-client".into()).spawn(talk) {
             self.clients.fetch_sub(1, Ordering::Relaxed);
             log::warn!("cannot start a thread for who asks for the machine: {error}");
         }

@@ -139,7 +139,7 @@ impl Worker {
     fn spawn(name: &str, wake: Arc<OwnedFd>, sandbox: sandbox::Device) -> io::Result<Self> {
         let _blocked = BlockedSignals::new();
         let (messages, inbox) = mpsc::channel();
-        let thread = thread::Builder::new().name(format!("bantam-{name}")).spawn(move || {
+        let thread = crate::threads::named(format!("bantam-{name}")).spawn(move || {
             let entered = sandbox.enter();
             match inbox.recv() {
                 Ok(Message::Take(device)) => Some(device.run(&inbox, entered)),

@@ -11,7 +11,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -211,7 +210,7 @@ impl Messages {
             Ok(()) => self::log(self.0),
             Err(error) => log::error!("cannot restrict the thread of passt's messages: {error}"),
         };
-        thread::Builder::new().name("bantam-passt".into()).spawn(log).map(drop)
+        crate::threads::named("bantam-passt".into()).spawn(log).map(drop)
     }
 }
 
