@@ -2,8 +2,8 @@
 # Fuzzes bantam: tests/fuzz has the targets, target/fuzz what comes of them.
 #     fuzz.sh build                     compiles all targets
 #     fuzz.sh run TARGET [SECONDS]      replays what is known, then tries new inputs, for ever or so long
-#     fuzz.sh check [SECONDS]           the same with each target, two at a time; 20 seconds each, always from the
-#                                       same seed, so that what passed passes again
+#     fuzz.sh check [SECONDS]           the same with each target, two at a time; 20 seconds each, from the
+#                                       same seed (not the same inputs: what a device does has its times)
 #     fuzz.sh sanitize [SECONDS]        the same with AddressSanitizer, which takes a compiler that RUSTC_BOOTSTRAP=1 is enough for
 #     fuzz.sh try TARGET FILE...        replays inputs, such as the one that a finding was told of
 #     fuzz.sh minimize TARGET           has tests/fuzz/corpus keep few inputs that reach all that is reached

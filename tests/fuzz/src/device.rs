@@ -458,7 +458,7 @@ impl<D: Device> Guest<D> {
                 let (id, len) = (fresh(at, 4), fresh(at + 4, 4));
                 let found = left.iter().position(|given| given.head == id).filter(|found| *found == 0 || !in_order);
                 let given = left.remove(found.unwrap_or_else(|| panic!("queue {index} used {id}, which is not next")));
-                assert!(len <= given.room(), "queue {index} used {len} bytes of {}", given.room());
+                assert!(len <= given.room, "queue {index} used {len} bytes of {}", given.room);
                 let exact = given.is_memory(&self.memory) && !underestimates;
                 elements.extend(given.first(if exact { len } else { u64::MAX }));
                 elements.extend(given.last().filter(|_| D::STATUS_LAST));

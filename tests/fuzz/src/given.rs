@@ -1,5 +1,6 @@
 //! What a driver has given a device, read from guest memory without the code that is under test.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use virtio_queue::QueueT;
@@ -9,6 +10,8 @@ use crate::memory::Memory;
 const NEXT: u64 = 1;
 const WRITE: u64 = 2;
 const INDIRECT: u64 = 4;
+/// The most descriptors that a table outside of the queue's has for a device.
+const INDIRECT_MAX: u64 = 65535;
 
 /// Where a queue's parts are, and how far the device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +73,14 @@ impl Ring {
         let mut given = Given { head, ..Given::default() };
         let (mut table, mut size, mut index, mut left, mut indirect) =
             (self.table, u64::from(self.size), head, u64::from(self.size), false);
+        let (mut seen, mut is_loop) = (HashMap::new(), false);
         while left > 0 && index < size {
+            if let Some((then, room)) = seen.insert(index, (left, given.room)).filter(|_| !is_loop) {
+                // So often the same comes again until the table has no more.
+                given.room += left / (then - left) * (given.room - room);
+                (left, is_loop) = (left % (then - left), true);
+                continue;
+            }
             left -= 1;
             let at = table.wrapping_add(16 * index);
             let read = |offset: u64, bytes| memory.number(at.checked_add(offset)?, bytes);
@@ -79,15 +89,20 @@ impl Ring {
                 break;
             };
             if flags & INDIRECT != 0 {
-                if indirect || len % 16 != 0 {
+                if indirect || len % 16 != 0 || len / 16 > INDIRECT_MAX {
                     break;
                 }
                 (table, size, index, left, indirect) = (addr, len / 16, 0, len / 16, true);
                 given.tables.push(addr..addr.saturating_add(len));
+                seen.clear();
                 continue;
             }
             if flags & WRITE != 0 && len > 0 {
-                given.writable.push(addr..addr.saturating_add(len));
+                given.room += len;
+                given.last = addr.saturating_add(len - 1);
+                if !is_loop {
+                    given.writable.push(addr..addr.saturating_add(len));
+                }
             }
             if flags & NEXT == 0 {
                 break;
@@ -102,18 +117,17 @@ impl Ring {
 #[derive(Debug, Default)]
 pub struct Given {
     pub head: u64,
-    /// Those that the device may write, in order.
+    /// Those that the device may write, in order, each once.
     pub writable: Vec<Range<u64>>,
+    /// Bytes that the device may write.
+    pub room: u64,
+    /// The last one of them.
+    last: u64,
     /// Tables outside of the queue's.
     pub tables: Vec<Range<u64>>,
 }
 
 impl Given {
-    /// Bytes that the device may write.
-    pub fn room(&self) -> u64 {
-        self.writable.iter().fold(0, |sum, range| sum.saturating_add(range.end - range.start))
-    }
-
     /// The first `bytes` of them.
     pub fn first(&self, bytes: u64) -> Vec<Range<u64>> {
         let mut left = bytes;
@@ -139,7 +153,7 @@ impl Given {
 
     /// The last one of them.
     pub fn last(&self) -> Option<Range<u64>> {
-        self.writable.last().map(|range| range.end - 1..range.end)
+        (self.room > 0).then(|| self.last..self.last.saturating_add(1))
     }
 }
 
