@@ -795,6 +795,11 @@ fn what_is_refused_changes_nothing() {
     let with = |other: &[&'static str]| [&flags, other].concat();
     folder.refuses(&with(&["--initrd", "missing"]), &["cannot load initrd missing"]);
     folder.refuses(&with(&["--disk", "missing"]), &["cannot open disk image missing"]);
+    folder.refuses(
+        &with(&["missing", "--", "ls"]),
+        &["cannot open root file system missing", "No such file", "ROOTFS is"],
+    );
+    folder.refuses(&with(&["--jail", "uid=1000"]), &["cannot open root file system", "--jail=uid=1000"]);
     folder.refuses(&with(&["--cpus", "1000000"]), &["1000000"]);
     folder.refuses(&with(&[]), &["a-name-that-is-too-long"]);
     folder.write("kernel", b"no kernel");

@@ -1,7 +1,8 @@
 //! ROOTFS that is not a disk: a directory, an archive or an image, which is made into a disk in the cache, and says itself
 //! how it wants to be run.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use bantam::command;
 use bantam::config::Config;
@@ -12,6 +13,18 @@ use super::progress::ProgressLine;
 /// Why ROOTFS cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// It is not there, or nobody may look.
+    #[error(
+        "cannot open root file system {} (ROOTFS is a directory, a disk image, an archive, oci:DIRECTORY[:TAG] or \
+         docker://NAME{})", .path.display(), value_hint(.path)
+    )]
+    Missing {
+        /// What was given.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// There is no image.
     #[error(transparent)]
     Image(#[from] image::Error),
@@ -26,15 +39,21 @@ pub enum Error {
     Writable(PathBuf),
 }
 
+/// What to do about a ROOTFS that was meant for the option before it.
+fn value_hint(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let is_jail = ["uid=", "gid=", "cgroup="].iter().any(|key| text.starts_with(key));
+    if is_jail { format!("; --jail takes what is behind an equals sign: --jail={text}") } else { String::new() }
+}
+
 /// Opens the root file system of `config` if it is no disk, and completes `config` by what it says. It is in use as long
 /// as what is returned.
 pub fn open(config: &mut Config) -> Result<Option<Image>, Error> {
     let Some(path) = config.rootfs.clone() else { return Ok(None) };
     let text = path.to_string_lossy();
     let is_reference = text.starts_with("docker://") || text.starts_with("oci:");
-    // What is not there is said when the disk is opened.
-    if !is_reference && !path.exists() {
-        return Ok(None);
+    if !is_reference && let Err(source) = path.metadata() {
+        return Err(Error::Missing { path, source });
     }
     let source: Source = text.parse()?;
     if matches!(source, Source::Disk(_)) {
