@@ -509,7 +509,7 @@ device_once() {
     requests=${requests:-50000}
     machine "$1" "$built/driver" "" "depth=$depth requests=$requests" "disk=$2"
     measured 60 bench-begin bench-end >"$built/times" || return 1
-    figure "$1" "4 KiB reads, $depth at once, $engine${poll:+, poll-us=$poll}, ns each" \
+    figure "$1" "4 KiB random reads, $depth at once, $engine${poll:+, poll-us=$poll}, ns each" \
         "$(awk -v requests="$requests" '$1 == "bench-begin" { begin = $2 } $1 == "bench-end" { print ($2 - begin) / requests * 1e9 }' "$built/times")"
 }
 

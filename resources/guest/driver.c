@@ -1,7 +1,7 @@
 /*
  * A driver of a virtio disk with no kernel around it: what it takes to have a request done is the device's own cost, and that of
- * reaching it. It keeps `depth=N` requests of 4 KiB under way until `requests=N` are done, reads or, with `write=1`, writes, and
- * looks at the used ring all the time. With `interrupts=1` it asks for interrupts as a driver does that sleeps, and
+ * reaching it. It keeps `depth=N` requests of 4 KiB under way until `requests=N` are done, reads or, with `write=1`, writes, of blocks
+ * all over the disk, none next to the last one, and looks at the used ring all the time. With `interrupts=1` it asks for interrupts as a driver does that sleeps, and
  * ignores them. The serial port has `bench-begin` and `bench-end`.
  *
  * It is entered by PVH and runs at CPL 3 with the first 4 GiB mapped one to one, as a host without VT-x and SVM emulates what
@@ -175,9 +175,11 @@ static void set_up(void) {
     set(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
 }
 
+static uint64_t blocks;
 static uint16_t added;
-static void add(unsigned slot, uint64_t sector) {
-    headers[slot].sector = sector;
+static void add(unsigned slot, uint64_t request) {
+    /* A prime: all blocks have their turn. */
+    headers[slot].sector = request * 7919 % blocks * SECTORS;
     statuses[slot] = 0xff;
     avail.ring[added++ % SIZE] = 3 * slot;
 }
@@ -200,7 +202,7 @@ void run(void) {
     require(depth && depth <= DEPTH_MAX && depth <= requests, "depth= or requests= is missing");
     require(find_disk(), "there is no disk");
     set_up();
-    uint64_t blocks = (get(CONFIG) | (uint64_t)get(CONFIG + 4) << 32) / SECTORS;
+    blocks = (get(CONFIG) | (uint64_t)get(CONFIG + 4) << 32) / SECTORS;
     for (unsigned slot = 0; slot < depth; slot++) {
         struct descriptor *at = table + 3 * slot;
         headers[slot].type = write;
@@ -211,7 +213,7 @@ void run(void) {
     print("bench-begin\r\n");
     uint16_t seen = 0;
     while (begun < depth)
-        add(begun, begun % blocks * SECTORS), begun++;
+        add(begun, begun), begun++;
     avail.used_event = interrupts ? seen : seen - 1;
     kicks += publish();
     while (done < requests) {
@@ -224,7 +226,7 @@ void run(void) {
             unsigned slot = used.ring[seen % SIZE].id / 3;
             require(slot < depth && statuses[slot] == 0, "a request failed");
             if (begun < requests)
-                add(slot, begun % blocks * SECTORS), begun++;
+                add(slot, begun), begun++;
         }
         avail.used_event = interrupts ? seen : seen - 1;
         if (added != avail.idx)
