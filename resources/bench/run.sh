@@ -468,7 +468,7 @@ private() {
 
 boot() {
     step "exec to user space, and reboot to exit"
-    in_turn 9 3 boot_once "$tiny" "6.1 without modules, ELF"
+    in_turn 15 3 boot_once "$tiny" "6.1 without modules, ELF"
     in_turn 5 2 boot_once "$debian" "Debian 6.1, bzImage"
 }
 
