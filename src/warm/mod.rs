@@ -234,8 +234,11 @@ impl Place {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => number = number.wrapping_add(1),
                 made => {
                     made?;
-                    let lock = File::open(&path)?;
-                    // It may have been cleared away before the lock was held.
+                    // It may be cleared away before the lock is held.
+                    let lock = match File::open(&path) {
+                        Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                        opened => opened?,
+                    };
                     if try_lock(&lock, FlockOperation::NonBlockingLockExclusive)? && is_at(&lock, &path)? {
                         return Ok(Making { path, place: self.clone(), _lock: lock });
                     }
@@ -412,6 +415,18 @@ mod tests {
         assert_eq!(entries(&store), 1);
         drop(of_longer_key);
         assert_eq!(entries(&store), 0);
+    }
+
+    #[test]
+    fn what_is_cleared_away_before_it_is_locked_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Store::new(folder.path()).at("key").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| drop(place.begin().unwrap())));
+            }
+        });
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
     }
 
     #[test]
