@@ -2,7 +2,7 @@
 # Measures bantam's release build against QEMU's microvm, with the same kernel, initramfs, memory and devices, one after
 # the other in turn, and commands against runc as well; prints tables of medians. docs/BENCHMARKS.md says what is measured and how.
 #     run.sh [--quick] [ITEM...]
-# Items: start, restore, density, device, memory, boot, clones, pause, disk, net, vsock, scaling, share, commands, warm, images; all
+# Items: start, sizes, restore, density, device, memory, boot, clones, pause, disk, net, vsock, scaling, share, commands, warm, images; all
 # without any. `images` needs no KVM, `start`, `restore`, `density` and `device` use the machine's own, if there is one, even where that cannot run a guest's kernel; the others
 # need VT-x or SVM, or run in the emulated KVM host. A plot of each item goes to target/bench.
 set -euo pipefail
@@ -19,12 +19,12 @@ while [[ ${1:-} == --* ]]; do
         where=$2
         shift
         ;;
-    *) echo "usage: run.sh [--quick] [start|restore|density|device|memory|boot|clones|pause|disk|net|vsock|scaling|share|commands|warm|images]..." >&2 && exit 2 ;;
+    *) echo "usage: run.sh [--quick] [start|sizes|restore|density|device|memory|boot|clones|pause|disk|net|vsock|scaling|share|commands|warm|images]..." >&2 && exit 2 ;;
     esac
     shift
 done
 items=("$@")
-(($#)) || items=(start restore density device memory boot clones pause disk net vsock scaling share commands warm images)
+(($#)) || items=(start sizes restore density device memory boot clones pause disk net vsock scaling share commands warm images)
 
 built=$PWD/target/bench
 vmms=(bantam qemu)
@@ -81,7 +81,7 @@ build() {
 
 archive() { (cd "$1" && find . -mindepth 1 | cpio -o -H newc -R 0:0 --quiet) >"$2"; }
 
-# machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU ($cpus for others), 128 MiB, a serial
+# machine VMM KERNEL INITRD COMMAND_LINE [KIND=VALUE...] sets `command`. Both VMMs get one vCPU ($cpus for others), 128 MiB ($memory), a serial
 # console, a virtio-rng, and what KIND adds: disk=FILE, tap=NAME, vsock=SOCKET. QEMU has no device more; it keeps the clock, which
 # kernels look for for seconds, and the option ROM, which loads them faster than its firmware does. The command line is
 # bantam's default for both, except that QEMU's microvm has no keyboard controller to reboot by. With $vhost, a tap is
@@ -91,7 +91,7 @@ machine() {
     local vmm=$1 kernel=$2 initrd=$3 text=$4 device acpi=on aio=threads
     shift 4
     if [[ $vmm == bantam ]]; then
-        command=("$bantam" run --memory 128M --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text" ${cpus:+--cpus "$cpus"})
+        command=("$bantam" run --memory "${memory:-128M}" --kernel "$kernel" ${initrd:+--initrd "$initrd"} --cmdline "$text" ${cpus:+--cpus "$cpus"})
         for device in "$@"; do
             case $device in
             disk=*) command+=(--disk "path=${device#*=},engine=${engine:-sync},poll-us=${poll:-0}") ;;
@@ -106,7 +106,7 @@ machine() {
     command=(qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -nographic -serial stdio
         -M "microvm,accel=kvm,acpi=$acpi,pit=off,pic=off,rtc=on,isa-serial=on"
         # kvm_pvm refuses the MSR of that feature.
-        -cpu "host,arch-capabilities=off" -smp "${cpus:-1}" -m 128M -device virtio-rng-device
+        -cpu "host,arch-capabilities=off" -smp "${cpus:-1}" -m "${memory:-128M}" -device virtio-rng-device
         -kernel "$kernel" ${initrd:+-initrd "$initrd"} -append "console=ttyS0 reboot=t panic=-1 pci=off $text")
     # The driver knows no legacy interface, and ends QEMU by the latter.
     [[ $kernel != "$built/driver" ]] || command+=(-global virtio-mmio.force-legacy=off -device isa-debug-exit)
@@ -211,6 +211,18 @@ start_time() {
     figure "$1" "exec to first KVM_RUN, $3, ms" "$(XDG_CACHE_HOME=${4:-/dev/null} measured -r 20 | awk '{ print $2 * 1000 }')"
 }
 
+sizes() {
+    step "exec to the first KVM_RUN of a large machine"
+    in_turn 15 3 start_sizes
+}
+
+start_sizes() {
+    local memory cpus
+    for memory in 1G 64G; do start_time "$1" "$tiny" "memory of $memory"; done
+    memory=1G
+    for cpus in 1 4; do start_time "$1" "$tiny" "vCPUs: $cpus"; done
+}
+
 restore() {
     step "exec to the first KVM_RUN of a restored machine"
     local memory
@@ -230,9 +242,8 @@ restore_time() {
 
 # save VMM MEMORY MARKER COMMAND_LINE saves a machine when its guest has said MARKER, and ends it.
 save() {
-    local tries pid status=0 to=$built/saved-$1-$2
+    local tries pid status=0 memory=$2 to=$built/saved-$1-$2
     machine "$1" "$tiny" "$built/boot.cpio" "$4"
-    command=("${command[@]/128M/$2}")
     rm -rf "$to"
     if [[ $1 == bantam ]]; then
         command+=(--name bench --events "$built/events")
@@ -265,11 +276,12 @@ save() {
 
 # restored VMM MEMORY sets `command` to one that has the saved machine go on.
 restored() {
+    local memory=$2
     if [[ $1 == bantam ]]; then
         command=("$bantam" restore "$built/saved-$1-$2")
     else
         machine "$1" "$tiny" "$built/boot.cpio" "$ticking"
-        command=("${command[@]/128M/$2}" -incoming "exec:cat $built/saved-$1-$2")
+        command+=(-incoming "exec:cat $built/saved-$1-$2")
     fi
 }
 
@@ -728,6 +740,8 @@ guests=()
 for item in "${items[@]}"; do [[ $item =~ start|restore|density|device|images || -n $hardware ]] || guests+=("$item"); done
 if ((${#guests[@]})); then
     step "In the emulated KVM host: ${guests[*]}"
+    # Guests have no more than their host.
+    [[ ${guests[*]} != *sizes* ]] || export KVM_HOST_MEMORY=80G
     KVM_HOST_CPUS=2 KVM_HOST_TIMEOUT=3600 resources/kvm-host/run.sh "${own[@]}" emulated "${guests[@]}" >"$built/figures.emulated"
 fi
 cat "$built/figures.own" "$built/figures.emulated" | awk -f resources/bench/table.awk
