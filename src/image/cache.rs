@@ -449,7 +449,8 @@ impl Cache {
 /// Removes a folder that nobody has locked.
 pub(crate) fn clear(path: &Path) -> io::Result<()> {
     let lock = open_folder(path)?;
-    if try_lock(&lock, FlockOperation::NonBlockingLockExclusive)? {
+    // Somebody may have cleared it away meanwhile, and somebody else made another one.
+    if try_lock(&lock, FlockOperation::NonBlockingLockExclusive)? && is_at(&lock, path)? {
         fs::remove_dir_all(path)?;
     }
     Ok(())

@@ -423,7 +423,12 @@ mod tests {
         let place = Store::new(folder.path()).at("key").unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..500).for_each(|_| drop(place.begin().unwrap())));
+                scope.spawn(|| {
+                    for making in (0..500).filter_map(|_| place.begin().unwrap()) {
+                        std::thread::yield_now();
+                        assert!(is_at(&making._lock, &making.path).unwrap(), "it was cleared away while it was locked");
+                    }
+                });
             }
         });
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
