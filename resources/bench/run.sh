@@ -213,6 +213,10 @@ start_time() {
 
 sizes() {
     step "exec to the first KVM_RUN of a large machine"
+    if awk '/^MemTotal/ { exit $2 > 64 * 2 ^ 20 }' /proc/meminfo; then
+        echo "run.sh: no large machine: the host has less than 64 GiB" >&2
+        return
+    fi
     in_turn 15 3 start_sizes
 }
 
